@@ -1,0 +1,304 @@
+"""Documents from anywhere: this Python's own texts, files, Hugging Face datasets, TensorFlow datasets.
+
+A source is read by `documents` and known by `describe`: what it is and a fingerprint of what it
+holds, so that a cache built from it can tell when the data has changed.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import os
+import pathlib
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+from jaxlm.config import nearest, unknown
+
+T = TypeVar("T")
+FORMATS = (".txt", ".jsonl", ".parquet")
+PACKED = (".gz", ".zst")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where documents come from."""
+
+    kind: Literal["embedded", "files", "huggingface", "tfds"] = "embedded"
+    """Python's own documentation (1.9 MB, always there), files, a Hugging Face or a TensorFlow dataset."""
+    path: str | None = None
+    """File, folder or glob; dataset folder or hub id; tfds name or prepared folder. `${VAR:-default}` and `~` work."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset, such as wikitext-2-raw-v1."""
+    split: str = "train"
+    """Split of a Hugging Face or TensorFlow dataset."""
+    column: str = "text"
+    """Column that holds the text, where the data has columns."""
+    streaming: bool = False
+    """Read a Hugging Face dataset as it arrives, without preparing it first."""
+    weight: float = 1.0
+    """Share of this source in a mixture, relative to the others."""
+
+    def __post_init__(self):
+        if self.kind == "embedded" and self.path:
+            raise ValueError(f"source kind 'embedded' takes no path; for {self.path!r} choose files, huggingface or tfds")
+        if self.kind != "embedded" and not self.path:
+            raise ValueError(f"source kind {self.kind!r} needs a path")
+        if self.subset and self.kind != "huggingface":
+            raise ValueError(f"source subset {self.subset!r} is only read by kind 'huggingface', not by {self.kind!r}")
+        if self.streaming and self.kind != "huggingface":
+            raise ValueError(f"source streaming works with kind 'huggingface' only, not with {self.kind!r}")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"source weight {self.weight} must be a positive number")
+
+
+def expand(path: str) -> str:
+    """`${VAR}`, `${VAR:-default}` and a leading `~` replaced; raises ValueError for a variable that is not set."""
+
+    def value(match: re.Match) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(f"path {path!r}: the environment variable {name} is not set; give ${{{name}:-a default}}")
+        return found
+
+    return os.path.expanduser(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, path))
+
+
+def documents(source: SourceConfig) -> Iterator[str]:
+    """The texts of a source, in an order that is the same each time.
+
+    Raises ValueError, in one line, for data that is not there, cannot be read or lacks the column.
+    """
+    path = expand(source.path or "")
+    if source.kind == "embedded":
+        yield from _embedded()
+    elif source.kind == "files":
+        for file in _files(path):
+            yield from _read(file, source.column)
+    else:
+        rows = _huggingface(source, path) if source.kind == "huggingface" else _tfds(source, path)
+        for i, row in enumerate(rows):
+            yield _text(row, source.column, f"{path} row {i}")
+
+
+def describe(source: SourceConfig) -> dict[str, Any]:
+    """What the source is and a fingerprint of its content, as plain JSON; files are read through.
+
+    A streaming source is known by its name alone: its content arrives only once.
+    """
+    path = expand(source.path or "")
+    if source.kind == "embedded":
+        digest = hashlib.blake2b(json.dumps(_topics()).encode(), digest_size=16)
+        for file in _standard_library():
+            digest.update(file.read_bytes())
+        return {"kind": "embedded", "python": platform.python_version(), "blake2b": digest.hexdigest()}
+    if source.kind == "files":
+        files = _files(path)
+        root = os.path.commonpath([file.parent for file in files])
+        held = {os.path.relpath(file, root): {"bytes": file.stat().st_size, "blake2b": _digest(file)} for file in files}
+        return {"kind": "files", "column": source.column, "files": held}
+    known = {"kind": source.kind, "split": source.split, "column": source.column}
+    if source.kind == "tfds":
+        info = _tfds_builder(path).info
+        return {**known, "name": info.full_name, "examples": info.splits[source.split].num_examples}
+    known = {**known, "name": pathlib.Path(path).name, "subset": source.subset}
+    return known if source.streaming else {**known, "fingerprint": _huggingface(source, path)._fingerprint}
+
+
+def stream(source: SourceConfig) -> Any:
+    """A streaming source as a new `datasets.IterableDataset`, which has `state_dict` and `load_state_dict`."""
+    assert source.streaming, "only a streaming source has a stream"
+    return _huggingface(source, expand(source.path or ""))
+
+
+def text_of(row: Mapping[str, Any], source: SourceConfig) -> str:
+    """The text of one row of a stream; raises ValueError where the column is missing."""
+    return _text(row, source.column, f"{source.path}")
+
+
+# --- embedded ---------------------------------------------------------------------------------
+
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+
+
+def _embedded() -> Iterator[str]:
+    """The language reference as pydoc has it, then every docstring of the standard library of some length."""
+    yield from _topics().values()
+    for file in _standard_library():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old modules hold invalid escapes
+                tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # the library ships a few files for other versions or with other encodings
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = ast.get_docstring(node)
+                if docstring and len(docstring) >= 40:
+                    yield docstring
+
+
+def _topics() -> dict[str, str]:
+    import pydoc_data.topics
+
+    return dict(sorted(pydoc_data.topics.topics.items()))
+
+
+def _standard_library() -> list[pathlib.Path]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    return sorted(file for file in root.rglob("*.py") if not _SKIPPED & set(file.relative_to(root).parts))
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def _files(path: str) -> list[pathlib.Path]:
+    """The files of a path, folder or glob in sorted order, each of a format that we read."""
+    if os.path.isdir(path):
+        found = [file for file in sorted(pathlib.Path(path).rglob("*")) if file.is_file() and _format(file) in FORMATS]
+        if not found:
+            raise ValueError(f"folder {path!r} holds no file ending in {', '.join(FORMATS)} (or these with .gz, .zst)")
+        return found
+    found = [pathlib.Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
+    if not found and os.path.isfile(path):
+        found = [pathlib.Path(path)]  # a name with brackets in it
+    if not found:
+        there = sorted(os.listdir(parent)) if os.path.isdir(parent := os.path.dirname(path) or ".") else []
+        hint = nearest(os.path.basename(path), there)
+        raise ValueError(f"no file matches {path!r}" + (f": did you mean {hint!r}?" if hint else ""))
+    for file in found:
+        if _format(file) not in FORMATS:
+            raise unknown(f"format of {str(file)!r}:", _format(file), FORMATS)
+    return found
+
+
+def _format(file: pathlib.Path) -> str:
+    return file.with_suffix("").suffix if file.suffix in PACKED else file.suffix
+
+
+def _read(file: pathlib.Path, column: str) -> Iterator[str]:
+    if _format(file) == ".parquet":
+        yield from _read_parquet(file, column)
+        return
+    with _opened(file) as raw:
+        try:
+            if _format(file) == ".txt":
+                yield raw.read().decode("utf-8-sig")  # as bytes: text mode would rewrite line ends
+                return
+            for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig"), 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+                    yield _text(row, column, f"{file}:{number}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+        except ValueError:
+            raise
+        except Exception as error:  # a damaged archive: gzip, zlib and zstandard each have errors of their own
+            raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def _opened(file: pathlib.Path) -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+        raw: Any = stack.enter_context(file.open("rb"))
+        if file.suffix == ".gz":
+            import gzip
+
+            raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
+        elif file.suffix == ".zst":
+            import zstandard
+
+            raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        yield raw
+
+
+def _read_parquet(file: pathlib.Path, column: str) -> Iterator[str]:
+    import pyarrow.parquet
+
+    if file.suffix in PACKED:
+        raise ValueError(f"{file}: parquet files are compressed inside; take the {file.suffix} off")
+    with pyarrow.parquet.ParquetFile(file) as table:
+        if column not in table.schema_arrow.names:
+            raise unknown(f"column of {str(file)!r}:", column, table.schema_arrow.names)
+        for batch in table.iter_batches(columns=[column]):
+            for i, value in enumerate(batch.column(0).to_pylist()):
+                yield _text({column: value}, column, f"{file} row {i}")
+
+
+def _text(row: Any, column: str, where: str) -> str:
+    """The text in a row; tfds gives bytes."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} holds {type(row).__name__}: expected an object with the column {column!r}")
+    if column not in row:
+        raise unknown(f"column of {where}:", column, list(row))
+    value = row[column]
+    if isinstance(value, bytes):
+        return value.decode("utf8", "replace")
+    if not isinstance(value, str):
+        texts = [name for name, other in row.items() if isinstance(other, str | bytes)]
+        raise ValueError(f"column {column!r} of {where} holds {value!r:.60}, not a text; columns of text: {', '.join(texts)}")
+    return value
+
+
+def _digest(file: pathlib.Path) -> str:
+    with file.open("rb") as raw:
+        return hashlib.file_digest(raw, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+# --- datasets of others -----------------------------------------------------------------------
+
+
+def _huggingface(source: SourceConfig, path: str) -> Any:
+    """The `datasets` object: from the hub, from a folder that `datasets` saved, or from a folder of data files."""
+    import datasets
+
+    there = set(os.listdir(path)) if os.path.isdir(path) else set()
+    if there & {"state.json", "dataset_dict.json"}:
+        held = _asked(path, lambda: datasets.load_from_disk(path))
+        if isinstance(held, datasets.DatasetDict):
+            if source.split not in held:
+                raise unknown(f"split of {path!r}:", source.split, list(held))
+            held = held[source.split]
+        held = held.to_iterable_dataset() if source.streaming else held
+    else:
+        load = lambda: datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)  # noqa: E731
+        held = _asked(path, load)
+    if held.column_names is not None and source.column not in held.column_names:
+        raise unknown(f"column of {path!r}:", source.column, held.column_names)
+    return held.select_columns([source.column]) if held.column_names is not None and not source.streaming else held
+
+
+def _tfds(source: SourceConfig, path: str) -> Iterable[Mapping[str, Any]]:
+    """A random-access source read without TensorFlow (the data must lie in ArrayRecord files)."""
+    import tensorflow_datasets as tfds
+
+    if os.path.isdir(path):
+        builder = _tfds_builder(path)
+        return _asked(path, lambda: builder.as_data_source(split=source.split))
+    return _asked(path, lambda: tfds.data_source(path, split=source.split))
+
+
+def _tfds_builder(path: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    return _asked(path, lambda: tfds.builder_from_directory(path) if os.path.isdir(path) else tfds.builder(path))
+
+
+def _asked(path: str, load: Callable[[], T]) -> T:
+    """`load()`, with whatever a library says against the path told in one line."""
+    try:
+        return load()
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"dataset {path!r} cannot be read: {type(error).__name__}: {why[:300]}") from None

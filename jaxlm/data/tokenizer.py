@@ -1,0 +1,318 @@
+"""Text ↔ token ids: bytes, characters, a byte-level BPE trained here, or any Hugging Face tokenizer.
+
+Whatever the kind, a corpus can never spell a special token: the literal text `<|endoftext|>` inside
+a document is encoded as ordinary text, and only the end of a document gives `eos_id`. Every kind can
+be written as a `tokenizer.json`, so an exported model opens elsewhere with nothing of ours installed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm.config import unknown
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unknown|>"
+CARD = "jaxlm_tokenizer.json"  # beside tokenizer.json: which of our kinds a folder holds
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer to use or to train."""
+
+    kind: Literal["bytes", "characters", "bpe", "huggingface"] = "bpe"
+    """Single bytes, the characters of the training text, byte-level BPE trained on it, or a ready one."""
+    vocab_size: int = 4096
+    """Entries of a BPE vocabulary, the 256 bytes and the end-of-text token included."""
+    path: str | None = None
+    """Folder or hub id of a Hugging Face tokenizer."""
+
+    def __post_init__(self):
+        if self.kind == "huggingface" and not self.path:
+            raise ValueError("tokenizer kind 'huggingface' needs a path: a tokenizer folder or a hub id such as 'gpt2'")
+        if self.kind != "huggingface" and self.path:
+            raise ValueError(f"tokenizer path {self.path!r} is only read by kind 'huggingface', not by {self.kind!r}")
+        if self.kind == "bpe" and self.vocab_size < 257:
+            raise ValueError(f"tokenizer vocab_size {self.vocab_size} is too small: 256 bytes + end of text need 257")
+
+
+class Tokenizer:
+    """The face of every tokenizer; ids run from 0 to `vocab_size - 1`."""
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+    """End of text: follows every document."""
+    bos_id: int
+    """What the first token of a document is predicted from: `eos_id` unless the tokenizer has its own."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32, nothing added at either end. Lone surrogates become `?`."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids. Special ids and ids beyond the vocabulary give no text; broken UTF-8 gives U+FFFD."""
+        raise NotImplementedError
+
+    def definition(self) -> str:
+        """The whole tokenizer as the text of a `tokenizer.json`."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of one text, int32."""
+        return self.encode_batch([text])[0]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which ids a text gets."""
+        whole = json.dumps([self.kind, self.eos_id, self.bos_id, self.definition()])
+        return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+
+    def save(self, folder: pathlib.Path | str) -> None:
+        """Write the tokenizer for `load_tokenizer`, and for transformers' AutoTokenizer, into `folder`."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.definition(), encoding="utf8")
+        names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+        card = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        (folder / "tokenizer_config.json").write_text(json.dumps(card, indent=2), encoding="utf8")
+        (folder / CARD).write_text(json.dumps({"kind": self.kind}), encoding="utf8")
+
+
+class Bytes(Tokenizer):
+    """The byte b is id b; 256 is the end of text."""
+
+    kind = "bytes"
+    vocab_size, eos_id, bos_id = 257, 256, 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf8", "replace"), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in _ints(ids) if i < 256).decode("utf8", "replace")
+
+    def definition(self) -> str:
+        from tokenizers import models
+
+        vocabulary = {char: byte for byte, char in enumerate(_byte_characters())}
+        return _byte_level(models.BPE({**vocabulary, END_OF_TEXT: 256}, []), use_regex=False).to_str()
+
+
+class Characters(Tokenizer):
+    """The sorted characters of the training text, then `<|unknown|>` for any other, then the end of text."""
+
+    kind = "characters"
+
+    def __init__(self, characters: Iterable[str]):
+        self.characters = sorted(set(characters))
+        self.unknown_id = len(self.characters)
+        self.eos_id = self.bos_id = self.unknown_id + 1
+        self.vocab_size = self.unknown_id + 2
+        self._ids = np.full(0x110000, self.unknown_id, np.int32)  # one entry per code point: encoding is a look-up
+        self._ids[[ord(character) for character in self.characters]] = np.arange(self.unknown_id, dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._ids[np.frombuffer(text.encode("utf-32-le", "replace"), "<u4")] for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        texts = [*self.characters, "\ufffd"]
+        return "".join(texts[i] for i in _ints(ids) if i <= self.unknown_id)
+
+    def definition(self) -> str:
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        names = [*self.characters, UNKNOWN, END_OF_TEXT]
+        vocabulary = {name: i for i, name in enumerate(names)}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        return tokenizer.to_str()
+
+
+class Rust(Tokenizer):
+    """A tokenizer of the `tokenizers` library: our own BPE, or the engine below a fast Hugging Face one."""
+
+    def __init__(self, rust: Any, kind: str, eos_id: int, bos_id: int):
+        rust.no_padding()
+        rust.no_truncation()
+        self.kind, self.eos_id, self.bos_id = kind, eos_id, bos_id
+        self.vocab_size = max(rust.get_vocab(with_added_tokens=True).values()) + 1
+        self._definition = rust.to_str()
+        rust.encode_special_tokens = True  # read special tokens in a corpus as text; not part of tokenizer.json
+        self._rust = rust
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        clean = [well_formed(text) for text in texts]
+        return [np.array(e.ids, np.int32) for e in self._rust.encode_batch_fast(clean, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._rust.decode(_ints(ids), skip_special_tokens=True)
+
+    def definition(self) -> str:
+        return self._definition
+
+
+class HuggingFace(Rust):
+    """A fast tokenizer of `transformers`, kept whole so that saving it loses nothing (chat template, names)."""
+
+    def __init__(self, hf: Any):
+        eos_id = next((i for i in (hf.eos_token_id, hf.sep_token_id) if i is not None), None)
+        if eos_id is None:
+            raise ValueError(f"tokenizer {hf.name_or_path!r} has no end-of-text token (eos or sep), which documents need")
+        bos_id = next((i for i in (hf.bos_token_id, hf.cls_token_id) if i is not None), eos_id)
+        super().__init__(hf.backend_tokenizer, "huggingface", eos_id, bos_id)
+        self.hf = hf
+
+    def save(self, folder: pathlib.Path | str) -> None:
+        self.hf.save_pretrained(str(folder))
+        (pathlib.Path(folder) / CARD).write_text(json.dumps({"kind": self.kind}), encoding="utf8")
+
+
+class StreamDecoder:
+    """Turns ids that come one at a time into text, holding back bytes until they are whole characters.
+
+    The pushed texts and `flush()` joined are `tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []  # ids of the last text given out: some decoders look at what stands before
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that this id completes, often empty."""
+        self._held.append(int(token))
+        text = self._pending()
+        if not text or text.endswith("\ufffd"):  # perhaps the first bytes of a longer character
+            return ""
+        self._shown, self._held = self._held, []
+        return text
+
+    def flush(self) -> str:
+        """The text still held back, at the end of the stream."""
+        text, self._shown, self._held = self._pending(), [], []
+        return text
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._held)[len(before) :]
+
+
+# --- making them ------------------------------------------------------------------------------
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The configured tokenizer, trained on `texts` where its kind learns from them; deterministic.
+
+    A BPE vocabulary has exactly `config.vocab_size` entries. Raises ValueError where the texts are
+    too few for that, and where a Hugging Face tokenizer is neither on this machine nor reachable.
+    """
+    if config.kind == "bytes":
+        return Bytes()
+    if config.kind == "characters":
+        return Characters(functools.reduce(set.union, (set(well_formed(text)) for text in texts), set()))
+    if config.kind == "huggingface":
+        assert config.path is not None, "TokenizerConfig checks that there is a path"
+        return _open_huggingface(config.path)
+
+    from tokenizers import models, trainers
+
+    rust = _byte_level(models.BPE(), use_regex=True)
+    rust.train_from_iterator(
+        map(well_formed, texts),
+        trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=_byte_characters(),
+            show_progress=False,
+        ),
+    )
+    if rust.get_vocab_size() < config.vocab_size:
+        raise ValueError(
+            f"tokenizer vocab_size {config.vocab_size} is more than the training text gives: "
+            f"at most {rust.get_vocab_size()}, or take kind 'bytes'"
+        )
+    return _bpe(rust)
+
+
+def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
+    """A tokenizer from what `save` wrote, or from any Hugging Face tokenizer folder."""
+    folder = pathlib.Path(folder)
+    card = folder / CARD
+    kind = json.loads(card.read_text(encoding="utf8"))["kind"] if card.exists() else "huggingface"
+    if kind == "huggingface":
+        return _open_huggingface(str(folder))
+    if kind == "bytes":
+        return Bytes()
+    text = (folder / "tokenizer.json").read_text(encoding="utf8")
+    if kind == "characters":
+        return Characters(c for c in json.loads(text)["model"]["vocab"] if c not in (UNKNOWN, END_OF_TEXT))
+    if kind == "bpe":
+        import tokenizers
+
+        return _bpe(tokenizers.Tokenizer.from_str(text))
+    raise unknown(f"tokenizer kind in {card}:", kind, ["bytes", "characters", "bpe", "huggingface"])
+
+
+def well_formed(text: str) -> str:
+    """The text with each lone surrogate replaced by `?`: such a text has no UTF-8, and the Rust library refuses it."""
+    return text if text.isascii() else text.encode("utf8", "replace").decode()
+
+
+def _bpe(rust: Any) -> Rust:
+    eos_id = rust.token_to_id(END_OF_TEXT)
+    return Rust(rust, "bpe", eos_id, eos_id)
+
+
+def _open_huggingface(path: str) -> Tokenizer:
+    import transformers
+
+    path = str(pathlib.Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        hf = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:  # not there, not a tokenizer, a class that we lack
+        if pathlib.Path(path).is_dir():
+            raise ValueError(f"folder {path!r} holds no tokenizer that transformers can open: {_line(error)}") from None
+        raise ValueError(
+            f"no tokenizer {path!r}: no such folder, not downloaded before, and the hub did not give it ({_line(error)})"
+        ) from None
+    if not hf.is_fast:
+        raise ValueError(f"tokenizer {path!r} has no fast version (tokenizer.json), which parallel tokenising needs")
+    return HuggingFace(hf)
+
+
+def _byte_level(model: Any, use_regex: bool) -> Any:
+    """A Rust tokenizer over bytes (Radford et al. 2019, §2.2): every text is encodable, decoding is exact."""
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers
+
+    rust = tokenizers.Tokenizer(model)
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    rust.decoder = decoders.ByteLevel()
+    if model.token_to_id(END_OF_TEXT) is not None:
+        rust.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return rust
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte, in the order of the bytes."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    moved = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(moved)) for byte in range(256)]
+
+
+def _ints(ids: Iterable[int]) -> list[int]:
+    return ids.tolist() if isinstance(ids, np.ndarray) else [int(i) for i in ids]
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence of an error, on one line."""
+    return " ".join(str(error).split())[:160]

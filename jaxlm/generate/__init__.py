@@ -1,0 +1,6 @@
+"""Generation from a model and its parameters."""
+
+from jaxlm.generate.decode import Generator
+from jaxlm.generate.sample import SampleConfig, sample
+
+__all__ = ["Generator", "SampleConfig", "sample"]

@@ -1,0 +1,62 @@
+"""A model as pure functions over plain parameter trees: what everything above this room uses."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.model.config import TransformerConfig
+from jaxlm.model.heads import LanguageModel
+from jaxlm.model.transformer import Batch
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """`init(key)` gives float32 parameters, `apply(params, batch, …)` computes with them.
+
+    `axes` and `shapes` are trees like the parameters: logical axes (a PartitionSpec of letters) and
+    ShapeDtypeStructs. They are known without computing anything.
+    """
+
+    config: TransformerConfig
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters; a pure function of the key, whatever the sharding it is computed in."""
+        return nn.unbox(self._boxed(key))
+
+    def _boxed(self, key: jax.Array) -> Params:
+        tokens_BL = jnp.zeros((1, 1), jnp.int32)
+        return LanguageModel(self.config).init(key, {"tokens_BL": tokens_BL})["params"]
+
+    @functools.cached_property
+    def _abstract(self) -> Params:
+        return jax.eval_shape(self._boxed, jax.random.key(0))
+
+    @property
+    def shapes(self) -> Params:
+        return nn.unbox(self._abstract)
+
+    @property
+    def axes(self) -> Params:
+        return nn.get_partition_spec(self._abstract)
+
+    def apply(
+        self, params: Params, batch: Batch, *args: Any,
+        train: bool = False, rng: jax.Array | None = None, method: str = "__call__", **options: Any,
+    ) -> Any:  # fmt: skip
+        """Call a method of the module: `__call__` (logits and cache) or `loss`.
+
+        `train` turns dropout on, which then draws from `rng`.
+        """
+        rngs = {"dropout": rng} if train and rng is not None else None
+        module = LanguageModel(self.config, train=train)
+        return module.apply({"params": params}, batch, *args, rngs=rngs, method=method, **options)
+
+    def parameters(self) -> int:
+        """How many numbers the parameter tree holds."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))

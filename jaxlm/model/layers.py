@@ -1,0 +1,138 @@
+"""Linear maps, norms, embeddings, MLPs and rotary positions.
+
+Letters: B batch · L query length · D model width · N query heads · K key/value heads · H head width ·
+F MLP width · V vocabulary · P positions. A weight's axes, initialiser and sharding all follow from the
+letters of the equation that it is declared with.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.model.config import TransformerConfig
+from jaxlm.parallel.rules import constrain
+
+
+def normal(std: float) -> Any:
+    return nn.initializers.normal(std)
+
+
+class Linear(nn.Module):
+    """y = x · W (+ b), written as an equation: `Linear(config, "BLD,DNH->BLNH")`.
+
+    The middle operand names the weight's axes, whose sizes the config knows; a bias has those of them
+    that reach the output. `residual` marks an output into the residual stream, whose initial weights
+    GPT-2 divides by √(2·layers) (Radford et al. 2019, §2.3).
+    """
+
+    config: TransformerConfig
+    equation: str
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        inputs, output = self.equation.split("->")
+        axes = inputs.split(",")[1]
+        sizes = c.sizes()
+        scaled = self.residual and c.init == "residual_scaled"
+        std = c.init_std / math.sqrt(2 * c.layers) if scaled else c.init_std
+        shape = tuple(sizes[letter] for letter in axes)
+        w = self.param("kernel", nn.with_logical_partitioning(normal(std), tuple(axes)), shape)
+        y = jnp.einsum(self.equation, x, w.astype(dtype))
+        if c.bias:
+            axes = "".join(letter for letter in axes if letter in output)
+            shape = tuple(sizes[letter] for letter in axes)
+            b = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, tuple(axes)), shape)
+            y = y + b.astype(dtype).reshape((1,) * (y.ndim - b.ndim) + b.shape)
+        return constrain(y, output)
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
+
+    config: TransformerConfig
+    kind: str
+    axis: str = "D"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        size = c.sizes()[self.axis]
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        # Replicated, hence no letter: splitting a vector of D numbers would save nothing.
+        scale = self.param("scale", nn.with_logical_partitioning(ones, (None,)), (size,))
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + c.norm_eps)
+        y = y * _as_row(scale, y)
+        if self.kind == "layernorm" and c.bias:
+            bias = self.param("bias", nn.with_logical_partitioning(zeros, (None,)), (size,))
+            y = y + _as_row(bias, y)
+        return y.astype(x.dtype)
+
+
+def _as_row(vector: jax.Array, like: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+class Embed(nn.Module):
+    """A table of vectors, by token or by position; the head may read it again."""
+
+    config: TransformerConfig
+    axes: str
+
+    def setup(self) -> None:
+        c = self.config
+        shape = tuple(c.sizes()[letter] for letter in self.axes)
+        self.table = self.param("table", nn.with_logical_partitioning(normal(c.init_std), tuple(self.axes)), shape)
+
+    def __call__(self, ids_BL: jax.Array) -> jax.Array:
+        return constrain(jnp.take(self.table, ids_BL, axis=0).astype(self.config.dtype), "BLD")
+
+
+def activate(kind: str, x: jax.Array) -> jax.Array:
+    """The non-linearity, by its config name; a gated one is applied to its gate."""
+    if kind in ("gelu", "geglu"):
+        return jax.nn.gelu(x, approximate=False)  # Hendrycks and Gimpel 2016
+    if kind == "gelu_tanh":
+        return jax.nn.gelu(x, approximate=True)
+    if kind == "swiglu":
+        return jax.nn.silu(x)  # Shazeer 2020, "GLU Variants Improve Transformer"
+    x = jax.nn.relu(x)
+    return jnp.square(x) if kind == "relu2" else x  # So et al. 2021, "Primer"
+
+
+class Mlp(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        c = self.config
+        up_BLF = Linear(c, "BLD,DF->BLF", name="up")(x_BLD)
+        if c.gated:
+            gate_BLF = Linear(c, "BLD,DF->BLF", name="gate")(x_BLD)
+            inner_BLF = activate(c.activation, gate_BLF) * up_BLF
+        else:
+            inner_BLF = activate(c.activation, up_BLF)
+        return Linear(c, "BLF,FD->BLD", residual=True, name="down")(inner_BLF)
+
+
+def rotary_angles(positions_BL: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, (B, L, 1, H/2) each, float32 (Su et al. 2021, "RoFormer", eq. 34)."""
+    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn each pair (i, i + H/2) of a query or key head by its angle: the half-split layout of Llama's
+    published checkpoints in Hugging Face form."""
+    cos, sin = angles
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLNH.dtype)

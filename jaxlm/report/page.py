@@ -1,0 +1,123 @@
+"""A finished run for a person: curves.png, samples.md and report.html, drawn from its recorded rows."""
+
+import base64
+import dataclasses
+import html
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a report says besides the curves: summary pairs, comparison, next commands, the config."""
+
+    title: str
+    summary: Mapping[str, str]
+    verdict: str = ""
+    baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Name → bits per byte of something to compare with, drawn as a horizontal line."""
+    commands: Sequence[str] = ()
+    config: str = ""
+
+
+def write_page(folder: pathlib.Path, page: Page, rows: Rows) -> None:
+    """Write `curves.png`, `samples.md` and `report.html` (self-contained) into the run's folder."""
+    draw_curves(folder / "curves.png", page, rows)
+    samples = [row for row in rows if row["kind"] == "sample"]
+    (folder / "samples.md").write_text(_samples(page.title, samples), encoding="utf8")
+    picture = base64.b64encode((folder / "curves.png").read_bytes()).decode()
+    (folder / "report.html").write_text(_html(page, picture, rows, samples), encoding="utf8")
+
+
+def draw_curves(file: pathlib.Path, page: Page, rows: Rows) -> None:
+    """Loss, held-out bits per byte against its baselines, learning rate with gradient norm, speed."""
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if row["kind"] == "train"]
+    heldout = [row for row in rows if row["kind"] == "eval"]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (loss, bits), (rate, speed) = figure.subplots(2, 2)
+
+    def line(axes: Any, rows: Rows, name: str, label: str, **style: Any) -> None:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    line(loss, train, "loss", "training", color="tab:blue", linewidth=1)
+    line(loss, heldout, "loss", "held out", color="tab:orange", marker="o", markersize=4)
+    loss.set(title="loss", ylabel="nats per token")
+    line(bits, heldout, "bits_per_byte", "held out", color="tab:orange", marker="o", markersize=4)
+    for i, (name, value) in enumerate(page.baselines.items()):
+        bits.axhline(value, color="tab:gray", linestyle=("--", ":")[i % 2], label=f"{name}: {value:.2f}")
+    bits.set(title="held-out text", ylabel="bits per byte")
+    line(rate, train, "learning_rate", "learning rate", color="tab:green")
+    rate.set(title="learning rate and gradient norm", ylabel="learning rate")
+    norm = rate.twinx()
+    line(norm, train, "grad_norm", "gradient norm", color="tab:red", linewidth=0.8, alpha=0.6)
+    norm.set(ylabel="gradient norm", ylim=(0, None))
+    line(speed, train, "tokens_per_second", "tokens/s", color="tab:purple", linewidth=1)
+    speed.set(title="speed", ylabel="tokens per second", ylim=(0, None))
+    for axes in (loss, bits, rate, speed):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        lines, labels = axes.get_legend_handles_labels()
+        if axes is rate:
+            more_lines, more_labels = norm.get_legend_handles_labels()
+            lines, labels = lines + more_lines, labels + more_labels
+        if lines:
+            axes.legend(lines, labels, frameon=False)
+    figure.suptitle(page.title)
+    figure.savefig(file, dpi=110)
+
+
+def _fenced(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _samples(title: str, samples: Rows) -> str:
+    parts = [f"# What {title} writes as it learns\n"]
+    parts += [f"## Step {row['step']}\n\n{_fenced(row['text'])}\n" for row in samples]
+    return "\n".join(parts)
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2129 }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100% }
+table { border-collapse: collapse } td, th { padding: .2rem 1.2rem .2rem 0; text-align: left; border-bottom: 1px solid #e3e6ea }
+pre { background: #f5f6f8; padding: .7rem; overflow-x: auto; white-space: pre-wrap; font-size: .85rem }
+.verdict { background: #eef6ee; border-left: 4px solid #4a9a4a; padding: .6rem 1rem }
+"""
+
+
+def _html(page: Page, picture: str, rows: Rows, samples: Rows) -> str:
+    def cells(tag: str, values: Sequence[object]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+
+    def block(title: str, body: str) -> str:
+        return f"<h2>{title}</h2>\n{body}\n" if body else ""
+
+    summary = "".join(cells("td", pair) for pair in page.summary.items())
+    evals = [row for row in rows if row["kind"] == "eval"]
+    table = cells("th", ["step", "held-out loss", "bits per byte"]) if evals else ""
+    table += "".join(cells("td", [row["step"], f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}"]) for row in evals)
+    shown = [samples[0], samples[-1]] if len(samples) > 1 else samples
+    texts = "".join(f"<p>Step {row['step']}</p><pre>{html.escape(row['text'])}</pre>" for row in shown)
+    commands = f"<pre>{html.escape(chr(10).join(page.commands))}</pre>" if page.commands else ""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(page.title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(page.title)}</h1>
+{f'<p class="verdict">{html.escape(page.verdict)}</p>' if page.verdict else ""}
+<table>{summary}</table>
+{block("Curves", f'<img alt="Loss, bits per byte, learning rate and speed over the steps" src="data:image/png;base64,{picture}">')}
+{block("Held-out evaluation", f"<table>{table}</table>" if table else "")}
+{block("What it writes", texts)}
+{block("Next", commands)}
+{block("Configuration", f"<pre>{html.escape(page.config)}</pre>" if page.config else "")}
+</body></html>
+"""

@@ -1,0 +1,63 @@
+"""What happened in a run, as rows: `metrics.jsonl` is the one source, TensorBoard a copy of its numbers.
+
+Everything drawn afterwards (curves.png, samples.md, report.html) is made from these rows alone.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+
+class Record:
+    """Appends rows to `folder/metrics.jsonl` and their numbers to `folder/tensorboard/`.
+
+    A row is `{"kind": …, "step": …, …}`. Opening a record at step n drops later rows, which an
+    interrupted run may have written after its last checkpoint.
+    """
+
+    def __init__(self, folder: pathlib.Path, step: int = 0):
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "metrics.jsonl"
+        self.rows = [row for row in read_rows(self.file) if row["step"] <= step]
+        partial = self.file.with_suffix(".tmp")
+        partial.write_text("".join(_line(row) for row in self.rows), encoding="utf8")
+        partial.replace(self.file)
+        self.stream = self.file.open("a", encoding="utf8")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Add one row; numbers also go to TensorBoard as `kind/name`, texts as text."""
+        row = {"kind": kind, "step": step, **values}
+        self.rows.append(row)
+        self.stream.write(_line(row))
+        self.stream.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+            elif isinstance(value, str):
+                self.board.add_text(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self.stream.close()
+        self.board.close()
+
+
+def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut off by a crash is left out."""
+    rows = []
+    if file.exists():
+        for line in file.read_text(encoding="utf8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    """JSON has no NaN: a number that is not finite is written as null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean, ensure_ascii=False) + "\n"
