@@ -7,20 +7,19 @@ holds, so that a cache built from it can tell when the data has changed.
 import ast
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import io
 import json
 import os
 import pathlib
 import platform
-import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from jaxlm.config import nearest, unknown
+from jaxlm.data.tokenizer import expand
 
 T = TypeVar("T")
 FORMATS = (".txt", ".jsonl", ".parquet")
@@ -46,7 +45,7 @@ class SourceConfig:
     weight: float = 1.0
     """Share of this source in a mixture, relative to the others."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind == "embedded" and self.path:
             raise ValueError(f"source kind 'embedded' takes no path; for {self.path!r} choose files, huggingface or tfds")
         if self.kind != "embedded" and not self.path:
@@ -57,19 +56,6 @@ class SourceConfig:
             raise ValueError(f"source streaming works with kind 'huggingface' only, not with {self.kind!r}")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"source weight {self.weight} must be a positive number")
-
-
-def expand(path: str) -> str:
-    """`${VAR}`, `${VAR:-default}` and a leading `~` replaced; raises ValueError for a variable that is not set."""
-
-    def value(match: re.Match) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name) or default
-        if found is None:
-            raise ValueError(f"path {path!r}: the environment variable {name} is not set; give ${{{name}:-a default}}")
-        return found
-
-    return os.path.expanduser(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, path))
 
 
 def documents(source: SourceConfig) -> Iterator[str]:
@@ -105,7 +91,7 @@ def describe(source: SourceConfig) -> dict[str, Any]:
         root = os.path.commonpath([file.parent for file in files])
         held = {os.path.relpath(file, root): {"bytes": file.stat().st_size, "blake2b": _digest(file)} for file in files}
         return {"kind": "files", "column": source.column, "files": held}
-    known = {"kind": source.kind, "split": source.split, "column": source.column}
+    known: dict[str, Any] = {"kind": source.kind, "split": source.split, "column": source.column}
     if source.kind == "tfds":
         info = _tfds_builder(path).info
         return {**known, "name": info.full_name, "examples": info.splits[source.split].num_examples}
@@ -162,17 +148,18 @@ def _standard_library() -> list[pathlib.Path]:
 
 def _files(path: str) -> list[pathlib.Path]:
     """The files of a path, folder or glob in sorted order, each of a format that we read."""
-    if os.path.isdir(path):
-        found = [file for file in sorted(pathlib.Path(path).rglob("*")) if file.is_file() and _format(file) in FORMATS]
+    given = pathlib.Path(path)
+    if given.is_dir():
+        found = [file for file in sorted(given.rglob("*")) if file.is_file() and _format(file) in FORMATS]
         if not found:
             raise ValueError(f"folder {path!r} holds no file ending in {', '.join(FORMATS)} (or these with .gz, .zst)")
         return found
-    found = [pathlib.Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
-    if not found and os.path.isfile(path):
-        found = [pathlib.Path(path)]  # a name with brackets in it
+    root = pathlib.Path(given.anchor)
+    matches = [given] if given.is_file() else sorted(root.glob(str(given.relative_to(root))))
+    found = [file for file in matches if file.is_file()]
     if not found:
-        there = sorted(os.listdir(parent)) if os.path.isdir(parent := os.path.dirname(path) or ".") else []
-        hint = nearest(os.path.basename(path), there)
+        there = sorted(file.name for file in given.parent.iterdir()) if given.parent.is_dir() else []
+        hint = nearest(given.name, there)
         raise ValueError(f"no file matches {path!r}" + (f": did you mean {hint!r}?" if hint else ""))
     for file in found:
         if _format(file) not in FORMATS:
@@ -263,8 +250,8 @@ def _huggingface(source: SourceConfig, path: str) -> Any:
     """The `datasets` object: from the hub, from a folder that `datasets` saved, or from a folder of data files."""
     import datasets
 
-    there = set(os.listdir(path)) if os.path.isdir(path) else set()
-    if there & {"state.json", "dataset_dict.json"}:
+    folder = pathlib.Path(path)
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         held = _asked(path, lambda: datasets.load_from_disk(path))
         if isinstance(held, datasets.DatasetDict):
             if source.split not in held:
@@ -283,7 +270,7 @@ def _tfds(source: SourceConfig, path: str) -> Iterable[Mapping[str, Any]]:
     """A random-access source read without TensorFlow (the data must lie in ArrayRecord files)."""
     import tensorflow_datasets as tfds
 
-    if os.path.isdir(path):
+    if pathlib.Path(path).is_dir():
         builder = _tfds_builder(path)
         return _asked(path, lambda: builder.as_data_source(split=source.split))
     return _asked(path, lambda: tfds.data_source(path, split=source.split))
@@ -292,7 +279,7 @@ def _tfds(source: SourceConfig, path: str) -> Iterable[Mapping[str, Any]]:
 def _tfds_builder(path: str) -> Any:
     import tensorflow_datasets as tfds
 
-    return _asked(path, lambda: tfds.builder_from_directory(path) if os.path.isdir(path) else tfds.builder(path))
+    return _asked(path, lambda: tfds.builder_from_directory(path) if pathlib.Path(path).is_dir() else tfds.builder(path))
 
 
 def _asked(path: str, load: Callable[[], T]) -> T:

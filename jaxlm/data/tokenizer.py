@@ -8,8 +8,11 @@ be written as a `tokenizer.json`, so an exported model opens elsewhere with noth
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -31,9 +34,9 @@ class TokenizerConfig:
     vocab_size: int = 4096
     """Entries of a BPE vocabulary, the 256 bytes and the end-of-text token included."""
     path: str | None = None
-    """Folder or hub id of a Hugging Face tokenizer."""
+    """Folder or hub id of a Hugging Face tokenizer. `${VAR:-default}` and `~` work."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind == "huggingface" and not self.path:
             raise ValueError("tokenizer kind 'huggingface' needs a path: a tokenizer folder or a hub id such as 'gpt2'")
         if self.kind != "huggingface" and self.path:
@@ -218,7 +221,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if config.kind == "bytes":
         return Bytes()
     if config.kind == "characters":
-        return Characters(functools.reduce(set.union, (set(well_formed(text)) for text in texts), set()))
+        return Characters(itertools.chain.from_iterable(set(well_formed(text)) for text in texts))
     if config.kind == "huggingface":
         assert config.path is not None, "TokenizerConfig checks that there is a path"
         return _open_huggingface(config.path)
@@ -262,6 +265,20 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
     raise unknown(f"tokenizer kind in {card}:", kind, ["bytes", "characters", "bpe", "huggingface"])
 
 
+def expand(path: str) -> str:
+    """`${VAR}`, `${VAR:-default}` and a leading `~` replaced; raises ValueError for a variable that is not set."""
+
+    def value(match: re.Match) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(f"path {path!r}: the environment variable {name} is not set; give ${{{name}:-a default}}")
+        return found
+
+    path = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, path)
+    return str(pathlib.Path(path).expanduser()) if path.startswith("~") else path
+
+
 def well_formed(text: str) -> str:
     """The text with each lone surrogate replaced by `?`: such a text has no UTF-8, and the Rust library refuses it."""
     return text if text.isascii() else text.encode("utf8", "replace").decode()
@@ -275,7 +292,7 @@ def _bpe(rust: Any) -> Rust:
 def _open_huggingface(path: str) -> Tokenizer:
     import transformers
 
-    path = str(pathlib.Path(path).expanduser()) if path.startswith("~") else path
+    path = expand(path)
     try:
         hf = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:  # not there, not a tokenizer, a class that we lack

@@ -1,0 +1,290 @@
+"""A cache folder: documents → a tokenised corpus on disk, split into train and held-out, built once.
+
+It is built in steps, each finished by a rename, so that a cut-off build goes on where it stopped:
+read (`text.bin`), split, train the tokenizer on the train part alone, tokenise in shards, join, and
+last of all `meta.json`. A folder with a `meta.json` is complete and never written again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import diff
+from jaxlm.data.corpus import Corpora, Corpus, DataConfig, HoldoutConfig, digest, encode, groups, token_dtype
+from jaxlm.data.sources import SourceConfig, describe, documents
+from jaxlm.data.tokenizer import Tokenizer, expand, load_tokenizer, train_tokenizer
+from jaxlm.report import bar, say
+
+FORMAT = 1  # of the folder: raise it when the files change their meaning
+SHARD_BYTES = 64 * 2**20  # text in one shard of tokens: what a cut-off build loses at most
+TRAINING_BYTES = 2**30  # text that a tokenizer is trained on at most: documents evenly spread over the train part
+STREAM_HEAD = 10_000  # documents read ahead from a stream, to hold some out and to train the tokenizer
+
+
+def corpus_folder(config: DataConfig) -> pathlib.Path:
+    """Where the corpora of a config are kept: a readable name and a hash of what was asked for.
+
+    Weights, length, batch size and layout play no part: they decide how the tokens are read.
+    """
+    asked = [dataclasses.asdict(source) for source in config.sources]
+    for source in asked:
+        del source["weight"]
+        if source["path"]:  # the same words may mean another folder elsewhere
+            source["path"] = expand(source["path"])
+            if source["kind"] == "files" or pathlib.Path(source["path"]).exists():
+                source["path"] = str(pathlib.Path(source["path"]).absolute())
+    size = config.tokenizer.vocab_size if config.tokenizer.kind == "bpe" else ""
+    identity: dict[str, Any] = {
+        "sources": asked,
+        "tokenizer": [config.tokenizer.kind, size, expand(config.tokenizer.path or "")],
+        "holdout": dataclasses.asdict(config.holdout),
+        "format": FORMAT,
+    }
+    if any(source.kind == "embedded" for source in config.sources):
+        identity["python"] = platform.python_version()
+    short = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
+    names = [pathlib.Path(source["path"] or source["kind"]).name.split(".")[0] or source["kind"] for source in asked]
+    name = names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}-more"
+    root = expand(config.cache or os.environ.get("JAXLM_CACHE") or "~/.cache/jaxlm")
+    return pathlib.Path(root) / (re.sub(r"[^\w.-]+", "-", f"{name}-{config.tokenizer.kind}{size}") + f"-{short}")
+
+
+def build_corpora(config: DataConfig) -> Corpora:
+    """The tokenizer, and the train and the held-out corpus of each source; from the cache where it is there.
+
+    One tokenizer is trained on the train parts of all sources. Exact duplicates within a source are
+    dropped first, so none of its held-out documents is also trained on; in a mixture the hash holds a
+    text out of every source that has it (unless a source has too few documents for the hash to decide).
+    Of a streaming source only the first documents are read: the first `fraction` of STREAM_HEAD is held
+    out, the rest trains the tokenizer and is the train corpus.
+    Raises ValueError, in one line, where the data is not there or is no longer what the cache was built from.
+    """
+    folder = corpus_folder(config)
+    held = {
+        "format": FORMAT,
+        "sources": [describe(source) for source in config.sources],
+        "holdout": dataclasses.asdict(config.holdout),
+    }
+    if not (folder / "meta.json").exists():
+        with _alone(folder):
+            if not (folder / "meta.json").exists():  # another process may have built it while this one waited
+                _build(folder, config, held)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf8"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if config.tokenizer.kind == "huggingface" and pathlib.Path(expand(config.tokenizer.path or "")).is_dir():
+        tokenizer = train_tokenizer(config.tokenizer, [])  # a folder may have changed; a hub id is taken from the copy
+    changes = diff(meta["fingerprint"], {**held, "tokenizer": tokenizer.fingerprint})
+    if changes:
+        told = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in itertools.islice(changes.items(), 3))
+        raise ValueError(f"the cached corpus no longer fits its data ({told}): delete {str(folder)!r} to build it again")
+    parts = [[_open(folder / str(i), part) for i in range(len(config.sources))] for part in ("train", "heldout")]
+    duplicates = sum(source["duplicates"] for source in meta["sources"])
+    return Corpora(tokenizer, parts[0], parts[1], folder.name, duplicates)
+
+
+def _open(folder: pathlib.Path, part: str) -> Corpus:
+    arrays = [np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("tokens", "offsets", "spans")]
+    return Corpus(arrays[0], arrays[1], np.memmap(folder / "text.bin", np.uint8, "r"), arrays[2])
+
+
+def _build(folder: pathlib.Path, config: DataConfig, held: dict[str, Any]) -> None:
+    begun = folder / "building.json"
+    if not begun.exists() or json.loads(begun.read_text(encoding="utf8")) != held:
+        shutil.rmtree(folder, ignore_errors=True)  # what a cut-off build left fits other data
+        folder.mkdir(parents=True)
+        with _finished(begun) as unfinished:
+            unfinished.write_text(json.dumps(held), encoding="utf8")
+
+    places = [folder / str(i) for i in range(len(config.sources))]
+    parts = []  # (folder of the source, train or heldout, its text, its spans)
+    duplicates = []
+    for place, source in zip(places, config.sources, strict=True):
+        text, found = _spool(place, source)
+        duplicates.append(int(found["duplicates"]))
+        train_spans, held_spans = _split(text, found, config.holdout, source)
+        parts += [(place, "train", text, train_spans), (place, "heldout", text, held_spans)]
+
+    if not (folder / "tokenizer").exists():
+        trained = train_tokenizer(config.tokenizer, _sample([(text, spans) for _, part, text, spans in parts if part == "train"]))
+        with _finished(folder / "tokenizer") as unfinished:
+            trained.save(unfinished)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+
+    began, fresh = time.perf_counter(), 0
+    with bar("Tokenising", total=sum(len(spans) for *_, spans in parts), unit="docs") as progress:
+        for place, part, text, spans in parts:
+            fresh += _tokenise(place, part, text, spans, tokenizer, progress.advance)
+    spent = time.perf_counter() - began
+
+    counts = []
+    for place, dropped in zip(places, duplicates, strict=True):
+        both = {part: _open(place, part) for part in ("train", "heldout")}
+        sizes = {part: {"n_docs": c.n_docs, "tokens": len(c.tokens), "bytes": c.bytes} for part, c in both.items()}
+        counts.append({**sizes, "duplicates": dropped})
+    meta = {
+        "fingerprint": {**held, "tokenizer": tokenizer.fingerprint},
+        "sources": counts,
+        "tokens_per_second": round(fresh / spent) if fresh else None,
+    }
+    with _finished(folder / "meta.json") as unfinished:
+        unfinished.write_text(json.dumps(meta, indent=2), encoding="utf8")
+    begun.unlink()
+
+
+# --- the steps --------------------------------------------------------------------------------
+
+
+def _spool(place: pathlib.Path, source: SourceConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Read a source once into `text.bin`, duplicates dropped; and what the split needs to know of each document."""
+    index = place / "documents.npz"
+    if not index.exists():
+        place.mkdir(exist_ok=True)
+        read = itertools.islice(documents(source), STREAM_HEAD if source.streaming else None)
+        seen: set[bytes] = set()
+        ends, characters, scores, duplicates = [0], [], [], 0
+        with _finished(place / "text.bin") as unfinished, unfinished.open("wb") as out:
+            for text in filter(None, read):
+                raw = text.encode("utf8", "replace")
+                mark = digest(raw)
+                if mark in seen:
+                    duplicates += 1
+                    continue
+                seen.add(mark)
+                out.write(raw)
+                ends.append(ends[-1] + len(raw))
+                characters.append(len(text))
+                scores.append(int.from_bytes(mark[:8]))
+        if not scores:
+            raise ValueError(f"source {source.path or source.kind!r} gives no text")
+        with _finished(index) as unfinished, unfinished.open("wb") as out:
+            np.savez(
+                out,
+                ends=np.array(ends, np.int64),
+                characters=np.array(characters, np.int64),
+                scores=np.array(scores, np.uint64),
+                duplicates=np.array(duplicates),
+            )
+    with np.load(index) as found:
+        return np.memmap(place / "text.bin", np.uint8, "r"), dict(found)
+
+
+def _split(
+    text: np.ndarray, found: dict[str, np.ndarray], holdout: HoldoutConfig, source: SourceConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The spans of text to train on and to hold out, each int64 (n, 2)."""
+    ends, scores = found["ends"], found["scores"]
+    spans = np.stack([ends[:-1], ends[1:]], axis=1)
+    name = source.path or source.kind
+    if holdout.by == "tail":
+        if source.streaming:
+            raise ValueError(f"holdout by 'tail' cannot work with streaming source {name!r}, which has no end: use 'document'")
+        past = np.cumsum(found["characters"])
+        cut = int(past[-1] * (1 - holdout.fraction))
+        d = int(np.searchsorted(past, cut, side="right"))  # the document that holds the cut
+        start, stop = spans[d]
+        inside = cut - int(past[d] - found["characters"][d])
+        middle = start + len(text[start:stop].tobytes().decode()[:inside].encode())
+        train = np.concatenate([spans[:d], [[start, middle]] if inside else spans[:0]])
+        held = np.concatenate([[[middle, stop]], spans[d + 1 :]])
+    else:
+        if len(spans) < 2:
+            raise ValueError(f"source {name!r} has one document, none to hold out: use holdout by 'tail'")
+        if source.streaming:  # the first ones: what comes later in a stream is not known yet
+            chosen = np.arange(len(spans)) < min(math.ceil(holdout.fraction * STREAM_HEAD), len(spans) - 1)
+        else:
+            chosen = scores < np.uint64(int(holdout.fraction * 2**64))
+            chosen[scores.argmin()], chosen[scores.argmax()] = True, False  # at least one each, whatever the order
+        train, held = spans[~chosen], spans[chosen]
+    if not len(train):
+        raise ValueError(f"source {name!r} has too little text to hold out {holdout.fraction} of it")
+    return train, held
+
+
+def _sample(parts: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[str]:
+    """Texts to train a tokenizer on: all, or every k-th document where that would be too much."""
+    size = sum(int((spans[:, 1] - spans[:, 0]).sum()) for _, spans in parts)
+    for text, spans in parts:
+        for start, stop in spans[:: math.ceil(size / TRAINING_BYTES)]:
+            yield text[start:stop].tobytes().decode()
+
+
+def _tokenise(
+    place: pathlib.Path, part: str, text: np.ndarray, spans: np.ndarray, tokenizer: Tokenizer, advance: Callable[[int], None]
+) -> int:
+    """Write `part`'s tokens, offsets and spans, shard by shard; returns how many tokens were made just now."""
+    if (place / f"{part}.tokens.npy").exists():
+        advance(len(spans))
+        return 0
+    fresh, shards, lengths = 0, [], []
+    for first, last in groups(spans, SHARD_BYTES):
+        shard = place / f"{part}-{first}-{last}.npz"
+        shards.append(shard)
+        if shard.exists():
+            advance(last - first)
+        else:
+            made, counts = encode(text, spans[first:last], tokenizer, advance)
+            with _finished(shard) as unfinished, unfinished.open("wb") as out:
+                np.savez(out, tokens=made, lengths=counts)
+            fresh += len(made)
+        with np.load(shard) as kept:
+            lengths.append(kept["lengths"])
+
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+    for name, array in (("offsets", offsets), ("spans", spans)):
+        with _finished(place / f"{part}.{name}.npy") as unfinished, unfinished.open("wb") as out:
+            np.save(out, array)
+    with _finished(place / f"{part}.tokens.npy") as unfinished:
+        tokens = np.lib.format.open_memmap(unfinished, "w+", token_dtype(tokenizer), (int(offsets[-1]),))
+        filled = 0
+        for shard in shards:
+            with np.load(shard) as kept:
+                tokens[filled : filled + len(kept["tokens"])] = kept["tokens"]
+                filled += int(kept["lengths"].sum())
+        tokens.flush()
+    for shard in shards:
+        shard.unlink()
+    return fresh
+
+
+@contextlib.contextmanager
+def _finished(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to; it becomes `file` (or folder) in one rename, and only when nothing went wrong."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    if unfinished.is_dir():
+        shutil.rmtree(unfinished)
+    yield unfinished
+    if unfinished.is_file():
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+    unfinished.replace(file)
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Hold the lock of a folder: two processes that start at once build it once."""
+    import filelock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"Waiting for the process that is building {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

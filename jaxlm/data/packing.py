@@ -1,0 +1,147 @@
+"""Token streams → rows of one length: windows of the stream, or whole documents packed by best fit.
+
+Pure arithmetic on arrays, index-addressed: row i of `Windows` or `Packed` is computed when asked for.
+In both, every token of the corpus is a target exactly once. A row is a dict of arrays (length,):
+`tokens` int32, `targets` int32, `weights` float32 (0: not scored); `Packed` adds `segments` and
+`positions` int32. `stack` makes a batch of rows: tokens_BL, targets_BL, …
+B rows of the batch · L tokens of a row.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+Row = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """Rows addressed by number, and the row that stands for none."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Row: ...
+    def blank(self) -> Row: ...
+
+
+def stack(rows: Sequence[Row]) -> Batch:
+    """Rows (L,) → a batch (B, L), `_BL` added to each name."""
+    return {f"{name}_BL": np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Row i predicts `stream[i L:(i + 1) L]`, each token from the ones before it; the last row is padded.
+
+    The first token of the stream is predicted from `bos_id`, the first of any other row from the
+    token that stands before it, so no token is lost at an edge. Padding is `eos_id` with weight 0.
+    """
+
+    stream: np.ndarray
+    length: int
+    bos_id: int
+    eos_id: int
+
+    def __len__(self) -> int:
+        return -(-len(self.stream) // self.length)
+
+    def __getitem__(self, i: int) -> Row:
+        row, start = self.blank(), i * self.length
+        targets = self.stream[start : start + self.length]
+        n = len(targets)
+        row["targets"][:n] = targets
+        row["tokens"][0] = self.stream[start - 1] if start else self.bos_id
+        row["tokens"][1:n] = targets[:-1]
+        row["weights"][:n] = 1
+        return row
+
+    def blank(self) -> Row:
+        """A row of padding alone."""
+        return {
+            "tokens": np.full(self.length, self.eos_id, np.int32),
+            "targets": np.full(self.length, self.eos_id, np.int32),
+            "weights": np.zeros(self.length, np.float32),
+        }
+
+
+class Packed:
+    """Rows of whole documents, each document a segment of its own; long ones are cut into pieces of a row.
+
+    Documents do not see each other: `segments` counts them from 1 (0: padding) and `positions` starts
+    at 0 in each. A document's first token is predicted from `bos_id`; a later piece of it starts from
+    the token before the cut. Which piece lies where is decided by `best_fit_decreasing`.
+    """
+
+    def __init__(self, stream: np.ndarray, offsets: np.ndarray, length: int, bos_id: int, eos_id: int):
+        """`offsets` (n_docs + 1,): document d is `stream[offsets[d]:offsets[d + 1]]`."""
+        self.stream, self.length, self.bos_id, self.eos_id = stream, length, bos_id, eos_id
+        self.starts, self.stops, self.first = cut(offsets, length)
+        self.order, self.bounds = best_fit_decreasing(self.stops - self.starts, length)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, i: int) -> Row:
+        row, at = self.blank(), 0
+        for segment, piece in enumerate(self.order[self.bounds[i] : self.bounds[i + 1]], 1):
+            start, stop = self.starts[piece], self.stops[piece]
+            n = stop - start
+            here = slice(at, at + n)
+            row["targets"][here] = self.stream[start:stop]
+            row["tokens"][at] = self.bos_id if self.first[piece] else self.stream[start - 1]
+            row["tokens"][at + 1 : at + n] = self.stream[start : stop - 1]
+            row["weights"][here] = 1
+            row["segments"][here] = segment
+            row["positions"][here] = np.arange(n)
+            at += n
+        return row
+
+    def blank(self) -> Row:
+        """A row of padding alone."""
+        row = Windows(self.stream, self.length, self.bos_id, self.eos_id).blank()
+        return row | {"segments": np.zeros(self.length, np.int32), "positions": np.zeros(self.length, np.int32)}
+
+
+def cut(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents cut into pieces of at most `length` tokens: (starts, stops, is the first of its document)."""
+    offsets = np.asarray(offsets, np.int64)
+    pieces = -(-np.diff(offsets) // length)  # of each document
+    document = np.repeat(np.arange(len(pieces)), pieces)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
+    starts = offsets[document] + number * length
+    return starts, np.minimum(starts + length, offsets[document + 1]), number == 0
+
+
+def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items into as few bins as a greedy rule finds: bin b holds the items `order[bounds[b]:bounds[b + 1]]`.
+
+    The longest item first, each into the fullest bin that still has room (Ding et al. 2024, "Fewer
+    Truncations Improve Language Modeling", §3.2). Sizes from 1 to `capacity`; ties keep the given order.
+    Where they walk a tree, one whole number has a bit for every amount of room that some bin has left.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    assert not len(sizes) or (sizes.min() > 0 and sizes.max() <= capacity), f"sizes must lie in 1..{capacity}"
+    bin_of = np.empty(len(sizes), np.int64)
+    roomy: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room they have left
+    rooms = 0  # bit r is set where roomy[r] is not empty
+    bins = 0
+    decreasing = np.argsort(-sizes, kind="stable")
+    for item, size in zip(decreasing.tolist(), sizes[decreasing].tolist(), strict=True):
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1  # the lowest set bit: the fullest bin that fits
+            chosen = roomy[room].pop()
+            if not roomy[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, bins
+            bins += 1
+        bin_of[item] = chosen
+        left = room - size
+        if left:
+            if not roomy[left]:
+                rooms |= 1 << left
+            roomy[left].append(chosen)
+    order = decreasing[np.argsort(bin_of[decreasing], kind="stable")]
+    return order, np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=bins))])
