@@ -175,7 +175,7 @@ class _Builder:
         by_tail = [name for name in everywhere if name.rsplit(".", 1)[-1] == key]
         hint = nearest(given, siblings) or next(iter(by_tail), None) or nearest(given, everywhere)
         spell = (lambda name: f"--{name.replace('_', '-')}") if self.from_flag(given) else str
-        guess = f"did you mean {spell(hint)}? " if hint else ""
+        guess = f"did you mean {spell(hint)!r}? " if hint else ""
         allowed = ", ".join(name.rsplit(".", 1)[-1] for name in siblings)
         return ValueError(f"unknown option {spell(given)}{self.where(given)}: {guess}allowed in {path or 'the top level'}: {allowed}")
 

@@ -130,11 +130,9 @@ class StreamBatches:
                 previous = int(taken[-1])
                 yield batch, {**place, "used": whole - unused + left, "previous": previous}
         if len(buffer):
-            yield self._batch(buffer, previous, length), {"epoch": self._epochs(), "place": None, "used": 0, "previous": 0}
-
-    def _epochs(self) -> int:
-        assert self.config.epochs is not None, "a stream without end has no last epoch"
-        return int(self.config.epochs)
+            assert self.config.epochs is not None, "a stream without end has no last batch"
+            end = {"epoch": int(self.config.epochs), "place": None, "used": 0, "previous": int(buffer[-1])}
+            yield self._batch(buffer, previous, length), end
 
     def _chunks(self, epoch: int, place: State | None) -> Iterator[tuple[np.ndarray, State]]:
         """(tokens of a few documents, where in the stream they begin), epoch after epoch."""

@@ -21,8 +21,13 @@ class ParallelConfig:
     tensor: int = 1
     """Heads, MLP and vocabulary split over this many devices that share the same rows."""
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Sizes in the order of AXES."""
+        return self.data, self.fsdp, self.tensor
+
     def __post_init__(self) -> None:
-        sizes = dataclasses.astuple(self)
+        sizes = self.sizes
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             given = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
             raise ValueError(f"mesh sizes are positive, at most one of them -1 (what is left); given: {given}")
@@ -31,7 +36,7 @@ class ParallelConfig:
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A `data × fsdp × tensor` mesh over all devices, or ValueError with the sizes that would fit."""
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.astuple(config)
+    sizes = config.sizes
     fixed = int(np.prod([size for size in sizes if size != -1]))
     left = len(devices) // fixed
     if (-1 in sizes and (left < 1 or left * fixed != len(devices))) or (-1 not in sizes and fixed != len(devices)):

