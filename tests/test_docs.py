@@ -1,0 +1,88 @@
+"""Every command that README.md and the configs' headers show runs, in a copy of the repository, cut short."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+INSTALL = re.compile(r"^python3 -m venv \.venv && \. \.venv/bin/activate && pip install -e (\S+) && ")
+README = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf8"), re.DOTALL)
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def header(file: pathlib.Path) -> dict[str, str]:
+    lines = [line for line in file.read_text(encoding="utf8").splitlines() if line.startswith("#")]
+    return dict(m.groups() for line in lines if (m := re.match(r"#\s+(command|machine|time|score):\s+(.+)", line)))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of what a clone would hold, with a small text to train on and the commands on the path."""
+    place = tmp_path_factory.mktemp("clone") / "jaxlm"
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__", "*.egg-info", ".*_cache"))
+    (place / "my-texts").mkdir()
+    for i in range(40):
+        (place / "my-texts" / f"{i}.txt").write_text(f"Text {i}: " + "the quick brown fox jumps over the lazy dog. " * 20)
+    (place / "input.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 200)
+    return place
+
+
+def run(command: str, clone: pathlib.Path) -> subprocess.CompletedProcess:
+    """The command as typed, but already installed, two steps of training and no tests run by a test."""
+    command = INSTALL.sub("", command)
+    if "train.py" in command:
+        command += " --train.steps 2 --train.sample-tokens 4"
+    if command == "pytest":
+        command += " --collect-only -q"
+    bin_folder = pathlib.Path(sys.executable).parent
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST"))}
+    env |= {
+        "PATH": f"{bin_folder}:{env['PATH']}", "PYTHONPATH": str(clone), "JAXLM_CACHE": str(clone / "cache"), "JAX_PLATFORMS": "cpu",
+        "JAXLM_DATA": os.environ.get("JAXLM_DATA", str(ROOT.parent / "shared" / "data")),
+    }  # fmt: skip
+    return subprocess.run(command, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.slow
+def test_every_readme_command_runs_in_order(clone):
+    assert len(README) >= 8 and sum(bool(INSTALL.match(command)) for command in README) == 2
+    for command in README:
+        assert "\n" not in command, f"one line a command: {command}"
+        done = run(command, clone)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_headers_command_starts(file, clone):
+    done = run(header(file)["command"] + f" --name header-{file.stem}", clone)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (clone / "runs" / f"header-{file.stem}" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_config_headers_say_command_machine_time_and_score(file):
+    assert set(header(file)) == {"command", "machine", "time", "score"}
+    command = header(file)["command"]
+    assert command == "python train.py" if file.stem == "tiny" else command.startswith(f"python train.py configs/{file.name}")
+
+
+def test_readme_installs_only_what_pyproject_offers():
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    for named in re.findall(r"'\.\[([\w,]+)\]'", text):
+        assert set(named.split(",")) <= set(extras)
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
