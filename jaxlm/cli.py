@@ -90,9 +90,7 @@ def generate(words: Sequence[str]) -> int:
     decoder = StreamDecoder(tokenizer)
     write = sys.stdout.write
     write(options.prompt)
-    for token in generator.stream(
-        trained.params, prompt, options.max_tokens, sampling, seed=options.seed, stop=tokenizer.eos_id
-    ):
+    for token in generator.stream(trained.params, prompt, options.max_tokens, sampling, seed=options.seed, stop=tokenizer.eos_id):
         write(decoder.push(token))
         sys.stdout.flush()
     write(decoder.flush() + "\n")
@@ -111,10 +109,9 @@ def help_text() -> str:
 
 def help_for(name: str) -> str:
     """The usage of a verb and its options, read from the config dataclasses."""
-    if name == "generate":
-        described: type = GenerateOptions
-    else:
-        from jaxlm.experiment import ExperimentConfig as described
+    from jaxlm.experiment import ExperimentConfig
+
+    described = GenerateOptions if name == "generate" else ExperimentConfig
     lines = [str(VERBS[name].__doc__), ""]
     for option, kind, default, text in configs.describe(described):
         lines.append(f"  --{option.replace('_', '-')} {kind}" + (f" (default {default})" if default else ""))

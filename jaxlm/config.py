@@ -177,12 +177,12 @@ class _Builder:
         spell = (lambda name: f"--{name.replace('_', '-')}") if self.from_flag(given) else str
         guess = f"did you mean {spell(hint)!r}? " if hint else ""
         allowed = ", ".join(name.rsplit(".", 1)[-1] for name in siblings)
-        return ValueError(f"unknown option {spell(given)}{self.where(given)}: {guess}allowed in {path or 'the top level'}: {allowed}")
+        return ValueError(
+            f"unknown option {spell(given)}{self.where(given)}: {guess}allowed in {path or 'the top level'}: {allowed}"
+        )
 
     def from_flag(self, path: str) -> bool:
-        return any(
-            origin.startswith("--") and (key == path or key.startswith(path + ".")) for key, origin in self.origins.items()
-        )
+        return any(origin.startswith("--") and (key == path or key.startswith(path + ".")) for key, origin in self.origins.items())
 
     def lay_preset(self, cls: type, tree: dict, path: str) -> dict:
         presets = getattr(cls, "PRESETS", None)
@@ -197,13 +197,12 @@ class _Builder:
 
     def value(self, kind: Any, given: Any, path: str) -> Any:
         """`given` as a value of the annotated type `kind`, or a ValueError that says what is allowed."""
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return self.dataclass(kind, read(given), path)
         origin, args = typing.get_origin(kind), typing.get_args(kind)
         if origin in (typing.Union, types.UnionType):
-            if given is None or (isinstance(given, Text) and given.lower() in ("null", "none")):
-                if type(None) in args:
-                    return None
+            if type(None) in args and (given is None or (isinstance(given, Text) and given.lower() in ("null", "none"))):
+                return None
             inner = [arg for arg in args if arg is not type(None)]
             assert len(inner) == 1, f"{path}: only `X | None` unions are supported"
             return self.value(inner[0], given, path)

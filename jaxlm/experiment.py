@@ -190,10 +190,8 @@ class Run:
             return {"loss": loss, "bits_per_byte": loss * bits}
 
         def sample(params: Params) -> str:
-            prompt = tokenizer.encode(c.train.sample_prompt)
-            new = generator.stream(
-                params, prompt, c.train.sample_tokens, SAMPLING, seed=c.seed, stop=tokenizer.eos_id
-            )
+            prompt = tokenizer.encode(c.train.sample_prompt).tolist()
+            new = generator.stream(params, prompt, c.train.sample_tokens, SAMPLING, seed=c.seed, stop=tokenizer.eos_id)
             return c.train.sample_prompt + tokenizer.decode(list(new))
 
         began = time.monotonic()
@@ -206,9 +204,7 @@ class Run:
             else:
                 state, progress = init_state(model, optimizer, c.seed, mesh), None
             record = Record(self.folder, self.start)
-            batches = prefetch(
-                source.iterate(progress), lambda pair: (place_batch(pair[0], mesh), pair[1]), c.data.prefetch
-            )
+            batches = prefetch(source.iterate(progress), lambda pair: (place_batch(pair[0], mesh), pair[1]), c.data.prefetch)
             outcome = fit(
                 c.train, state, self.start,
                 make_train_step(model, objective, optimizer, schedule, mesh, seed=c.seed, accumulate=c.train.accumulate),
@@ -229,7 +225,8 @@ class Run:
         rows = f"{c.data.batch_size} × {c.data.length} tokens a step"
         say(f"{self.folder}: {count(self.model.parameters())} parameters, {rows}, {c.train.steps:,} steps")
         say(f"data: {corpora.summary()}")
-        say(f"devices: {devices.size} × {devices.flat[0].device_kind} ({' × '.join(f'{k} {v}' for k, v in self.mesh.shape.items())})")
+        axes = " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        say(f"devices: {devices.size} × {devices.flat[0].device_kind} ({axes})")
 
     def _conclude(self, ended: str, step: int, rows: list[dict[str, Any]], took: float) -> None:
         """Write the page of the run and say what was reached and what to type next."""
@@ -314,8 +311,10 @@ def load_model(argument: str) -> Trained:
     folder = pathlib.Path(argument)
     if not (folder / "config.yaml").is_file():
         runs = sorted(str(file.parent) for file in pathlib.Path("runs").glob("*/config.yaml"))
-        raise configs.unknown("model", argument, runs) if runs else ValueError(
-            f"no model at {argument!r}: give the folder of a run; `python train.py` makes one"
+        raise (
+            configs.unknown("model", argument, runs)
+            if runs
+            else ValueError(f"no model at {argument!r}: give the folder of a run; `python train.py` makes one")
         )
     config = configs.load(ExperimentConfig, folder / "config.yaml").value
     tokenizer = load_tokenizer(folder / "tokenizer")

@@ -43,7 +43,14 @@ class Generator:
         return sample(logits_BLV[:, 0, :], key, config, self.vocab_size), cache
 
     def stream(
-        self, params: Params, prompt: Sequence[int], max_tokens: int, config: SampleConfig, *, seed: int = 0, stop: int | None = None
+        self,
+        params: Params,
+        prompt: Sequence[int],
+        max_tokens: int,
+        config: SampleConfig,
+        *,
+        seed: int = 0,
+        stop: int | None = None,
     ) -> Iterator[int]:
         """Yield up to `max_tokens` token ids after `prompt` (at least one id), ending before `stop`.
 
@@ -57,6 +64,7 @@ class Generator:
         text = [int(token) for token in prompt]
         run_key = jax.random.key(seed)
         cache: Cache | None = None
+        token_B: jax.Array | None = None
         filled = 0
         with jax.set_mesh(self.mesh):
             for i in range(max_tokens):

@@ -70,6 +70,7 @@ class Attention(nn.Module):
         if angles is not None:
             q_BLNH, k_BSKH = rotate(q_BLNH, angles), rotate(k_BSKH, angles)
         if cache is not None:
+            assert seen is not None, "a cache comes with the number of tokens it holds"
             start = (0, seen, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH, start)
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH, start)

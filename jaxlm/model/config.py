@@ -32,7 +32,7 @@ def _llama(
 
 # The Llama 3 sizes follow Dubey et al. 2024, "The Llama 3 Herd of Models", table 3, and for 1B and 3B
 # the released Llama 3.2 configs; those below 1B are ours, in the same proportions, vocabulary by the tokenizer.
-_LLAMA3 = {"vocab_size": 128_256, "positions": 8192, "theta": 500_000.0}
+_LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "positions": 8192, "theta": 500_000.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,17 @@ class TransformerConfig:
     """What the backward pass recomputes: nothing, all but the matrix products, everything."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "vocab_multiple", "positions", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width"):
+        for name in (
+            "vocab_size",
+            "vocab_multiple",
+            "positions",
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")

@@ -16,8 +16,11 @@ from jaxlm.model.config import TransformerConfig
 from jaxlm.parallel.rules import constrain
 
 
-def normal(std: float) -> Any:
-    return nn.initializers.normal(std)
+def parameter(module: Any, name: str, axes: str, init: Any, split: bool = True) -> jax.Array:
+    """Declare a float32 parameter: its letters give its shape and, with `split`, its sharding."""
+    sizes = module.config.sizes()
+    letters = tuple(axes) if split else (None,) * len(axes)
+    return module.param(name, nn.with_logical_partitioning(init, letters), tuple(sizes[letter] for letter in axes))
 
 
 class Linear(nn.Module):
@@ -37,16 +40,13 @@ class Linear(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         inputs, output = self.equation.split("->")
         axes = inputs.split(",")[1]
-        sizes = c.sizes()
         scaled = self.residual and c.init == "residual_scaled"
         std = c.init_std / math.sqrt(2 * c.layers) if scaled else c.init_std
-        shape = tuple(sizes[letter] for letter in axes)
-        w = self.param("kernel", nn.with_logical_partitioning(normal(std), tuple(axes)), shape)
+        w = parameter(self, "kernel", axes, nn.initializers.normal(std))
         y = jnp.einsum(self.equation, x, w.astype(dtype))
         if c.bias:
             axes = "".join(letter for letter in axes if letter in output)
-            shape = tuple(sizes[letter] for letter in axes)
-            b = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, tuple(axes)), shape)
+            b = parameter(self, "bias", axes, nn.initializers.zeros)
             y = y + b.astype(dtype).reshape((1,) * (y.ndim - b.ndim) + b.shape)
         return constrain(y, output)
 
@@ -61,17 +61,15 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        size = c.sizes()[self.axis]
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        # Replicated, hence no letter: splitting a vector of D numbers would save nothing.
-        scale = self.param("scale", nn.with_logical_partitioning(ones, (None,)), (size,))
+        # Held whole by every device: splitting a vector of D numbers would save nothing.
+        scale = parameter(self, "scale", self.axis, nn.initializers.ones, split=False)
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + c.norm_eps)
         y = y * _as_row(scale, y)
         if self.kind == "layernorm" and c.bias:
-            bias = self.param("bias", nn.with_logical_partitioning(zeros, (None,)), (size,))
+            bias = parameter(self, "bias", self.axis, nn.initializers.zeros, split=False)
             y = y + _as_row(bias, y)
         return y.astype(x.dtype)
 
@@ -87,9 +85,7 @@ class Embed(nn.Module):
     axes: str
 
     def setup(self) -> None:
-        c = self.config
-        shape = tuple(c.sizes()[letter] for letter in self.axes)
-        self.table = self.param("table", nn.with_logical_partitioning(normal(c.init_std), tuple(self.axes)), shape)
+        self.table = parameter(self, "table", self.axes, nn.initializers.normal(self.config.init_std))
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
         return constrain(jnp.take(self.table, ids_BL, axis=0).astype(self.config.dtype), "BLD")

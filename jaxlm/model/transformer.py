@@ -5,6 +5,7 @@ length · S key length · D model width · N query heads · K key/value heads ·
 V vocabulary · P positions · E experts · C classes. `q_BLNH` needs no shape comment.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,4 +104,7 @@ class Transformer(nn.Module):
         x_BLD, kv = self.layers(x_BLD, kv, mask_BLS, angles, seen)
         if c.norm_position == "pre":
             x_BLD = self.final_norm(x_BLD)
-        return x_BLD, None if cache is None else Cache(*kv, cache.length + length)
+        if cache is None:
+            return x_BLD, None
+        assert kv is not None, "layers given a cache return it"
+        return x_BLD, dataclasses.replace(cache, k_XBSKH=kv[0], v_XBSKH=kv[1], length=cache.length + length)

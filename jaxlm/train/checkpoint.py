@@ -23,9 +23,7 @@ class Checkpoints:
         # Orbax reports every save in a dozen lines; a person wants the errors.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.ocp = ocp
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False)
         preserve = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(preservation_policy=preserve, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -35,9 +33,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest held-out loss, or the latest where none was evaluated."""
-        scored = {
-            step: metrics["loss"] for step in self.manager.all_steps() if (metrics := self.manager.metrics(step)) is not None
-        }
+        scored = {step: metrics["loss"] for step in self.manager.all_steps() if (metrics := self.manager.metrics(step)) is not None}
         return min(scored, key=lambda step: scored[step]) if scored else self.latest()
 
     def save(self, step: int, state: TrainState, progress: Any, metrics: dict[str, float] | None = None) -> None:

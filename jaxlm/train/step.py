@@ -20,16 +20,14 @@ Batch = Mapping[str, jax.Array]
 class TrainState:
     """Everything a step changes. Randomness is not among it: it is drawn from (seed, step)."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 
 
 def state_shapes(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and dtypes of the state, without computing it."""
-    return TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), model.shapes, jax.eval_shape(optimizer.init, model.shapes)
-    )
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.shapes, jax.eval_shape(optimizer.init, model.shapes))
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -111,9 +109,7 @@ def make_train_step(
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(fine, new, old)
 
-        new = TrainState(
-            state.step + 1, jax.tree.map(keep, params, state.params), jax.tree.map(keep, opt_state, state.opt_state)
-        )
+        new = TrainState(state.step + 1, jax.tree.map(keep, params, state.params), jax.tree.map(keep, opt_state, state.opt_state))
         means = {name: value / weight for name, value in sums.items() if name != "weight"}
         return new, {
             **means,
@@ -125,9 +121,7 @@ def make_train_step(
 
     shardings = state_shardings(model, optimizer, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        train_step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0
-    )
+    return jax.jit(train_step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0)
 
 
 def make_eval_step(model: Model, objective: Objective, mesh: Mesh) -> Callable[[Any, Batch], dict[str, jax.Array]]:

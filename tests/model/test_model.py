@@ -209,7 +209,9 @@ def test_chunked_loss_is_the_plain_loss(chunk, z_loss, cap):
 def test_chunked_loss_never_holds_all_logits():
     """In the compiled gradient no array has as many elements as the logits of the whole batch."""
     B, L, D, V, chunk = 4, 64, 8, 512, 16
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in [((B, L, D), "float32"), ((V, D), "float32"), ((B, L), "int32"), ((B, L), "float32")]]
+    shapes = [
+        jax.ShapeDtypeStruct(s, d) for s, d in [((B, L, D), "float32"), ((V, D), "float32"), ((B, L), "int32"), ((B, L), "float32")]
+    ]
 
     def loss(hidden, table, targets, weights):
         return linear_cross_entropy(hidden, table, targets, weights, chunk, 1e-4, None)[0]

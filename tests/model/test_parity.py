@@ -24,9 +24,17 @@ def gpt2():
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=s["vocab_size"], n_positions=s["positions"], n_embd=s["width"], n_layer=s["layers"], n_head=s["heads"],
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
+            vocab_size=s["vocab_size"],
+            n_positions=s["positions"],
+            n_embd=s["width"],
+            n_layer=s["layers"],
+            n_head=s["heads"],
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
     w = perturb(theirs)
     N, D, X = s["heads"], s["width"], s["layers"]
@@ -69,11 +77,17 @@ def llama():
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=s["vocab_size"], max_position_embeddings=s["positions"], hidden_size=s["width"],
-            num_hidden_layers=s["layers"], num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"],
-            intermediate_size=s["mlp_width"], rms_norm_eps=1e-5, tie_word_embeddings=False,
+            vocab_size=s["vocab_size"],
+            max_position_embeddings=s["positions"],
+            hidden_size=s["width"],
+            num_hidden_layers=s["layers"],
+            num_attention_heads=s["heads"],
+            num_key_value_heads=s["kv_heads"],
+            intermediate_size=s["mlp_width"],
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        )  # fmt: skip
+        )
     )
     w = perturb(theirs)
     N, K, D, F, X = s["heads"], s["kv_heads"], s["width"], s["mlp_width"], s["layers"]
@@ -134,7 +148,9 @@ def test_logits_loss_and_gradients_agree(family):
     batch = {"tokens_BL": inputs, "targets_BL": targets, "weights_BL": np.ones(targets.shape, np.float32)}
 
     logits = theirs(torch.tensor(inputs, dtype=torch.long)).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten(), reduction="sum")
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten(), reduction="sum"
+    )
     loss.backward()
 
     np.testing.assert_allclose(model.apply(params, batch)[0], logits.detach().numpy(), atol=1e-4)

@@ -10,7 +10,12 @@ import pytest
 from jaxlm import config as configs
 from jaxlm.experiment import ExperimentConfig, Run, load_model
 
-TEXT = "\n\n".join(f"The {a} {b} sat on the {c}. It was {b}." for a in ("old", "new", "red") for b in ("cat", "dog", "owl", "fox") for c in ("mat", "log", "wall", "roof"))
+TEXT = "\n\n".join(
+    f"The {a} {b} sat on the {c}. It was {b}."
+    for a in ("old", "new", "red")
+    for b in ("cat", "dog", "owl", "fox")
+    for c in ("mat", "log", "wall", "roof")
+)
 TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "model_flops_per_second", "mfu")
 
 
@@ -127,7 +132,16 @@ def test_the_folder_holds_what_it_should(make):
     config = make("whole", train__steps=4, train__eval_every=2)
     Run(config).train()
     there = {path.name for path in config.folder.iterdir()}
-    assert there == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "samples.md", "curves.png", "report.html", "tokenizer"}
+    assert there == {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "samples.md",
+        "curves.png",
+        "report.html",
+        "tokenizer",
+    }
     assert configs.load(ExperimentConfig, config.folder / "config.yaml").value == config
     assert (config.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (config.folder / "report.html").read_text()
@@ -151,8 +165,8 @@ def test_bits_per_byte_do_not_depend_on_batch_or_padding(make, layout):
     """The same parameters score the same however the held-out text is batched; by hand too, token by token."""
     scores = []
     for rows_a_batch in (8, 16, 64):
-        config = make(f"b{rows_a_batch}", data__layout=layout, data__batch_size=rows_a_batch, train__steps=1, train__sample_tokens=0,
-                      optim__learning_rate=1e-12)  # fmt: skip
+        still = {"train__steps": 1, "train__sample_tokens": 0, "optim__learning_rate": 1e-12}
+        config = make(f"b{rows_a_batch}", data__layout=layout, data__batch_size=rows_a_batch, **still)
         Run(config).train()
         scores += [row["bits_per_byte"] for row in rows(config) if row["kind"] == "eval"]
     np.testing.assert_allclose(scores, scores[0], rtol=1e-5)

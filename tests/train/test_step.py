@@ -26,9 +26,7 @@ def batches(mesh, count: int, seed: int = 0):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         ids = rng.integers(0, 64, (4, 17)).astype(np.int32)
-        yield place_batch(
-            {"tokens_BL": ids[:, :-1], "targets_BL": ids[:, 1:], "weights_BL": np.ones((4, 16), np.float32)}, mesh
-        )
+        yield place_batch({"tokens_BL": ids[:, :-1], "targets_BL": ids[:, 1:], "weights_BL": np.ones((4, 16), np.float32)}, mesh)
 
 
 # Loss and gradient norm of the first two steps, from a run whose logits agreed with torch's GPT-2 (test_parity.py).
