@@ -43,6 +43,7 @@ def run(command: str, clone: pathlib.Path) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST"))}
     env |= {
         "PATH": f"{bin_folder}:{env['PATH']}", "PYTHONPATH": str(clone), "JAXLM_CACHE": str(clone / "cache"),
+        "JAX_PLATFORMS": "cpu",
         "JAXLM_DATA": os.environ.get("JAXLM_DATA", str(ROOT.parent / "shared" / "data")),
     }  # fmt: skip
     return subprocess.run(command, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=400)
