@@ -13,7 +13,7 @@ ROOT = pathlib.Path(jaxlm.__file__).parent
 ROOMS = {
     "config": [],
     "report": ["console", "record", "page"],
-    "parallel": ["mesh", "rules"],
+    "parallel": ["memory", "mesh", "rules"],
     "model": ["config", "layers", "cache", "attention", "transformer", "heads", "functions"],
     "data": ["tokenizer", "sources", "corpus", "cache", "packing", "pipeline"],
     "train": ["objectives", "optim", "step", "checkpoint", "loop"],

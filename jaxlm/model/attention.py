@@ -5,6 +5,7 @@ G query heads per key/value head (N / K) · H head width.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,21 +33,78 @@ def attention_mask(length: int, segments_BL: jax.Array | None, seen: jax.Array |
 
 
 def attend(
-    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BLS: jax.Array, drop: nn.Dropout | None = None
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BLS: jax.Array,
+    *,
+    causal: bool = False,
+    drop: nn.Dropout | None = None,
 ) -> jax.Array:
     """softmax(q·kᵀ/√H + mask)·v, the softmax in float32 (Vaswani et al. 2017, eq. 1) → (B, L, N, H).
 
-    Query heads share key/value heads in groups of N / K (Ainslie et al. 2023, "GQA").
+    Query heads share key/value heads in groups of N / K (Ainslie et al. 2023, "GQA"). `causal` promises
+    that the mask hides every key behind its query (L = S), most of which are then never computed.
     """
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
-    q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H) * (1 / math.sqrt(H))
-    scores_BKGLS = jnp.einsum("BLKGH,BSKH->BKGLS", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGLS = jnp.where(mask_BLS[:, None, None, :, :], scores_BKGLS, jnp.finfo(jnp.float32).min)
-    weights_BKGLS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BSKH.dtype)
+    # Heads first: the products are then plain batched matrix products, without a transpose of the scores.
+    q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * (1 / math.sqrt(H))
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    mask_BKGLS = mask_BLS[:, None, None, :, :]
     if drop is not None:
-        weights_BKGLS = drop(weights_BKGLS)
-    return jnp.einsum("BKGLS,BSKH->BLKGH", weights_BKGLS, v_BSKH).reshape(B, L, N, H)
+        mixed_BKGLH = _mix(drop(_weights(q_BKGLH, k_BKSH, mask_BKGLS)), v_BKSH)
+    else:
+        # Blocks of queries, each against the keys up to its own end; under 64 rows they cost more than they save.
+        blocks = max(1, min(4, L // 64)) if causal else 1
+        parts, start = [], 0
+        for i in range(blocks):
+            rows = slice(start, L * (i + 1) // blocks)
+            keys = slice(0, rows.stop if causal else k_BKSH.shape[2])
+            mask = mask_BKGLS[:, :, :, rows, keys]
+            parts.append(weigh(q_BKGLH[:, :, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask))
+            start = rows.stop
+        mixed_BKGLH = jnp.concatenate(parts, axis=3) if blocks > 1 else parts[0]
+    return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
+
+
+def _weights(q_BKGLH: jax.Array, k_BKSH: jax.Array, mask_BKGLS: jax.Array) -> jax.Array:
+    scores_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", q_BKGLH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGLS = jnp.where(mask_BKGLS, scores_BKGLS, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores_BKGLS, axis=-1).astype(q_BKGLH.dtype)
+
+
+def _mix(weights_BKGLS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    return jnp.einsum("BKGLS,BKSH->BKGLH", weights_BKGLS, v_BKSH)
+
+
+@jax.custom_vjp
+def weigh(q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BKGLS: jax.Array) -> jax.Array:
+    """The attention core. Its gradient is written out: softmax's needs Σ p·dp, which is the row sum of
+    output · gradient (Dao et al. 2022, "FlashAttention", §B.2), over H numbers instead of S."""
+    return _weigh_forward(q_BKGLH, k_BKSH, v_BKSH, mask_BKGLS)[0]
+
+
+def _weigh_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+    weights = _weights(q, k, mask)
+    mixed = _mix(weights, v)
+    return mixed, (q, k, v, weights, mixed)
+
+
+def _weigh_backward(saved: Any, grad_BKGLH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, mixed = saved
+    along = jnp.sum((grad_BKGLH * mixed).astype(jnp.float32), axis=-1, keepdims=True)
+    grad_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", grad_BKGLH, v, preferred_element_type=jnp.float32)
+    grad_BKGLS = (weights.astype(jnp.float32) * (grad_BKGLS - along)).astype(q.dtype)
+    return (
+        jnp.einsum("BKGLS,BKSH->BKGLH", grad_BKGLS, k),
+        jnp.einsum("BKGLS,BKGLH->BKSH", grad_BKGLS, q),
+        jnp.einsum("BKGLS,BKGLH->BKSH", weights, grad_BKGLH),
+        None,
+    )
+
+
+weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 class Attention(nn.Module):
@@ -76,5 +134,5 @@ class Attention(nn.Module):
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH, start)
             cache = (k_BSKH, v_BSKH)
         drop = nn.Dropout(c.dropout, deterministic=not self.train) if c.dropout else None
-        mixed_BLNH = attend(q_BLNH, k_BSKH, v_BSKH, mask_BLS, drop)
+        mixed_BLNH = attend(q_BLNH, k_BSKH, v_BSKH, mask_BLS, causal=cache is None, drop=drop)
         return Linear(c, "BLNH,NHD->BLD", residual=True, name="out")(mixed_BLNH), cache
