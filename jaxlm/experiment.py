@@ -290,7 +290,7 @@ def next_commands(config: ExperimentConfig, step: int) -> list[str]:
     """What a person may type after a run."""
     file = config.folder / "config.yaml"
     return [
-        f'jaxlm generate {config.folder} --prompt "{config.train.sample_prompt.strip()}"',
+        f'jaxlm generate {config.folder} --prompt "{config.train.sample_prompt}"',
         f"jaxlm train {file} --train.steps {2 * max(step, config.train.steps)}",
         f"jaxlm train {file} --name {config.name}-2 --optim.learning-rate {config.optim.learning_rate / 2:g}",
         f"tensorboard --logdir {config.runs}",

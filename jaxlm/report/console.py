@@ -32,17 +32,18 @@ class _Plain:
     def __init__(self, title: str, total: int, unit: str, start: int, every: float = 5.0):
         self.title, self.total, self.unit, self.every = title, total, unit, every
         self.done, self.began, self.last = start, time.monotonic(), time.monotonic()
-        self.start = start
+        self.start, self.shown = start, ""
 
     def advance(self, by: int = 1, **fields: str) -> None:
         self.done += by
+        if fields:
+            self.shown = "".join(f" · {name} {value}" for name, value in fields.items())
         now = time.monotonic()
         if now - self.last < self.every and self.done < self.total:
             return
         self.last = now
         left = (now - self.began) / max(1, self.done - self.start) * (self.total - self.done)
-        shown = "".join(f" · {name} {value}" for name, value in fields.items())
-        say(f"{self.title} {self.done:,}/{self.total:,} {self.unit}{shown} · {seconds(left)} left")
+        say(f"{self.title} {self.done:,}/{self.total:,} {self.unit}{self.shown} · {seconds(left)} left")
 
 
 class _Live:

@@ -37,7 +37,7 @@ class TrainConfig:
     """Weight of log²Z beside the cross-entropy."""
     loss_chunk: int = 128
     """Positions of each row whose logits exist at a time."""
-    sample_prompt: str = "The "
+    sample_prompt: str = "The"
     """What the samples written during training begin with."""
     sample_tokens: int = 80
     """Length of those samples in tokens; 0: none."""
