@@ -108,6 +108,22 @@ def test_another_config_in_the_folder_is_refused(make):
     assert Run(make("mine", train__steps=4, parallel__data=8, parallel__fsdp=1, parallel__tensor=1)).train() == "finished"
 
 
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ({"data__batch_size": 6}, ["data.batch_size 6", "4 device(s)", "multiple of 4", "such as 8"]),
+        ({"train__accumulate": 4}, ["data.batch_size 8", "4 part(s)", "multiple of 16"]),
+        ({"model__heads": 1}, ["parallel.tensor 2", "model.heads 1", "parallel.tensor may be 1"]),
+        ({"model__vocab_size": 100}, ["model.vocab_size 100", "257"]),
+    ],
+)
+def test_what_the_mesh_or_the_tokenizer_does_not_allow(make, flags, parts):
+    with pytest.raises(ValueError) as caught:
+        Run(make("wrong", **flags)).train()
+    for part in parts:
+        assert part in str(caught.value)
+
+
 def test_restore_onto_another_mesh_goes_on_with_the_same_numbers(make, monkeypatch):
     same = make("same")
     Run(same).train()

@@ -1,0 +1,30 @@
+"""The benchmarks run, and compare the same computation; what they measure is not tested."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*words: str) -> str:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "PYTEST"))}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_train_step_checks_the_losses_and_prints_a_ratio():
+    out = run("benchmarks/train_step.py", "--shapes", "4x128@12x64", "--rounds", "1", "--no-compile")
+    assert "jaxlm/eager between" in out and "losses of 3 steps, jaxlm against eager" in out
+
+
+@pytest.mark.slow
+def test_startup_prints_both_times():
+    out = run("benchmarks/startup.py", "--rounds", "1")
+    assert "jaxlm --help: median" in out and "python -c pass: median" in out

@@ -1,0 +1,83 @@
+"""What is recorded and shown: rows that survive a crash, a page that stands alone, figures a person can read."""
+
+import json
+import math
+
+import pytest
+
+from jaxlm.report import Page, Record, bar, console, count, seconds, write_page
+from jaxlm.report.record import read_rows
+
+
+def test_a_record_reopened_at_a_step_drops_what_came_after(tmp_path):
+    record = Record(tmp_path)
+    for step in (1, 2, 3):
+        record.write("train", step, loss=1.0 / step)
+    record.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')  # cut off by a crash
+    again = Record(tmp_path, step=2)
+    again.write("train", 3, loss=9.0)
+    again.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_rows_are_json_even_where_a_number_is_not(tmp_path):
+    record = Record(tmp_path)
+    record.write("train", 1, loss=math.nan, grad_norm=math.inf, text="naïve ✓")
+    record.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"kind": "train", "step": 1, "loss": None, "grad_norm": None, "text": "naïve ✓"}
+
+
+def test_numbers_reach_tensorboard(tmp_path):
+    record = Record(tmp_path)
+    record.write("train", 5, loss=2.5)
+    record.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    from tensorboardX.proto.event_pb2 import Event
+
+    raw, values, at = file.read_bytes(), {}, 0
+    while at < len(raw):  # TFRecord: length, its checksum, the event, its checksum
+        size = int.from_bytes(raw[at : at + 8], "little")
+        event = Event.FromString(raw[at + 12 : at + 12 + size])
+        values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        at += 16 + size
+    assert values == {("train/loss", 5): 2.5}
+
+
+def test_the_page_escapes_what_a_model_writes(tmp_path):
+    rows = [
+        {"kind": "train", "step": 1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 5.0},
+        {"kind": "eval", "step": 1, "loss": 2.0, "bits_per_byte": 3.0},
+        {"kind": "sample", "step": 1, "text": "<script>alert('```')</script>"},
+    ]
+    write_page(tmp_path, Page("t<i>ny", {"a": "<b>"}, "fine", {"xz -9": 2.5}, ["jaxlm generate x"], "seed: 0"), rows)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "t&lt;i&gt;ny" in page
+    assert "````" in (tmp_path / "samples.md").read_text(), "the fence is longer than any in the text"
+
+
+def test_a_run_without_rows_still_has_a_page(tmp_path):
+    write_page(tmp_path, Page("empty", {}), [])
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("value, text", [(7.4, "7 s"), (125, "2 m 05 s"), (12_000, "3 h 20 m")])
+def test_durations(value, text):
+    assert seconds(value) == text
+
+
+@pytest.mark.parametrize("value, text", [(950, "950"), (12_345, "12.3k"), (4_500_000, "4.5M"), (70.6e9, "70.6B")])
+def test_counts(value, text):
+    assert count(value) == text
+
+
+def test_a_bar_is_plain_lines_off_a_terminal_and_keeps_its_figures(capsys, monkeypatch):
+    monkeypatch.setattr("jaxlm.report.console._Plain.__init__.__defaults__", (0.0,))
+    assert not console().is_terminal
+    with bar("training", 3, "steps") as shown:
+        shown.advance(1, loss="2.00")
+        shown.advance(2)
+    out = capsys.readouterr().out
+    assert "training 1/3 steps · loss 2.00" in out and "training 3/3 steps · loss 2.00 · 0 s left" in out
