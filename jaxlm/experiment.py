@@ -191,7 +191,7 @@ class Run:
             return {"loss": loss, "bits_per_byte": loss * bits}
 
         def sample(params: Params) -> str:
-            prompt = tokenizer.encode(c.train.sample_prompt).tolist()
+            prompt = [tokenizer.bos_id, *tokenizer.encode(c.train.sample_prompt).tolist()]
             new = generator.stream(params, prompt, c.train.sample_tokens, SAMPLING, seed=c.seed, stop=tokenizer.eos_id)
             return c.train.sample_prompt + tokenizer.decode(list(new))
 
