@@ -244,8 +244,7 @@ def worker(pipe, side, shape, threads, adamw, keep_memory):
             # XLA makes as many threads as it may use cores, and has no setting for it.
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         if keep_memory == "both" or (keep_memory == "jaxlm" and side == "jaxlm"):
-            os.environ["JAX_PLATFORMS"] = "cpu"
-            from jaxlm.parallel import keep_freed_memory  # what `jaxlm train` does by itself
+            from jaxlm.host import keep_freed_memory  # what `jaxlm train` does by itself
 
             keep_freed_memory()
         if side == "jaxlm":
@@ -383,7 +382,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads for each side")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile too")
     parser.add_argument("--keep-memory", choices=("none", "jaxlm", "both"), default="jaxlm",
-                        help="in which processes malloc keeps freed memory (see jaxlm/parallel/memory.py)")  # fmt: skip
+                        help="in which processes malloc keeps freed memory (see jaxlm/host.py)")  # fmt: skip
     args = parser.parse_args()
 
     from rich.console import Console

@@ -24,7 +24,7 @@ from jaxlm.data import (
 )
 from jaxlm.generate import Generator, SampleConfig
 from jaxlm.model import Model, Params, TransformerConfig
-from jaxlm.parallel import ParallelConfig, keep_freed_memory, make_mesh, peak_flops, place_batch, settle, stored_shardings
+from jaxlm.parallel import ParallelConfig, make_mesh, peak_flops, place_batch, settle, stored_shardings
 from jaxlm.report import Page, Record, count, say, seconds, write_page
 from jaxlm.train import (
     Checkpoints,
@@ -131,7 +131,6 @@ class Run:
     """One run in its folder: built once from the config, then trained."""
 
     def __init__(self, config: ExperimentConfig):
-        keep_freed_memory()
         self.config, self.folder = config, config.folder
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep)
         self.start = self.checkpoints.latest() or 0

@@ -12,8 +12,9 @@ ROOT = pathlib.Path(jaxlm.__file__).parent
 # A file imports only from rooms above its own and, inside a room, from files above it.
 ROOMS = {
     "config": [],
+    "host": [],
     "report": ["console", "record", "page"],
-    "parallel": ["memory", "mesh", "rules"],
+    "parallel": ["mesh", "rules"],
     "model": ["config", "layers", "cache", "attention", "transformer", "heads", "functions"],
     "data": ["tokenizer", "sources", "corpus", "cache", "packing", "pipeline"],
     "train": ["objectives", "optim", "step", "checkpoint", "loop"],

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from jaxlm.report import Page, Record, bar, console, count, seconds, write_page
+from jaxlm.report import Page, Record, bar, count, seconds, write_page
+from jaxlm.report.console import _Plain, console
 from jaxlm.report.record import read_rows
 
 
@@ -74,7 +75,7 @@ def test_counts(value, text):
 
 
 def test_a_bar_is_plain_lines_off_a_terminal_and_keeps_its_figures(capsys, monkeypatch):
-    monkeypatch.setattr("jaxlm.report.console._Plain.__init__.__defaults__", (0.0,))
+    monkeypatch.setattr(_Plain.__init__, "__defaults__", (0.0,))  # a line for each step
     assert not console().is_terminal
     with bar("training", 3, "steps") as shown:
         shown.advance(1, loss="2.00")

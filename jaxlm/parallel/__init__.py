@@ -1,6 +1,5 @@
 """Where arrays lie: the mesh of devices and the rules that split logical axes over it."""
 
-from jaxlm.parallel.memory import keep_freed_memory
 from jaxlm.parallel.mesh import ParallelConfig, make_mesh, peak_flops, settle
 from jaxlm.parallel.rules import batch_sharding, constrain, place_batch, stored_shardings
 
@@ -8,7 +7,6 @@ __all__ = [
     "ParallelConfig",
     "batch_sharding",
     "constrain",
-    "keep_freed_memory",
     "make_mesh",
     "peak_flops",
     "place_batch",

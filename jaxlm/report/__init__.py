@@ -1,7 +1,7 @@
 """What a person sees: lines and bars while it runs, a record of what happened, a page to read afterwards."""
 
-from jaxlm.report.console import Bar, bar, console, count, say, seconds, table
+from jaxlm.report.console import Bar, bar, count, say, seconds, table
 from jaxlm.report.page import Page, write_page
 from jaxlm.report.record import Record
 
-__all__ = ["Bar", "Page", "Record", "bar", "console", "count", "say", "seconds", "table", "write_page"]
+__all__ = ["Bar", "Page", "Record", "bar", "count", "say", "seconds", "table", "write_page"]

@@ -1,4 +1,4 @@
-"""The host's memory where the CPU is the device: kept between steps instead of handed back."""
+"""The machine that Python runs on: its memory, where the CPU is the device, is kept between steps."""
 
 import ctypes
 import importlib.util
@@ -11,11 +11,12 @@ _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtp
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep freed memory; True where that took effect. Call it before JAX's first computation.
+    """Have malloc keep freed memory; True where that took effect. Call it before importing JAX or NumPy.
 
     XLA:CPU allocates all temporaries of a step as one block, which glibc maps afresh at each call: the
-    kernel then zeroes every page again, a fifth of a large step's time. One arena for all threads is
-    what lets the next call find the block, hence before XLA starts its threads. Left alone where an
+    kernel then zeroes every page again, up to a fifth of the step's time. One arena for all threads is
+    what lets the next call find the block; a thread that already has an arena of its own keeps it, and
+    those cannot hold large blocks, hence before any library starts threads. Left alone where an
     accelerator may be in use and on other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
