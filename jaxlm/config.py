@@ -186,8 +186,10 @@ class _Builder:
 
     def lay_preset(self, cls: type, tree: dict, path: str) -> dict:
         presets = getattr(cls, "PRESETS", None)
-        name = tree.get("preset")
-        if presets is None or name is None:
+        if presets is None or tree.get("preset") is None:
+            return tree
+        name = self.value(fields_of(cls)["preset"], tree["preset"], join(path, "preset"))
+        if name is None:  # `--model.preset null` takes a file's preset away
             return tree
         if name not in presets:
             raise unknown(f"{path}.preset", name, presets)

@@ -11,7 +11,8 @@ import pytest
 from jaxlm import cli
 
 SMALL = [
-    "--model.preset", "null", "--model.layers", 1, "--model.width", 32, "--model.heads", 2, "--data.tokenizer.kind", "bytes",
+    "--model.preset", "null", "--model.kv-heads", "null",
+    "--model.layers", 1, "--model.width", 32, "--model.heads", 2, "--data.tokenizer.kind", "bytes",
     "--train.steps", 4, "--train.eval-every", 2, "--train.sample-tokens", 4,
 ]  # fmt: skip
 

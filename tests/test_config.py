@@ -67,6 +67,7 @@ def test_lists_of_sections(tmp_path):
         (["--rate", "3e-4"], 3e-4),
         (["--rate", "2"], 2.0),
         (["--flag", "false"], False),
+        (["--inner.preset", "null"], None),
     ],
 )
 def test_flag_values(tmp_path, flags, value):

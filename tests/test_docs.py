@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -26,8 +27,8 @@ def clone(tmp_path_factory):
     place = tmp_path_factory.mktemp("clone") / "jaxlm"
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__", "*.egg-info", ".*_cache"))
     (place / "my-texts").mkdir()
-    for i in range(40):
-        (place / "my-texts" / f"{i}.txt").write_text(f"Text {i}: " + "the quick brown fox jumps over the lazy dog. " * 20)
+    for name, text in topics.items():
+        (place / "my-texts" / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf8")
     (place / "input.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 200)
     return place
 
