@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
     """Have malloc keep freed memory; True where that took effect. Call it before importing JAX or NumPy.
 
     XLA:CPU allocates all temporaries of a step as one block, which glibc maps afresh at each call: the
-    kernel then zeroes every page again, up to a fifth of the step's time. One arena for all threads is
+    kernel then zeroes every page again (docs/benchmarks.md says what that costs; in some processes it
+    still happens). One arena for all threads is
     what lets the next call find the block; a thread that already has an arena of its own keeps it, and
     those cannot hold large blocks, hence before any library starts threads. Left alone where an
     accelerator may be in use and on other C libraries.
