@@ -243,12 +243,12 @@ def worker(pipe, side, shape, threads, adamw, keep_memory):
         if hasattr(os, "sched_setaffinity"):
             # XLA makes as many threads as it may use cores, and has no setting for it.
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        os.environ["JAX_PLATFORMS"] = "cpu"
         if keep_memory == "both" or (keep_memory == "jaxlm" and side == "jaxlm"):
             from jaxlm.host import keep_freed_memory  # what `jaxlm train` does by itself
 
             keep_freed_memory()
         if side == "jaxlm":
-            os.environ["JAX_PLATFORMS"] = "cpu"
             update, state = jaxlm_step(shape)
 
             def one():

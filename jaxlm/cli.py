@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from jaxlm import config as configs
-from jaxlm.host import keep_freed_memory
+from jaxlm import host
 from jaxlm.report.console import say
 
 INTERRUPTED = 42
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if name not in VERBS:
             raise configs.unknown("verb", name, VERBS)
-        keep_freed_memory()
+        host.prepare()
         if "--help" in rest or "-h" in rest:
             say(help_for(name))
             return 0

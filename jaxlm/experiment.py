@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jaxlm.data import (
 from jaxlm.generate import Generator, SampleConfig
 from jaxlm.model import Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, peak_flops, place_batch, settle, stored_shardings
-from jaxlm.report import Page, Record, count, say, seconds, write_page
+from jaxlm.report import Page, Record, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
     Checkpoints,
     OptimConfig,
@@ -147,7 +147,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.start >= self.config.train.steps
+        """All steps are taken, and the last evaluation is recorded."""
+        last = [row["step"] for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == "eval"][-1:]
+        return self.start >= self.config.train.steps and last == [self.start]
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -181,9 +183,11 @@ class Run:
         scored = eval_batches(c.data, corpora, rows=_eval_rows(c.data.batch_size, mesh))
         bits = corpora.heldout_tokens_per_byte / math.log(2)
 
-        def evaluate(params: Params) -> dict[str, float]:
+        def evaluate(params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
             sums: dict[str, float] = {"nll": 0.0, "weight": 0.0}
             for batch in scored:
+                if stop():
+                    return None
                 part = settle(mesh, eval_step(params, place_batch(batch, mesh)))
                 sums = {name: sums[name] + float(jax.device_get(part[name])) for name in sums}
             loss = sums["nll"] / sums["weight"]
@@ -232,7 +236,8 @@ class Run:
         """Write the page of the run and say what was reached and what to type next."""
         c = self.config
         evals = [row for row in rows if row["kind"] == "eval"]
-        baselines = xz_baselines(self.corpora)
+        # One who stops a run waits for it to end: what it is compared with can be had when it goes on.
+        baselines = {} if ended == "interrupted" else xz_baselines(self.corpora)
         verdict = _verdict(evals[-1]["bits_per_byte"], baselines) if evals else ""
         commands = next_commands(c, step)
         summary = {

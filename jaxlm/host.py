@@ -1,29 +1,46 @@
-"""The machine that Python runs on: its memory, where the CPU is the device, is kept between steps."""
+"""The machine that Python runs on: which accelerators it shows, and what malloc keeps where the CPU is the device."""
 
 import ctypes
-import importlib.util
+import glob
 import os
 import platform
+import sys
 
+# Device files of NVIDIA (WSL: dxg) and AMD GPUs and of TPUs (accel up to v4, vfio from v5 on).
+_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
+
+
+def prepare() -> None:
+    """Settle what must be settled before JAX or NumPy is imported: the platform, then malloc."""
+    choose_platform()
+    keep_freed_memory()
+
+
+def choose_platform() -> None:
+    """Name the CPU as JAX's platform where no accelerator is to be seen and nobody named one.
+
+    JAX would find the CPU by itself, but where `libtpu` is installed (the `plan` extra) every process
+    would first complain, at length, that there is no TPU.
+    """
+    if "JAX_PLATFORMS" not in os.environ and sys.platform == "linux" and not any(glob.glob(name) for name in _DEVICES):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep freed memory; True where that took effect. Call it before importing JAX or NumPy.
+    """Have malloc keep freed memory; True where that took effect. Only where the CPU is JAX's named platform.
 
     XLA:CPU allocates all temporaries of a step as one block, which glibc maps afresh at each call: the
-    kernel then zeroes every page again (docs/benchmarks.md says what that costs; in some processes it
-    still happens). One arena for all threads is
-    what lets the next call find the block; a thread that already has an arena of its own keeps it, and
-    those cannot hold large blocks, hence before any library starts threads. Left alone where an
-    accelerator may be in use and on other C libraries.
+    kernel then zeroes every page again (docs/benchmarks.md says what that costs). So blocks come from the
+    heap (no mmap), which is never trimmed: -1 is the one value that says so, any other is an int and so
+    below the 2 GiB that a step of a large model leaves free. One arena for all threads is what lets the
+    next call find the block; a thread that already has an arena of its own keeps it, hence before any
+    library starts threads. In the first steps a block may still be taken afresh, until those freed
+    before it have grown together to a large enough one.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(importlib.util.find_spec(name) for name in _PLUGINS):
+    if platform.libc_ver()[0] != "glibc" or os.environ.get("JAX_PLATFORMS") != "cpu":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 256 << 20))
+    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 256 << 20))
     return all(mallopt(name, value) for name, value in settings)

@@ -2,6 +2,6 @@
 
 from jaxlm.report.console import Bar, bar, count, say, seconds, table
 from jaxlm.report.page import Page, write_page
-from jaxlm.report.record import Record
+from jaxlm.report.record import Record, read_rows
 
-__all__ = ["Bar", "Page", "Record", "bar", "count", "say", "seconds", "table", "write_page"]
+__all__ = ["Bar", "Page", "Record", "bar", "count", "read_rows", "say", "seconds", "table", "write_page"]

@@ -40,6 +40,10 @@ class Record:
             elif isinstance(value, str):
                 self.board.add_text(f"{kind}/{name}", value, step)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the evaluation of a step is among the rows."""
+        return any(row["kind"] == "eval" and row["step"] == step for row in self.rows)
+
     def close(self) -> None:
         self.stream.close()
         self.board.close()

@@ -130,7 +130,7 @@ def fit(
     batches: Batches,
     *,
     mesh: jax.sharding.Mesh,
-    evaluate: Callable[[Any], dict[str, float]],
+    evaluate: Callable[[Any, Callable[[], bool]], dict[str, float] | None],
     sample: Callable[[Any], str] | None,
     checkpoints: Checkpoints,
     record: Record,
@@ -140,28 +140,27 @@ def fit(
 ) -> Outcome:
     """Train from step `start` to `config.steps`.
 
-    `evaluate(params)` gives the row of an evaluation, `loss` and `bits_per_byte` among it;
-    `sample(params)` a text. `bits_per_nat` turns nats per token into bits per byte of the training text.
+    `evaluate(params, stop)` gives the row of an evaluation, `loss` and `bits_per_byte` among it, or None
+    once `stop()` is true; `sample(params)` a text. `bits_per_nat` turns nats per token into bits per byte of the training text.
     """
     log = _Log(record, batches, bits_per_nat, flops_per_token, peak_flops)
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
     progress: Any = None
     step, ended = start, "finished"
 
-    def look() -> dict[str, float]:
-        scores = evaluate(state.params)
-        record.write("eval", step, **scores)
-        say(f"step {step:,}: held-out loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} bits per byte")
-        if sample:
-            text = sample(state.params)
-            record.write("sample", step, text=text)
-            say(f"  {' '.join(text.split())[:300]}")
-        return scores
-
-    if start and start % config.eval_every == 0 and not any(r["kind"] == "eval" and r["step"] == start for r in record.rows):
-        look()  # the run was interrupted between this step and its evaluation
-        log.restart()
     with interruptible() as asked, bar("training", config.steps, "steps", start) as shown:
+
+        def look() -> dict[str, float] | None:
+            scores = evaluate(state.params, asked)
+            if scores is None:
+                return None
+            record.write("eval", step, **scores)
+            say(f"step {step:,}: held-out loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} bits per byte")
+            if sample:
+                text = sample(state.params)
+                record.write("sample", step, text=text)
+                say(f"  {' '.join(text.split())[:300]}")
+            return scores
 
         def flush() -> None:
             nonlocal pending
@@ -169,7 +168,10 @@ def fit(
                 shown.advance(1, **log.add(*pending, write=pending[0] % config.log_every == 0))
                 pending = None
 
-        while step < config.steps:
+        if start and (start % config.eval_every == 0 or start == config.steps) and not record.evaluated(start):
+            look()  # the run was interrupted between this step and the end of its evaluation
+            log.restart()
+        while step < config.steps and not asked():
             try:
                 batch, progress = next(batches)
             except StopIteration:
@@ -180,18 +182,18 @@ def fit(
             flush()
             step += 1
             pending = (step, metrics)
-            if asked():
-                ended = "interrupted"
-                break
-            if step % config.eval_every == 0 and step < config.steps:
+            if step % config.eval_every == 0 and step < config.steps and not asked():
                 flush()
-                checkpoints.save(step, state, progress, look())
+                if scores := look():
+                    checkpoints.save(step, state, progress, scores)
                 log.restart()
         flush()
-    if ended == "interrupted":
-        say(f"interrupted at step {step:,}: saving")
-        checkpoints.save(step, state, progress)
-    elif step > start:
-        checkpoints.save(step, state, progress, look())
+        due = ended == "exhausted" or step == config.steps
+        scores = look() if step > start and due and not asked() else None
+        if asked() and not record.evaluated(config.steps):
+            ended = "interrupted"
+            say(f"interrupted at step {step:,}: saving")
+        if step > start:
+            checkpoints.save(step, state, progress, scores)
     batches.close()
     return Outcome(state, step, ended)  # type: ignore[arg-type]

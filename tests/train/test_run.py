@@ -46,28 +46,42 @@ def rows(config: ExperimentConfig) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
-def interrupt_after(monkeypatch, steps: int) -> None:
-    """The next run is asked to stop after that many steps, as by a signal."""
-    calls = iter(range(10_000))
+def interrupt_after(monkeypatch, steps: int, looks: int = 0) -> None:
+    """The next run is asked to stop after that many steps, as by a signal; it then looks `looks` times in vain."""
+    from jaxlm.parallel import settle
+
+    taken: list[int] = []
+    asked: list[int] = []
+
+    def counted(mesh, tree):
+        taken.append(1)
+        return settle(mesh, tree)
+
+    def stop() -> bool:
+        if len(taken) >= steps:
+            asked.append(1)
+        return len(asked) > looks
 
     @contextlib.contextmanager
     def interruptible():
-        yield lambda: next(calls) + 1 >= steps
+        yield stop
 
+    monkeypatch.setattr("jaxlm.train.loop.settle", counted)
     monkeypatch.setattr("jaxlm.train.loop.interruptible", interruptible)
 
 
-@pytest.mark.parametrize("stop", [3, 4, 9])
-def test_resume_is_bit_equal(make, monkeypatch, stop, capsys):
+@pytest.mark.parametrize("stop, looks", [(3, 0), (4, 0), (4, 1), (9, 0), (10, 0), (10, 2)])
+def test_resume_is_bit_equal(make, monkeypatch, stop, looks, capsys):
     """N steps are k + stop + N − k: data, dropout, schedule, metrics, samples and parameters.
 
-    Step 4 is an evaluation step: a run stopped there used to lose that evaluation.
+    Steps 4 and 10 are evaluation steps, stopped before and within the evaluation: a run stopped at 4 used to
+    lose it, and one stopped at the last step called itself finished without it.
     """
     whole = make("whole")
     assert Run(whole).train() == "finished"
     parted = make("parted")
     with monkeypatch.context() as patch:
-        interrupt_after(patch, stop)
+        interrupt_after(patch, stop, looks)
         assert Run(parted).train() == "interrupted"
     assert Run(parted).train() == "finished"
     assert f"resuming {parted.folder} at step {stop}" in capsys.readouterr().out
