@@ -1,13 +1,13 @@
 """The machine that Python runs on: which accelerators it shows, and what malloc keeps where the CPU is the device."""
 
 import ctypes
-import glob
 import os
+import pathlib
 import platform
 import sys
 
 # Device files of NVIDIA (WSL: dxg) and AMD GPUs and of TPUs (accel up to v4, vfio from v5 on).
-_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+_DEVICES = ("nvidia[0-9]*", "nvidiactl", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
@@ -24,8 +24,13 @@ def choose_platform() -> None:
     JAX would find the CPU by itself, but where `libtpu` is installed (the `plan` extra) every process
     would first complain, at length, that there is no TPU.
     """
-    if "JAX_PLATFORMS" not in os.environ and sys.platform == "linux" and not any(glob.glob(name) for name in _DEVICES):
+    if "JAX_PLATFORMS" not in os.environ and sys.platform == "linux" and not accelerators():
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def accelerators() -> list[pathlib.Path]:
+    """The device files of accelerators."""
+    return [file for pattern in _DEVICES for file in pathlib.Path("/dev").glob(pattern)]
 
 
 def keep_freed_memory() -> bool:
