@@ -161,9 +161,11 @@ def jaxlm_params(shape, weights):
     return {
         "transformer": {
             "embed": {"table": weights["wte.weight"]},
-            "embed_positions": {"table": weights["wpe.weight"]},
-            "final_norm": {"scale": weights["ln_f.weight"], "bias": weights["ln_f.bias"]},
-            "layers": blocks,
+            "decoder": {
+                "embed_positions": {"table": weights["wpe.weight"]},
+                "final_norm": {"scale": weights["ln_f.weight"], "bias": weights["ln_f.bias"]},
+                "layers": blocks,
+            },
         }
     }
 

@@ -193,9 +193,9 @@ class _Builder:
             return tree
         if name not in presets:
             raise unknown(f"{path}.preset", name, presets)
-        for key in presets[name]:
+        for key in flatten(presets[name]):
             self.origins.setdefault(join(path, key), f"preset {name}")
-        return {**presets[name], **tree}
+        return lay(presets[name], tree)
 
     def value(self, kind: Any, given: Any, path: str) -> Any:
         """`given` as a value of the annotated type `kind`, or a ValueError that says what is allowed."""
@@ -248,6 +248,12 @@ def read(given: Any) -> Any:
         return yaml.safe_load(str(given))
     except yaml.YAMLError:
         return str(given)
+
+
+def lay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts as one; where both give a value, `above` wins."""
+    both = {key: lay(below[key], value) for key, value in above.items() if isinstance(value, Mapping) and key in below}
+    return {**below, **above, **both}
 
 
 # --- describing ------------------------------------------------------------------------------

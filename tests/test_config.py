@@ -156,7 +156,7 @@ def test_name_defaults_to_the_file(tmp_path):
 @pytest.mark.parametrize("name", TransformerConfig.PRESETS)
 def test_presets_are_valid_and_complete(name):
     config = configs.build(TransformerConfig, {"preset": name})
-    assert config.preset == name and config.H * config.heads == config.width
+    assert config.preset == name and (config.head_width or config.H * config.heads == config.width)
 
 
 def read_attributes() -> set[str]:

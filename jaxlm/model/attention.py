@@ -1,138 +1,90 @@
-"""Attention: which key each query may see, the weighted sum, and the layer around it.
+"""The attention layer: projections, query/key norms, rotary positions, cache, and the core between them.
 
 Letters: B batch · L query length · S key length · D model width · N query heads · K key/value heads ·
-G query heads per key/value head (N / K) · H head width.
+H head width.
 """
 
-import math
-from typing import Any
+import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.layers import Linear, Norm, rotate
+from jaxlm.model.kernels import Mask, attend
+from jaxlm.model.layers import Angles, Linear, Norm
+from jaxlm.model.positions import rotate
 
-Angles = tuple[jax.Array, jax.Array]
 LayerCache = tuple[jax.Array, jax.Array]
 
 
-def attention_mask(length: int, segments_BL: jax.Array | None, seen: jax.Array | None, size: int) -> jax.Array:
-    """True where query l may look at key s: (1 or B, L, S).
-
-    Causal by place in the row; within one segment where segments are given; with a cache the queries
-    stand behind its `seen` tokens and the keys are its `size` slots.
-    """
-    query_L = jnp.arange(length, dtype=jnp.int32) + (0 if seen is None else seen)
-    mask = query_L[None, :, None] >= jnp.arange(size, dtype=jnp.int32)[None, None, :]
-    if segments_BL is not None:
-        assert seen is None, "packed rows are for training: a cache holds one document a row"
-        mask = mask & (segments_BL[:, :, None] == segments_BL[:, None, :])
-    return mask
-
-
-def attend(
-    q_BLNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask_BLS: jax.Array,
-    *,
-    causal: bool = False,
-    drop: nn.Dropout | None = None,
-) -> jax.Array:
-    """softmax(q·kᵀ/√H + mask)·v, the softmax in float32 (Vaswani et al. 2017, eq. 1) → (B, L, N, H).
-
-    Query heads share key/value heads in groups of N / K (Ainslie et al. 2023, "GQA"). `causal` promises
-    that the mask hides every key behind its query (L = S), most of which are then never computed.
-    """
-    B, L, N, H = q_BLNH.shape
-    K = k_BSKH.shape[2]
-    # Heads first: the products are then plain batched matrix products, without a transpose of the scores.
-    q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * (1 / math.sqrt(H))
-    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    mask_BKGLS = mask_BLS[:, None, None, :, :]
-    if drop is not None:
-        mixed_BKGLH = _mix(drop(_weights(q_BKGLH, k_BKSH, mask_BKGLS)), v_BKSH)
-    else:
-        # Blocks of queries, each against the keys up to its own end; under 64 rows they cost more than they save.
-        blocks = max(1, min(4, L // 64)) if causal else 1
-        parts, start = [], 0
-        for i in range(blocks):
-            rows = slice(start, L * (i + 1) // blocks)
-            keys = slice(0, rows.stop if causal else k_BKSH.shape[2])
-            mask = mask_BKGLS[:, :, :, rows, keys]
-            parts.append(weigh(q_BKGLH[:, :, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask))
-            start = rows.stop
-        mixed_BKGLH = jnp.concatenate(parts, axis=3) if blocks > 1 else parts[0]
-    return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
-
-
-def _weights(q_BKGLH: jax.Array, k_BKSH: jax.Array, mask_BKGLS: jax.Array) -> jax.Array:
-    scores_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", q_BKGLH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGLS = jnp.where(mask_BKGLS, scores_BKGLS, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores_BKGLS, axis=-1).astype(q_BKGLH.dtype)
-
-
-def _mix(weights_BKGLS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    return jnp.einsum("BKGLS,BKSH->BKGLH", weights_BKGLS, v_BKSH)
-
-
-@jax.custom_vjp
-def weigh(q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BKGLS: jax.Array) -> jax.Array:
-    """The attention core. Its gradient is written out: softmax's needs Σ p·dp, which is the row sum of
-    output · gradient (Dao et al. 2022, "FlashAttention", §B.2), over H numbers instead of S."""
-    return _weigh_forward(q_BKGLH, k_BKSH, v_BKSH, mask_BKGLS)[0]
-
-
-def _weigh_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-    weights = _weights(q, k, mask)
-    mixed = _mix(weights, v)
-    return mixed, (q, k, v, weights, mixed)
-
-
-def _weigh_backward(saved: Any, grad_BKGLH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights, mixed = saved
-    along = jnp.sum((grad_BKGLH * mixed).astype(jnp.float32), axis=-1, keepdims=True)
-    grad_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", grad_BKGLH, v, preferred_element_type=jnp.float32)
-    grad_BKGLS = (weights.astype(jnp.float32) * (grad_BKGLS - along)).astype(q.dtype)
-    return (
-        jnp.einsum("BKGLS,BKSH->BKGLH", grad_BKGLS, k),
-        jnp.einsum("BKGLS,BKGLH->BKSH", grad_BKGLS, q),
-        jnp.einsum("BKGLS,BKGLH->BKSH", weights, grad_BKGLH),
-        None,
-    )
-
-
-weigh.defvjp(_weigh_forward, _weigh_backward)
-
-
 class Attention(nn.Module):
-    """Self-attention with grouped key/value heads, optional rotary positions, query/key norms and cache."""
+    """Grouped key/value heads, optional rotary positions, query/key norms and cache."""
 
     config: TransformerConfig
     train: bool
 
-    @nn.compact
-    def __call__(
-        self, x_BLD: jax.Array, mask_BLS: jax.Array, angles: Angles | None, cache: LayerCache | None, seen: jax.Array | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def setup(self) -> None:
         c = self.config
-        q_BLNH = Linear(c, "BLD,DNH->BLNH", name="query")(x_BLD)
-        k_BSKH = Linear(c, "BLD,DKH->BLKH", name="key")(x_BLD)
-        v_BSKH = Linear(c, "BLD,DKH->BLKH", name="value")(x_BLD)
-        if c.qk_norm:
-            # One scale for all heads (Dehghani et al. 2023, §2; the form of Qwen 3 and OLMo-style models).
-            q_BLNH = Norm(c, "rmsnorm", axis="H", name="query_norm")(q_BLNH)
-            k_BSKH = Norm(c, "rmsnorm", axis="H", name="key_norm")(k_BSKH)
+        bias = c.bias if c.qkv_bias is None else c.qkv_bias
+        self.query = Linear(c, "BLD,DNH->BLNH", bias=bias)
+        self.key = Linear(c, "BLD,DKH->BLKH", bias=bias)
+        self.value = Linear(c, "BLD,DKH->BLKH", bias=bias)
+        self.out = Linear(c, "BLNH,NHD->BLD", residual=True)
+        if c.qk_norm != "none":
+            # heads: one scale for all heads (Dehghani et al. 2023, §2; the form of Qwen 3).
+            self.query_norm = Norm(c, "rmsnorm", "H" if c.qk_norm == "heads" else "NH")
+            self.key_norm = Norm(c, "rmsnorm", "H" if c.qk_norm == "heads" else "KH")
+
+    def _project(self, x_BLD: jax.Array, source_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q_BLNH, k_BSKH, v_BSKH = self.query(x_BLD), self.key(source_BSD), self.value(source_BSD)
+        if self.config.qk_norm != "none":
+            q_BLNH, k_BSKH = self.query_norm(q_BLNH), self.key_norm(k_BSKH)
+        return q_BLNH, k_BSKH, v_BSKH
+
+    def _core(
+        self, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, bias_BNLS: jax.Array | None
+    ) -> Callable[[int | None], jax.Array]:
+        """What is left to compute once the window is known."""
+        c = self.config
+        # The key is drawn here: a module may not draw inside `lax.cond`.
+        drop = (c.dropout, self.make_rng("dropout")) if c.dropout and self.train else None
+
+        def core(window: int | None) -> jax.Array:
+            return attend(
+                q_BLNH, k_BSKH, v_BSKH, dataclasses.replace(mask, window=window),
+                scale=c.attention_scale, softcap=c.attention_softcap, bias_BNLS=bias_BNLS, drop=drop, kernel=c.kernel,
+            )  # fmt: skip
+
+        return core
+
+    def __call__(
+        self, x_BLD: jax.Array, cache: LayerCache | None, local: jax.Array, mask: Mask,
+        angles: tuple[Angles, Angles] | None, bias_BNLS: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None]:  # fmt: skip
+        """Attention of each token to its own text. `local` is whether this layer sees a window only, `angles` are
+        the rotary angles of layers that see all and of layers that do not."""
+        c = self.config
+        q_BLNH, k_BSKH, v_BSKH = self._project(x_BLD, x_BLD)
         if angles is not None:
-            q_BLNH, k_BSKH = rotate(q_BLNH, angles), rotate(k_BSKH, angles)
+            turn = angles[0] if c.rope.local_theta is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *angles)
+            q_BLNH, k_BSKH = rotate(q_BLNH, turn), rotate(k_BSKH, turn)
         if cache is not None:
-            assert seen is not None, "a cache comes with the number of tokens it holds"
-            start = (0, seen, 0, 0)
+            assert mask.seen is not None, "a cache comes with the number of tokens it holds"
+            start = (0, mask.seen, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH, start)
             v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH, start)
             cache = (k_BSKH, v_BSKH)
-        drop = nn.Dropout(c.dropout, deterministic=not self.train) if c.dropout else None
-        mixed_BLNH = attend(q_BLNH, k_BSKH, v_BSKH, mask_BLS, causal=cache is None, drop=drop)
-        return Linear(c, "BLNH,NHD->BLD", residual=True, name="out")(mixed_BLNH), cache
+        core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
+
+        kinds = set(c.layer_pattern)
+        if len(kinds) == 1:
+            mixed_BLNH = core(c.window if kinds == {"L"} else None)
+        else:  # which of the two a layer is, is known only within the scan over layers
+            mixed_BLNH = jax.lax.cond(local, lambda: core(c.window), lambda: core(None))
+        return self.out(mixed_BLNH), cache
+
+    def read(self, x_BLD: jax.Array, states_BSD: jax.Array, mask: Mask) -> jax.Array:
+        """Attention of each token to another text, the encoder's `states_BSD` (Vaswani et al. 2017, §3.2.3)."""
+        return self.out(self._core(*self._project(x_BLD, states_BSD), mask, None)(None))

@@ -1,73 +1,137 @@
-"""Sizes and choices of a Transformer, and the presets of published families.
+"""Sizes and choices of a Transformer.
 
-A family is a preset of this one config, never a second implementation.
+One `TransformerConfig` describes every family: a family is a preset of it (`families.py`), never a second
+implementation.
 """
 
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-
-def _gpt2(layers: int, width: int, heads: int) -> dict[str, Any]:
-    """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2 and §2.3."""
-    return {
-        "vocab_size": 50257, "positions": 1024, "layers": layers, "width": width, "heads": heads,
-        "activation": "gelu_tanh", "norm": "layernorm", "norm_eps": 1e-5, "position": "learned",
-        "bias": True, "tie_embeddings": True, "init": "residual_scaled", "init_std": 0.02,
-    }  # fmt: skip
+from jaxlm.model.presets import PRESETS
 
 
-def _llama(
-    layers: int, width: int, heads: int, kv_heads: int, mlp_width: int,
-    vocab_size: int | None = None, positions: int = 2048, theta: float = 10_000.0, tied: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """Touvron et al. 2023, "LLaMA", §2.2: pre-RMSNorm, SwiGLU, rotary. The papers do not state an
-    initialisation; the released configs say a normal of 0.02 (`initializer_range`), used here."""
-    return {
-        "vocab_size": vocab_size, "positions": positions, "layers": layers, "width": width, "heads": heads,
-        "kv_heads": kv_heads, "mlp_width": mlp_width, "activation": "swiglu", "norm": "rmsnorm",
-        "norm_eps": 1e-5, "position": "rotary", "rope_theta": theta, "bias": False,
-        "tie_embeddings": tied, "init": "normal", "init_std": 0.02,
-    }  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary positions (Su et al. 2021, "RoFormer") and how they are stretched over longer contexts."""
+
+    theta: float = 10_000.0
+    """Base of the frequencies."""
+    local_theta: float | None = None
+    """Base in layers that see a window only; empty: theta."""
+    fraction: float = 1.0
+    """Share of each head's width that is turned."""
+    scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    """How contexts beyond original_positions are reached."""
+    factor: float = 1.0
+    """How much longer the context becomes."""
+    original_positions: int | None = None
+    """Context before stretching; empty: positions."""
+    low_frequency: float = 1.0
+    """llama3: waves longer than original_positions / this are stretched whole."""
+    high_frequency: float = 4.0
+    """llama3: waves shorter than original_positions / this are left alone."""
+    beta_fast: float = 32.0
+    """yarn: waves that turn more often than this over original_positions are left alone."""
+    beta_slow: float = 1.0
+    """yarn: waves that turn less often than this are stretched whole."""
+    magnitude: float | None = None
+    """yarn: what cos and sin are multiplied with; empty: 0.1 · ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "local_theta", "factor", "original_positions", "magnitude", "low_frequency", "beta_slow"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: it must be positive")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}: it must be above 0 and at most 1")
+        for low, high in (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(f"{low} {getattr(self, low)} must be below {high} {getattr(self, high)}")
 
 
-# The Llama 3 sizes follow Dubey et al. 2024, "The Llama 3 Herd of Models", table 3, and for 1B and 3B
-# the released Llama 3.2 configs; those below 1B are ours, in the same proportions, vocabulary by the tokenizer.
-_LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "positions": 8192, "theta": 500_000.0}
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Mixture of experts in place of each MLP (Shazeer et al. 2017; Fedus et al. 2022; Jiang et al. 2024, "Mixtral")."""
+
+    experts: int = 0
+    """Number of experts; 0: a plain MLP."""
+    chosen: int = 2
+    """Experts that each token goes to."""
+    shared: int = 0
+    """Experts that every token goes to, beside the chosen ones (Dai et al. 2024, "DeepSeekMoE")."""
+    normalize: bool = True
+    """The weights of the chosen experts sum to 1."""
+    balance_loss: float = 0.01
+    """Weight of the load-balance loss (Fedus et al. 2022, "Switch Transformers", eq. 4)."""
+    router_z_loss: float = 0.0
+    """Weight of the router's z-loss (Zoph et al. 2022, "ST-MoE", eq. 5)."""
+
+    def __post_init__(self) -> None:
+        if self.experts < 0 or self.shared < 0 or self.balance_loss < 0 or self.router_z_loss < 0:
+            raise ValueError("experts, shared, balance_loss and router_z_loss must not be negative")
+        if self.experts and not 1 <= self.chosen <= self.experts:
+            raise ValueError(f"chosen is {self.chosen}: it must lie between 1 and experts, {self.experts}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """What stands on the hidden states."""
+
+    kind: Literal["language_model", "masked_lm", "sequence", "token", "span", "choice", "embedding", "detection"] = "language_model"
+    """language_model and masked_lm score the vocabulary; sequence, token and choice labels; span the begin and the
+    end of an answer; embedding gives a vector a text; detection tells replaced tokens."""
+    labels: int = 2
+    """Classes of a sequence or token head; 1: a regression."""
+    pool: Literal["first", "mean", "last"] = "first"
+    """Which hidden state stands for a text: that of its first token, their mean, that of its last token."""
+    dense: bool = True
+    """A dense layer before the output of a masked_lm, sequence, choice, detection or embedding head."""
+    dense_bias: bool = True
+    """That layer has a bias."""
+    activation: str = "tanh"
+    """Its non-linearity: any of the MLP's that do not gate, or tanh."""
+    norm: bool = False
+    """A norm after it."""
+    bias: bool = True
+    """The output has a bias."""
+
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """One description for every family."""
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "gpt2-small": _gpt2(12, 768, 12),
-        "gpt2-medium": _gpt2(24, 1024, 16),
-        "gpt2-large": _gpt2(36, 1280, 20),
-        "gpt2-xl": _gpt2(48, 1600, 25),
-        "llama-1m": _llama(4, 128, 4, 4, 384),
-        "llama-3m": _llama(6, 192, 6, 6, 512),
-        "llama-10m": _llama(8, 320, 5, 5, 896),
-        "llama-30m": _llama(10, 512, 8, 8, 1408),
-        "llama-100m": _llama(12, 768, 12, 12, 2048),
-        "llama-300m": _llama(24, 1024, 16, 16, 2816),
-        "llama-1b": _llama(16, 2048, 32, 8, 8192, **_LLAMA3),
-        "llama-3b": _llama(28, 3072, 24, 8, 8192, **_LLAMA3),
-        "llama-8b": _llama(32, 4096, 32, 8, 14_336, **_LLAMA3, tied=False),
-        "llama-70b": _llama(80, 8192, 64, 8, 28_672, **_LLAMA3, tied=False),
-    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     preset: str | None = None
     """Named sizes to start from; every option given beside it wins."""
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """decoder: each token sees those before it; encoder: all of its text; encoder_decoder: a decoder that also sees
+    an encoder's text."""
     vocab_size: int | None = None
     """Entries of the vocabulary; empty: the tokenizer's, rounded up to vocab_multiple."""
     vocab_multiple: int = 64
     """What a vocabulary size taken from the tokenizer is rounded up to, for even splits and tiles."""
+    token_types: int = 0
+    """Kinds of token (first and second text of a pair), each with a vector added to the embedding."""
     positions: int = 1024
     """Longest context in tokens."""
     layers: int = 6
-    """Number of blocks."""
+    """Number of blocks, of the encoder where there are two stacks."""
+    decoder_layers: int | None = None
+    """Number of blocks of an encoder_decoder's decoder; empty: layers."""
+    share_layers: bool = False
+    """All blocks of a stack have the same parameters (Lan et al. 2020, "ALBERT")."""
     width: int = 384
     """Width of the residual stream."""
+    embedding_width: int | None = None
+    """Width of the token embeddings, projected to width where it differs; empty: width."""
+    embedding_norm: bool = False
+    """Normalise the embeddings."""
+    embedding_scale: bool = False
+    """Multiply the token embeddings with √width (Vaswani et al. 2017, §3.4)."""
     heads: int = 6
     """Query heads."""
     kv_heads: int | None = None
@@ -75,29 +139,59 @@ class TransformerConfig:
     head_width: int | None = None
     """Width of a head; empty: width / heads."""
     mlp_width: int | None = None
-    """Inner width of the MLP; empty: 4 × width, or 8/3 × width rounded up to 64 for gated activations."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
-    """Non-linearity of the MLP; swiglu and geglu gate it."""
+    """Inner width of the MLP, or of an expert; empty: 4 × width, or 8/3 × width rounded up to 64 for gated activations."""
+    activation: Activation = "gelu_tanh"
+    """Non-linearity of the MLP; swiglu, geglu and geglu_tanh gate it."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Kind of normalisation."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Normalise the input of each sub-layer (pre) or the sum after it (post)."""
+    norm_position: Literal["pre", "post", "both", "output"] = "pre"
+    """Normalise the input of each sub-layer (pre), the sum after it (post), its input and its output (both), its
+    output alone (output)."""
+    norm_offset: bool = False
+    """The norms' scales are stored less 1 (Gemma)."""
+    first_norm: bool = True
+    """The first block normalises the input of its attention; false: the embeddings' norm has done so (ModernBERT)."""
+    parallel: bool = False
+    """Attention and MLP read the same residual stream and are added together (Wang and Komatsuzaki 2021, "GPT-J")."""
     norm_eps: float = 1e-5
     """Added to the variance."""
-    position: Literal["learned", "rotary", "none"] = "learned"
-    """How a token knows its place."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    qk_norm: bool = False
-    """RMS-normalise each query and key head."""
+    position: Literal["learned", "rotary", "sinusoidal", "relative", "alibi", "none"] = "learned"
+    """How a token knows its place; relative: T5's buckets; alibi: a slope a head (Press et al. 2022)."""
+    position_offset: int = 0
+    """Rows of the table of learned positions before that of the first token (RoBERTa, BART: 2)."""
+    relative_buckets: int = 32
+    """Buckets of relative positions (Raffel et al. 2020, "T5", §2.1)."""
+    relative_distance: int = 128
+    """Distance from which on all relative positions share a bucket."""
+    rope: RotaryConfig = RotaryConfig()
+    layer_pattern: str = "G"
+    """Kinds of layer in order, repeated: G sees the whole context, L a window of it."""
+    window: int = 1024
+    """Tokens that an L layer sees: each token and those before it, or half of them on either side in an encoder."""
+    qk_norm: Literal["none", "heads", "whole"] = "none"
+    """RMS-normalise queries and keys: each head by itself, or all heads as one vector (OLMo 2)."""
+    attention_scale: float | None = None
+    """What query · key is multiplied with; empty: 1/√head_width."""
+    attention_softcap: float | None = None
+    """Bound attention scores to ±cap by cap · tanh(score / cap)."""
+    kernel: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"
+    """What computes attention; auto: the fastest that this platform and these shapes allow."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; empty: as bias."""
     tie_embeddings: bool = True
     """The head uses the embedding matrix."""
     dropout: float = 0.0
     """Probability of dropping embeddings, attention weights and sub-layer outputs in training."""
+    logit_scale: bool = False
+    """Multiply the last hidden states with 1/√width before a tied head (T5 v1.0)."""
+    logit_bias: bool = False
+    """The language-model head has a bias (BART, Marian)."""
     logit_softcap: float | None = None
     """Bound logits to ±cap by cap · tanh(logits / cap)."""
+    head: HeadConfig = HeadConfig()
+    moe: MoeConfig = MoeConfig()
     init: Literal["residual_scaled", "normal"] = "residual_scaled"
     """normal: every matrix from N(0, init_std); residual_scaled: outputs into the residual stream divided by √(2·layers)."""
     init_std: float = 0.02
@@ -111,16 +205,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "vocab_size",
-            "vocab_multiple",
-            "positions",
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "mlp_width",
-        ):
+            "vocab_size", "vocab_multiple", "positions", "layers", "decoder_layers", "width", "embedding_width", "heads",
+            "kv_heads", "head_width", "mlp_width", "window", "relative_distance",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
@@ -134,14 +221,28 @@ class TransformerConfig:
         if self.heads % self.K:
             fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}: allowed: {', '.join(map(str, fits))}")
-        if self.position == "rotary" and self.H % 2:
-            raise ValueError(f"rotary positions need an even head width, given {self.H}")
+        if self.position == "rotary" and self.rotary_width % 2:
+            raise ValueError(f"rotary positions need an even width, given {self.rotary_width} (head width × rope.fraction)")
+        if self.position == "sinusoidal" and self.width % 2:
+            raise ValueError(f"sinusoidal positions need an even width, given {self.width}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-        for name in ("norm_eps", "init_std", "rope_theta", "logit_softcap"):
+        for name in ("norm_eps", "init_std", "logit_softcap", "attention_scale", "attention_softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}: it must be positive")
+        if self.relative_buckets < 4 or self.relative_buckets % 2:
+            raise ValueError(f"relative_buckets is {self.relative_buckets}: it must be even and at least 4")
+        if not self.layer_pattern or set(self.layer_pattern) - {"G", "L"}:
+            raise ValueError(f"layer_pattern is {self.layer_pattern!r}: it is made of G (whole context) and L (window)")
+        if self.token_types < 0 or self.position_offset < 0:
+            raise ValueError("token_types and position_offset must not be negative")
+        if self.architecture != "encoder_decoder" and self.decoder_layers is not None:
+            raise ValueError(f"decoder_layers {self.decoder_layers} belongs to an encoder_decoder: this is an {self.architecture}")
+        if self.architecture == "encoder" and self.head.kind == "language_model":
+            raise ValueError("head.kind language_model needs a decoder: an encoder takes masked_lm, or a head over labels")
+        if self.parallel and self.norm_position != "pre":
+            raise ValueError(f"parallel attention and MLP need norm_position pre, given {self.norm_position}")
 
     # Sizes by their letter; D is the width itself, the others have defaults that depend on each other.
     @property
@@ -153,8 +254,13 @@ class TransformerConfig:
         return self.head_width or self.width // self.heads
 
     @property
+    def rotary_width(self) -> int:
+        """How much of each head is turned."""
+        return int(self.H * self.rope.fraction)
+
+    @property
     def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
     def F(self) -> int:  # noqa: N802
@@ -167,20 +273,62 @@ class TransformerConfig:
         assert self.vocab_size is not None, "the experiment fills in the tokenizer's vocabulary size"
         return self.vocab_size
 
+    @property
+    def W(self) -> int:  # noqa: N802
+        return self.embedding_width or self.width
+
+    @property
+    def factored(self) -> bool:
+        """Token embeddings have a width of their own."""
+        return self.width != self.W
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Name of each stack → its number of blocks."""
+        if self.architecture == "encoder_decoder":
+            return {"encoder": self.layers, "decoder": self.decoder_layers or self.layers}
+        return {self.architecture: self.layers}
+
+    def local(self, layers: int) -> list[bool]:
+        """Of each of `layers` blocks, whether it sees a window only."""
+        return [self.layer_pattern[i % len(self.layer_pattern)] == "L" for i in range(layers)]
+
     def sizes(self) -> dict[str, int]:
         """Letter of the shape alphabet → size, for every axis of a parameter."""
-        return {"D": self.width, "N": self.heads, "K": self.K, "H": self.H, "F": self.F, "V": self.V, "P": self.positions}
+        return {
+            "D": self.width, "N": self.heads, "K": self.K, "H": self.H, "F": self.F, "V": self.V, "W": self.W,
+            "P": self.positions + self.position_offset, "T": self.token_types, "R": self.relative_buckets,
+            "E": self.moe.experts, "C": self.outputs, "U": self.width,
+        }  # fmt: skip
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a head over labels gives."""
+        return {"span": 2, "choice": 1, "detection": 1}.get(self.head.kind, self.head.labels)
 
     def matmul_parameters(self) -> int:
-        """Weights that every token is multiplied with: all matrices but the embedding look-ups."""
+        """Weights that every token is multiplied with: all matrices but the embedding look-ups; of experts the chosen."""
         attention = 2 * self.width * self.H * (self.heads + self.K)
         mlp = (3 if self.gated else 2) * self.width * self.F
-        return self.layers * (attention + mlp) + self.width * self.V
+        if self.moe.experts:
+            mlp = mlp * (self.moe.chosen + self.moe.shared) + self.width * self.moe.experts
+        blocks = sum(self.stacks.values()) * (attention + mlp)
+        if self.architecture == "encoder_decoder":
+            blocks += self.stacks["decoder"] * attention
+        factored = self.width * self.W if self.factored else 0
+        scored = self.W * self.V if self.head.kind in ("language_model", "masked_lm") else 0
+        dense = self.width * self.W if self.head.kind == "masked_lm" and self.head.dense else 0
+        return blocks + factored + dense + scored
 
     def train_flops_per_token(self, length: int) -> float:
         """FLOPs of forward and backward for one token in a row of `length` tokens.
 
         6 per matrix weight, and 12 · layers · N·H · length for the attention products, causal rows
-        counted whole as is the custom (Chowdhery et al. 2022, "PaLM", appendix B).
+        counted whole as is the custom (Chowdhery et al. 2022, "PaLM", appendix B); a window counts as its length.
+        Of an encoder-decoder a token of each stack, both of this length.
         """
-        return 6.0 * self.matmul_parameters() + 12.0 * self.layers * self.heads * self.H * length
+        seen = 0
+        for name, layers in self.stacks.items():
+            seen += sum(min(length, self.window) if local else length for local in self.local(layers))
+            seen += layers * length if self.architecture == "encoder_decoder" and name == "decoder" else 0
+        return 6.0 * self.matmul_parameters() + 12.0 * seen * self.heads * self.H

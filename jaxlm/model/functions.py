@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.heads import LanguageModel
+from jaxlm.model.heads import Labeller, LanguageModel
 from jaxlm.model.transformer import Batch
 
 Params = Any
@@ -30,8 +30,14 @@ class Model:
         return nn.unbox(self._boxed(key))
 
     def _boxed(self, key: jax.Array) -> Params:
-        tokens_BL = jnp.zeros((1, 1), jnp.int32)
-        return LanguageModel(self.config).init(key, {"tokens_BL": tokens_BL})["params"]
+        batch: Batch = {"tokens_BL": jnp.zeros((1, 1), jnp.int32)}
+        if self.config.architecture == "encoder_decoder":
+            batch = {"encoder": batch, "decoder": batch}
+        return self._module().init(key, batch)["params"]
+
+    def _module(self, train: bool = False) -> nn.Module:
+        scores_vocabulary = self.config.head.kind in ("language_model", "masked_lm")
+        return (LanguageModel if scores_vocabulary else Labeller)(self.config, train=train)
 
     @functools.cached_property
     def _abstract(self) -> Params:
@@ -49,13 +55,12 @@ class Model:
         self, params: Params, batch: Batch, *args: Any,
         train: bool = False, rng: jax.Array | None = None, method: str = "__call__", **options: Any,
     ) -> Any:  # fmt: skip
-        """Call a method of the module: `__call__` (logits and cache) or `loss`.
+        """Call a method of the module: `__call__` (logits and cache, or a label head's scores), `hidden` or `loss`.
 
         `train` turns dropout on, which then draws from `rng`.
         """
         rngs = {"dropout": rng} if train and rng is not None else None
-        module = LanguageModel(self.config, train=train)
-        return module.apply({"params": params}, batch, *args, rngs=rngs, method=method, **options)
+        return self._module(train).apply({"params": params}, batch, *args, rngs=rngs, method=method, **options)
 
     def parameters(self) -> int:
         """How many numbers the parameter tree holds."""

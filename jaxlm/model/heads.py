@@ -1,6 +1,7 @@
-"""What stands on the hidden states: the language-model head, its logits and its loss.
+"""What stands on the hidden states: heads over the vocabulary with their loss, and heads over labels.
 
-Letters: B batch · L length · C chunk of the length · D model width · V vocabulary.
+Letters: B batch · L length · D model width · U the same, after a dense layer · W width of the token embeddings ·
+V vocabulary · C classes, or in the loss a chunk of the length.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxlm.model.cache import Cache
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.layers import Embed
+from jaxlm.model.layers import Linear, Norm, activate, parameter
 from jaxlm.model.transformer import Batch, Transformer
 from jaxlm.parallel.rules import constrain
 
@@ -23,9 +24,11 @@ def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def _logits(hidden_BCD: jax.Array, table_VD: jax.Array, cap: float | None) -> jax.Array:
+def _logits(hidden_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, cap: float | None) -> jax.Array:
     table_VD = table_VD.astype(hidden_BCD.dtype)
     logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+    if bias_V is not None:
+        logits_BCV = logits_BCV + bias_V[None, None, :]
     return constrain(soft_cap(logits_BCV, cap), "BLV")
 
 
@@ -43,23 +46,23 @@ def _over_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: An
     return carry, jax.tree.map(lambda y: y[None], ys)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def linear_cross_entropy(
-    hidden_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array,
+    hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, targets_BL: jax.Array, weights_BL: jax.Array,
     chunk: int, z_loss: float, cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Sum over tokens of weight · (cross-entropy + z_loss · log²Z), and of weight · cross-entropy, in nats.
 
     Logits exist for `chunk` positions of each row at a time, in float32, and never for the whole
     batch. Under differentiation the gradients are computed together with the logits, so that those are
-    computed once. Only the first sum is differentiable, and only in `hidden_BLD` and `table_VD`.
+    computed once. Only the first sum is differentiable, and only in `hidden_BLD`, `table_VD` and `bias_V`.
 
     `chunk` must divide L. log²Z is the z-loss of Chowdhery et al. 2022, "PaLM", §5.
     """
 
     def step(sums: Any, part: Any) -> tuple[Any, None]:
         hidden_BCD, targets_BC, weights_BC = part
-        nll_BC, lse_BC = _losses(_logits(hidden_BCD, table_VD, cap), targets_BC)
+        nll_BC, lse_BC = _losses(_logits(hidden_BCD, table_VD, bias_V, cap), targets_BC)
         return _add(sums, nll_BC, lse_BC, weights_BC), None
 
     (loss, z), _ = _over_chunks(step, (jnp.zeros(()), jnp.zeros(())), (hidden_BLD, targets_BL, weights_BL), chunk)
@@ -76,11 +79,11 @@ def _add(sums: Any, nll_BC: jax.Array, lse_BC: jax.Array, weights_BC: jax.Array)
     return sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(jnp.square(lse_BC) * weights_BC)
 
 
-def _forward(hidden_BLD, table_VD, targets_BL, weights_BL, chunk, z_loss, cap):  # type: ignore[no-untyped-def]
+def _forward(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss, cap):  # type: ignore[no-untyped-def]
     def step(carry: Any, part: Any) -> tuple[Any, jax.Array]:
-        sums, grad_VD = carry
+        sums, grad_VD, grad_V = carry
         hidden_BCD, targets_BC, weights_BC = part
-        logits_BCV = _logits(hidden_BCD, table_VD, cap)
+        logits_BCV = _logits(hidden_BCD, table_VD, bias_V, cap)
         nll_BC, lse_BC = _losses(logits_BCV, targets_BC)
         # d/dlogits of nll is softmax − onehot, of log²Z it is 2 · logZ · softmax.
         softmax_BCV = jnp.exp(logits_BCV - lse_BC[:, :, None])
@@ -89,50 +92,150 @@ def _forward(hidden_BLD, table_VD, targets_BL, weights_BL, chunk, z_loss, cap): 
         grad_BCV = grad_BCV * weights_BC[:, :, None]
         if cap is not None:
             grad_BCV = grad_BCV * (1 - jnp.square(logits_BCV / cap))
+        if grad_V is not None:
+            grad_V += jnp.sum(grad_BCV, axis=(0, 1))
         grad_BCV = constrain(grad_BCV.astype(hidden_BCD.dtype), "BLV")
         grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, table_VD.astype(hidden_BCD.dtype))
         grad_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (_add(sums, nll_BC, lse_BC, weights_BC), grad_VD), grad_BCD
+        return (_add(sums, nll_BC, lse_BC, weights_BC), grad_VD, grad_V), grad_BCD
 
-    carry = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(table_VD.shape, jnp.float32))
-    ((loss, z), grad_VD), grad_XBCD = _over_chunks(step, carry, (hidden_BLD, targets_BL, weights_BL), chunk)
+    bias_grad = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
+    carry = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(table_VD.shape, jnp.float32), bias_grad)
+    ((loss, z), grad_VD, grad_V), grad_XBCD = _over_chunks(step, carry, (hidden_BLD, targets_BL, weights_BL), chunk)
     grad_BLD = jnp.moveaxis(grad_XBCD, 0, 1).reshape(hidden_BLD.shape)
-    return (loss + z_loss * z, loss), (grad_BLD, grad_VD.astype(table_VD.dtype))
+    return (loss + z_loss * z, loss), (grad_BLD, grad_VD.astype(table_VD.dtype), grad_V)
 
 
 def _backward(chunk, z_loss, cap, gradients, cotangents):  # type: ignore[no-untyped-def]
     scale, _ = cotangents
-    grad_BLD, grad_VD = gradients
-    return grad_BLD * scale.astype(grad_BLD.dtype), grad_VD * scale.astype(grad_VD.dtype), None, None
+    scaled = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients)
+    return *scaled, None, None
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
 
 
+class VocabularyHead(nn.Module):
+    """Hidden states → what is multiplied with a table of the vocabulary: in a masked language model through a
+    dense layer, a non-linearity and a norm first (Devlin et al. 2019), and with a bias."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        masked = c.head.kind == "masked_lm"
+        self.transforms = masked and c.head.dense
+        if self.transforms:
+            self.dense = Linear(c, "BLD,DW->BLW", bias=c.head.dense_bias)
+            if c.head.norm:
+                self.norm = Norm(c, c.norm, "W")
+        if not c.tie_embeddings:
+            self.table = parameter(self, "table", "VW", nn.initializers.normal(c.init_std))
+        if c.logit_bias or (masked and c.head.bias):
+            self.bias = parameter(self, "bias", "V", nn.initializers.zeros)
+
+    def __call__(self, hidden_BLD: jax.Array, embed_VW: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """(B, L, W) features, the table and the bias."""
+        c = self.config
+        x = hidden_BLD
+        if self.transforms:
+            x = activate(c.head.activation, self.dense(x))
+            x = self.norm(x) if c.head.norm else x
+        if c.logit_scale and c.tie_embeddings:
+            x = x * jnp.asarray(c.width**-0.5, x.dtype)
+        biased = c.logit_bias or (c.head.kind == "masked_lm" and c.head.bias)
+        return x, embed_VW if c.tie_embeddings else self.table, self.bias if biased else None
+
+
 class LanguageModel(nn.Module):
-    """A Transformer with a head over the vocabulary."""
+    """A Transformer with a head over the vocabulary: of a decoder the next token's, of an encoder each token's."""
 
     config: TransformerConfig
     train: bool = False
 
     def setup(self) -> None:
         self.transformer = Transformer(self.config, self.train)
-        if not self.config.tie_embeddings:
-            self.head = Embed(self.config, "VD")
+        self.head = VocabularyHead(self.config)
 
-    def _table(self) -> jax.Array:
-        return self.transformer.embed.table if self.config.tie_embeddings else self.head.table
+    def hidden(self, batch: Batch) -> jax.Array:
+        """The last hidden states (B, L, D)."""
+        return self.transformer(batch).hidden_BLD
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        """Float32 logits (B, L, V) of the token after each of `tokens_BL`, and the cache."""
-        hidden_BLD, cache = self.transformer(batch, cache)
-        return _logits(hidden_BLD, self._table(), self.config.logit_softcap), cache
+        """Float32 logits (B, L, V) and the cache."""
+        output = self.transformer(batch, cache)
+        parts = self.head(output.hidden_BLD, self.transformer.embed.table)
+        return _logits(*parts, self.config.logit_softcap), output.cache
 
     def loss(self, batch: Batch, *, chunk: int, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
-        """Sums over `targets_BL` weighted by `weights_BL`, as `linear_cross_entropy` gives them."""
-        hidden_BLD, _ = self.transformer(batch)
-        length = hidden_BLD.shape[1]
+        """Sums over `targets_BL` weighted by `weights_BL` (of an encoder-decoder those of its decoder), as
+        `linear_cross_entropy` gives them; to the first the routers' losses are added, at the same weight."""
+        output = self.transformer(batch)
+        scored = batch["decoder"] if self.config.architecture == "encoder_decoder" else batch
+        parts = self.head(output.hidden_BLD, self.transformer.embed.table)
+        length = output.hidden_BLD.shape[1]
         chunk = max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
-        return linear_cross_entropy(
-            hidden_BLD, self._table(), batch["targets_BL"], batch["weights_BL"], chunk, z_loss, self.config.logit_softcap
+        loss, nll = linear_cross_entropy(
+            *parts, scored["targets_BL"], scored["weights_BL"], chunk, z_loss, self.config.logit_softcap
         )
+        if self.config.moe.experts:
+            loss = loss + output.auxiliary * jnp.sum(scored["weights_BL"])
+        return loss, nll
+
+
+class LabelHead(nn.Module):
+    """Pooled or single hidden states → a dense layer, a non-linearity, a norm, each on request → the labels' scores."""
+
+    config: TransformerConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, head, lead = self.config, self.config.head, "BL" if x.ndim == 3 else "B"
+        if head.dense:
+            x = Linear(c, f"{lead}D,DU->{lead}U", bias=head.dense_bias, name="dense")(x)
+            x = activate(head.activation, x)
+            x = Norm(c, c.norm, name="norm")(x) if head.norm else x
+        if head.kind == "embedding":
+            return x
+        x = nn.Dropout(c.dropout, deterministic=not self.train)(x)
+        scores = Linear(c, f"{lead}U,UC->{lead}C", bias=head.bias, name="out")(x).astype(jnp.float32)
+        return scores[..., 0] if head.kind in ("choice", "detection") else scores
+
+
+class Labeller(nn.Module):
+    """A Transformer with a head over labels, or none."""
+
+    config: TransformerConfig
+    train: bool = False
+
+    def setup(self) -> None:
+        self.transformer = Transformer(self.config, self.train)
+        self.head = LabelHead(self.config, self.train)
+
+    def hidden(self, batch: Batch) -> jax.Array:
+        """The last hidden states (B, L, D)."""
+        return self.transformer(batch).hidden_BLD
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """Float32 scores: (B, C) of a sequence, (B,) of a choice, (B, L, C) of a token, (B, L, 2) of a span, (B, L) of
+        detection; a vector (B, D) of an embedding."""
+        c = self.config
+        hidden_BLD = self.transformer(batch).hidden_BLD
+        if c.head.kind in ("token", "span", "detection"):
+            return self.head(hidden_BLD)
+        own = batch["decoder"] if c.architecture == "encoder_decoder" else batch
+        return self.head(pool(hidden_BLD, own.get("segments_BL"), c.head.pool))
+
+
+def pool(hidden_BLD: jax.Array, segments_BL: jax.Array | None, kind: str) -> jax.Array:
+    """(B, D): the hidden state of the first token, of the last one, or the mean over all but padding (segment 0)."""
+    kept_BL = jnp.ones(hidden_BLD.shape[:2], bool) if segments_BL is None else segments_BL > 0
+    if kind == "first":
+        return hidden_BLD[:, 0]
+    if kind == "last":
+        last_B = jnp.max(jnp.where(kept_BL, jnp.arange(kept_BL.shape[1])[None, :], 0), axis=1)
+        return jnp.take_along_axis(hidden_BLD, last_B[:, None, None], axis=1)[:, 0]
+    weights_BL = kept_BL.astype(hidden_BLD.dtype)
+    total_BD = jnp.einsum("BLD,BL->BD", hidden_BLD, weights_BL)
+    return total_BD / jnp.maximum(jnp.sum(weights_BL, axis=1, keepdims=True), 1)

@@ -1,8 +1,9 @@
-"""Linear maps, norms, embeddings, MLPs and rotary positions.
+"""Linear maps, norms, embeddings, MLPs and positions.
 
-Letters: B batch · L query length · D model width · N query heads · K key/value heads · H head width ·
-F MLP width · V vocabulary · P positions. A weight's axes, initialiser and sharding all follow from the
-letters of the equation that it is declared with.
+Letters: B batch · L query length · S key length · D model width · W width of the token embeddings · N query
+heads · K key/value heads · H head width · F MLP width · V vocabulary · P positions · T token types · R buckets
+of relative positions · C classes. A weight's axes, initialiser and sharding all follow from the letters of the
+equation that it is declared with.
 """
 
 import functools
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
 from jaxlm.parallel.rules import constrain
+
+Angles = tuple[jax.Array, jax.Array]
 
 
 def parameter(module: Any, name: str, axes: str, init: Any, split: bool = True) -> jax.Array:
@@ -35,6 +38,7 @@ class Linear(nn.Module):
     config: TransformerConfig
     equation: str
     residual: bool = False
+    bias: bool | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,7 +49,7 @@ class Linear(nn.Module):
         std = c.init_std / math.sqrt(2 * c.layers) if scaled else c.init_std
         w = parameter(self, "kernel", axes, nn.initializers.normal(std))
         y = jnp.einsum(self.equation, x, w.astype(dtype))
-        if c.bias:
+        if c.bias if self.bias is None else self.bias:
             axes = "".join(letter for letter in axes if letter in output)
             b = parameter(self, "bias", axes, nn.initializers.zeros)
             y = y + b.astype(dtype).reshape((1,) * (y.ndim - b.ndim) + b.shape)
@@ -53,21 +57,28 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axes, in float32.
+
+    `axes` are the letters that are normalised together, in the order of the input's last axes.
+    """
 
     config: TransformerConfig
     kind: str
-    axis: str = "D"
+    axes: str = "D"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, centred = self.config, self.kind == "layernorm"
-        # Held whole by every device: splitting a vector of D numbers would save nothing.
-        scale = parameter(self, "scale", self.axis, nn.initializers.ones, split=False)
-        y = normalise(x.astype(jnp.float32), c.norm_eps, centred) * _as_row(scale, x)
+        flat = x.reshape(*x.shape[: x.ndim - len(self.axes)], -1)
+        # Of one axis held whole by every device: splitting a vector of D numbers would save nothing.
+        split = len(self.axes) > 1
+        start = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
+        scale = parameter(self, "scale", self.axes, start, split)
+        scale = (scale + 1 if c.norm_offset else scale).reshape(-1)
+        y = normalise(flat.astype(jnp.float32), c.norm_eps, centred) * _as_row(scale, flat)
         if centred and c.bias:
-            y = y + _as_row(parameter(self, "bias", self.axis, nn.initializers.zeros, split=False), x)
-        return y.astype(x.dtype)
+            y = y + _as_row(parameter(self, "bias", self.axes, nn.initializers.zeros, split=False).reshape(-1), flat)
+        return y.astype(x.dtype).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -103,7 +114,7 @@ def _as_row(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Embed(nn.Module):
-    """A table of vectors, by token or by position; the head may read it again."""
+    """A table of vectors, by token, by position or by token type; the head may read it again."""
 
     config: TransformerConfig
     axes: str
@@ -119,10 +130,12 @@ def activate(kind: str, x: jax.Array) -> jax.Array:
     """The non-linearity, by its config name; a gated one is applied to its gate."""
     if kind in ("gelu", "geglu"):
         return jax.nn.gelu(x, approximate=False)  # Hendrycks and Gimpel 2016
-    if kind == "gelu_tanh":
+    if kind in ("gelu_tanh", "geglu_tanh"):
         return gelu_tanh(x)
-    if kind == "swiglu":
+    if kind in ("silu", "swiglu"):
         return jax.nn.silu(x)  # Shazeer 2020, "GLU Variants Improve Transformer"
+    if kind == "tanh":
+        return jnp.tanh(x)
     x = jax.nn.relu(x)
     return jnp.square(x) if kind == "relu2" else x  # So et al. 2021, "Primer"
 
@@ -161,19 +174,3 @@ class Mlp(nn.Module):
         else:
             inner_BLF = activate(c.activation, up_BLF)
         return Linear(c, "BLF,FD->BLD", residual=True, name="down")(inner_BLF)
-
-
-def rotary_angles(positions_BL: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, (B, L, 1, H/2) each, float32 (Su et al. 2021, "RoFormer", eq. 34)."""
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BLNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn each pair (i, i + H/2) of a query or key head by its angle: the half-split layout of Llama's
-    published checkpoints in Hugging Face form."""
-    cos, sin = angles
-    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BLNH.dtype)

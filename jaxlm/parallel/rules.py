@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Rules = Mapping[str, tuple[str, ...]]
 
 # Parameters and optimiser state. A letter that is not named is held whole by every device.
-STORED: Rules = {"D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+STORED: Rules = {"D": ("fsdp",), "W": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 
 # Activations. fsdp splits the batch as well: it is data parallelism that stores its parameters in parts.
 COMPUTED: Rules = {"B": ("data", "fsdp"), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
@@ -23,7 +23,8 @@ COMPUTED: Rules = {"B": ("data", "fsdp"), "N": ("tensor",), "K": ("tensor",), "F
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rules) -> PartitionSpec:
     """The partition of an array with these logical axes.
 
-    A dimension that the mesh axes do not divide is held whole (one key/value head on two devices).
+    A dimension that the mesh axes do not divide is held whole (one key/value head on two devices), and so is one
+    whose mesh axes split a dimension before it (both sides of a square matrix).
     """
     assert len(axes) == len(shape), f"logical axes {axes} do not match the shape {shape}"
     sizes = dict(mesh.shape)
@@ -31,7 +32,8 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rul
     for letter, length in zip(axes, shape, strict=True):
         over = rules.get(letter, ()) if letter else ()
         ways = int(np.prod([sizes[axis] for axis in over])) if over else 1
-        parts.append(over if ways > 1 and length % ways == 0 else None)
+        free = not any(part and set(part) & set(over) for part in parts)
+        parts.append(over if ways > 1 and length % ways == 0 and free else None)
     return PartitionSpec(*parts)
 
 

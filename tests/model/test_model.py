@@ -20,7 +20,7 @@ FAMILIES = {
         TINY, position="rotary", norm="rmsnorm", activation="swiglu", bias=False, kv_heads=2, tie_embeddings=False, init="normal"
     ),
     "post-norm": dataclasses.replace(TINY, norm_position="post", activation="relu", head_width=6),
-    "mqa-qk-norm": dataclasses.replace(TINY, kv_heads=1, qk_norm=True, activation="geglu", position="rotary", logit_softcap=5.0),
+    "mqa-qk-norm": dataclasses.replace(TINY, kv_heads=1, qk_norm="heads", activation="geglu", position="rotary", logit_softcap=5.0),
     "no-positions": dataclasses.replace(TINY, position="none", activation="relu2", bias=False),
     "gelu-wide": dataclasses.replace(TINY, activation="gelu", mlp_width=24),
 }
@@ -162,14 +162,15 @@ def test_flops_are_six_per_matrix_weight_and_the_attention():
 def test_initialisation_follows_gpt2():
     model = Model(TransformerConfig(vocab_size=512, positions=64, layers=8, width=128, heads=4))
     params = model.init(jax.random.key(0))["transformer"]
+    layers = params["decoder"]["layers"]
     std = {name: float(jnp.std(value)) for name, value in [
-        ("embed", params["embed"]["table"]), ("up", params["layers"]["mlp"]["up"]["kernel"]),
-        ("down", params["layers"]["mlp"]["down"]["kernel"]), ("out", params["layers"]["attention"]["out"]["kernel"]),
+        ("embed", params["embed"]["table"]), ("up", layers["mlp"]["up"]["kernel"]),
+        ("down", layers["mlp"]["down"]["kernel"]), ("out", layers["attention"]["out"]["kernel"]),
     ]}  # fmt: skip
     assert std["embed"] == pytest.approx(0.02, rel=0.03) and std["up"] == pytest.approx(0.02, rel=0.03)
     assert std["down"] == pytest.approx(0.02 / 4, rel=0.03) and std["out"] == pytest.approx(0.02 / 4, rel=0.03)
-    layers = params["layers"]["mlp"]["up"]["kernel"]
-    assert not np.allclose(layers[0], layers[1]), "stacked layers must not share their draw"
+    up = layers["mlp"]["up"]["kernel"]
+    assert not np.allclose(up[0], up[1]), "stacked layers must not share their draw"
 
 
 # --- the chunked loss -------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_chunked_loss_is_the_plain_loss(chunk, z_loss, cap):
     targets, weights = tokens(3, 12, 11), rng.random((3, 12)).astype(np.float32)
 
     def chunked(hidden, table):
-        return linear_cross_entropy(hidden, table, targets, weights, chunk, z_loss, cap)
+        return linear_cross_entropy(hidden, table, None, targets, weights, chunk, z_loss, cap)
 
     def plain(hidden, table):
         return plain_cross_entropy(hidden, table, targets, weights, z_loss, cap)
@@ -214,7 +215,7 @@ def test_chunked_loss_never_holds_all_logits():
     ]
 
     def loss(hidden, table, targets, weights):
-        return linear_cross_entropy(hidden, table, targets, weights, chunk, 1e-4, None)[0]
+        return linear_cross_entropy(hidden, table, None, targets, weights, chunk, 1e-4, None)[0]
 
     text = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile().as_text()
     import re

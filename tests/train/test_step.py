@@ -100,7 +100,7 @@ def test_decay_goes_by_name():
     zeros = jax.tree.map(np.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    layers, own = updates["transformer"]["layers"], params["transformer"]["layers"]
+    layers, own = updates["transformer"]["decoder"]["layers"], params["transformer"]["decoder"]["layers"]
     np.testing.assert_allclose(layers["mlp"]["up"]["kernel"], -0.05 * own["mlp"]["up"]["kernel"], rtol=1e-5)
     assert not np.any(layers["mlp"]["up"]["bias"]) and not np.any(layers["mlp_norm"]["scale"])
     assert np.any(updates["transformer"]["embed"]["table"])

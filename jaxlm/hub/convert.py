@@ -1,0 +1,137 @@
+"""A Hugging Face folder ↔ a model of ours: the registry of families, and the two directions."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm import __version__
+from jaxlm.config import unknown
+from jaxlm.hub.decoders import DECODERS
+from jaxlm.hub.encoders import ENCODERS
+from jaxlm.hub.family import Family
+from jaxlm.hub.files import Tensors, find, load, save
+from jaxlm.hub.seq2seq import SEQ2SEQ
+from jaxlm.hub.tensors import Table
+from jaxlm.model import Model, Params, TransformerConfig
+from jaxlm.parallel import stored_shardings
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (*ENCODERS, *DECODERS, *SEQ2SEQ)}
+
+
+def is_hugging_face(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a model of `transformers`, by its `config.json`."""
+    return (folder / "config.json").is_file()
+
+
+def read_json(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} has no config.json: not the folder of a Hugging Face model")
+    return json.loads(file.read_text(encoding="utf8"))
+
+
+def family_of(theirs: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`. Code that comes with a model is never run, so its `auto_map` plays no part."""
+    name = str(theirs.get("model_type"))
+    if name not in FAMILIES:
+        raise unknown("model_type", name, FAMILIES)
+    return FAMILIES[name]
+
+
+def table_of(family: Family, config: TransformerConfig) -> Table:
+    """The family's tensors, as `load` and `save` take them."""
+    ignored = (*family.ignored, r"^lm_head\.weight$")  # a copy of a tied table
+    return Table(family.table(config), prefix=family.prefix, ignored=ignored, renames=family.renames, absent=family.missing)
+
+
+class Loaded(NamedTuple):
+    """A model from a Hugging Face folder: its parameters in their shardings, where it was, and its `config.json`."""
+
+    model: Model
+    params: Params
+    folder: pathlib.Path
+    theirs: dict[str, Any]
+
+
+def load_folder(
+    argument: str, mesh: jax.sharding.Mesh, *, head: str | None = None, labels: int | None = None, seed: int = 0, **changes: Any
+) -> Loaded:
+    """The model in a Hugging Face folder or hub id.
+
+    `head` and `labels` ask for another head than the file's own: what its files lack is then initialised anew from
+    `seed`. `changes` are further fields of the config, as `dtype`. Raises ValueError in one line for whatever does
+    not fit.
+    """
+    folder = find(argument)
+    theirs = read_json(folder)
+    family, tensors = family_of(theirs), Tensors(folder)
+    config = dataclasses.replace(family.config(theirs, tensors.index, head, labels), **changes)
+    model = Model(config)
+    shardings = stored_shardings(model.axes, model.shapes, mesh)
+    optional: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    if head is not None and (head != family.head_of(theirs) or labels is not None):
+        own = {name for kind in family.heads.values() for name in kind.tensors} - family.table(config).keys()
+        optional, ignored = (r"head/.*",), tuple(name.replace(".", r"\.") for name in own)
+    params = load(
+        tensors, table_of(family, config), model.shapes, model.axes, shardings,
+        ignored=ignored, optional=optional, fresh=lambda: model.init(jax.random.key(seed)) if optional else None,
+    )  # fmt: skip
+    return Loaded(model, params, folder, theirs)
+
+
+def family_for(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
+    """The first family that can say this config, and its `config.json`; or ValueError with why the nearest cannot."""
+    reasons: list[tuple[int, str]] = []
+    for family in FAMILIES.values():
+        if family.fixed["architecture"] != config.architecture:
+            continue
+        try:
+            return family, family.json(config)
+        except ValueError as error:
+            reasons.append((str(error).count(","), str(error)))
+    nearest = min(reasons)[1]
+    raise ValueError(f"no Hugging Face family describes this {config.architecture}: the nearest, {nearest}")
+
+
+def save_folder(
+    folder: pathlib.Path, model: Model, params: Params, *, tokenizer: pathlib.Path | None = None,
+    like: Mapping[str, Any] | None = None, family: str | None = None, dtype: str = "float32", title: str = "",
+    max_shard_bytes: int = 5_000_000_000,
+) -> pathlib.Path:  # fmt: skip
+    """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
+    generation config and model card. `like` is another `config.json`, from which the ids of special tokens and the
+    names of labels are taken."""
+    chosen, theirs = family_for(model.config) if family is None else (FAMILIES[family], FAMILIES[family].json(model.config))
+    kept = {key: value for key, value in (like or {}).items() if key.endswith("_token_id")}
+    named = like is not None and len(like.get("id2label") or ()) == model.config.head.labels and "id2label" in theirs
+    if like is not None and named:
+        kept |= {key: like[key] for key in ("id2label", "label2id") if key in like}
+    theirs |= {"dtype": dtype, "transformers_version": "5.0.0", **kept}
+    generates = model.config.head.kind == "language_model"
+    generation = {"_from_model_config": True, **{k: v for k, v in theirs.items() if k.endswith("_token_id")}} if generates else None
+    return save(
+        folder, table_of(chosen, model.config), params, model.axes,
+        dtype=dtype, config=theirs, generation_config=generation, tokenizer=tokenizer,
+        card=_card(title or folder.name, chosen, model, dtype), max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+
+
+def _card(title: str, family: Family, model: Model, dtype: str) -> str:
+    kinds = {
+        "language_model": "text-generation" if model.config.architecture == "decoder" else "text2text-generation",
+        "masked_lm": "fill-mask", "sequence": "text-classification", "token": "token-classification",
+        "span": "question-answering", "choice": "multiple-choice", "embedding": "feature-extraction",
+    }  # fmt: skip
+    task = kinds.get(model.config.head.kind)
+    lines = ["---", "library_name: transformers", *([f"pipeline_tag: {task}"] if task else []), "tags: [jaxlm]", "---", ""]
+    lines += [
+        f"# {title}",
+        "",
+        f"A {family.name} model of {model.parameters():,} parameters in {dtype}, written by jaxlm {__version__}.",
+    ]
+    return "\n".join(lines) + "\n"

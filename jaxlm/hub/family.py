@@ -1,0 +1,271 @@
+"""What a family of models is to Hugging Face: its config's keys, its tensors' names, its heads. A declaration, not code."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from jaxlm.config import build, to_dict, unknown
+from jaxlm.model import RotaryConfig, TransformerConfig
+
+Json = Mapping[str, Any]
+Tensors = dict[str, dict[str, str]]
+"""Name of theirs → path of ours → pattern (`tensors.py` says how to read one)."""
+
+# Choices of how to compute and train, which no family knows of.
+OURS = (
+    "preset", "vocab_multiple", "kernel", "init", "unroll", "remat", "dtype", "moe.router_z_loss",
+    "relative_buckets", "relative_distance", "window", "dropout",
+)  # fmt: skip
+
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh"}
+PLAIN = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "tanh": "tanh",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A head as a family writes it: the class of `transformers`, our `HeadConfig` fields, its tensors."""
+
+    architecture: str
+    fields: Json = dataclasses.field(default_factory=dict)
+    tensors: Tensors = dataclasses.field(default_factory=dict)
+    prefix: str = ""
+    """Stands before the names of all tensors but the head's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A `model_type` of `transformers`.
+
+    `fixed` are the fields of ours that all its models share; `keys` maps a field (dotted) to the key of theirs that
+    holds the same value; `read(config, names of the tensors)` and `write(config)` translate the rest. `require` lists
+    keys whose other values we do not compute, with the value that we do.
+    """
+
+    name: str
+    prefix: str
+    fixed: Json
+    keys: Mapping[str, str]
+    tensors: Tensors
+    heads: Mapping[str, Head]
+    read: Callable[[Json, Collection[str]], Json] = lambda theirs, names: {}
+    write: Callable[[TransformerConfig], Json] = lambda config: {}
+    adapt: Callable[[TransformerConfig, Tensors], Tensors] = lambda config, tensors: tensors
+    """The base model's tensors, where their names depend on the config."""
+    require: Json = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    missing: tuple[str, ...] = ()
+    """Regular expressions of tensors that its files lack though our parameters have a place for them."""
+    activation: str = ""
+    """The key of the non-linearity."""
+
+    def config(
+        self, theirs: Json, names: Collection[str] = (), head: str | None = None, labels: int | None = None
+    ) -> TransformerConfig:
+        """Our config of their `config.json`; `head` and `labels` ask for another head than the file names."""
+        for key, allowed in self.require.items():
+            if theirs.get(key, allowed) != allowed:
+                raise ValueError(f"{self.name} config: {key} {theirs[key]!r} is not supported: only {allowed!r} is")
+        kind = head or self.head_of(theirs)
+        if kind not in self.heads:
+            raise unknown(f"head of {self.name}", kind, self.heads)
+        tree: dict[str, Any] = {}
+        for field, value in self.fixed.items():
+            _put(tree, field, value)
+        for field, key in self.keys.items():
+            if theirs.get(key) is not None:
+                _put(tree, field, theirs[key])
+        if self.activation:
+            _put(tree, "activation", self._activation(theirs[self.activation]))
+        for field, value in self.read(theirs, names).items():
+            _put(tree, field, value)
+        count = labels or theirs.get("num_labels") or len(theirs.get("id2label") or ()) or 2
+        fields = {"kind": kind, **self.heads[kind].fields, **tree.pop("head", {})}
+        if kind in ("sequence", "token"):
+            fields["labels"] = count
+        return build(TransformerConfig, {**tree, "head": fields})
+
+    def _activation(self, name: str) -> str:
+        gated = str(self.fixed.get("activation", "")) in ("swiglu", "geglu", "geglu_tanh")
+        table = GATED if gated else PLAIN
+        if name not in table:
+            raise unknown(f"{self.name} config: {self.activation}", name, table)
+        return table[name]
+
+    def head_of(self, theirs: Json) -> str:
+        """Our kind of head for the class that a `config.json` names; without one, the first that the family has."""
+        named = (theirs.get("architectures") or [None])[0]
+        found = [kind for kind, head in self.heads.items() if head.architecture == named]
+        if found:
+            return found[0]
+        if named and named.endswith("ForPreTraining") and "masked_lm" in self.heads:
+            return "masked_lm"
+        return "embedding" if named and named.endswith("Model") and "embedding" in self.heads else next(iter(self.heads))
+
+    def json(self, config: TransformerConfig) -> dict[str, Any]:
+        """Their `config.json` of our config. Raises ValueError, naming the fields, where the family cannot say it."""
+        flat = _flat(config)
+        head = self.heads.get(config.head.kind)
+        if head is None:
+            raise ValueError(f"{self.name} has no head {config.head.kind}: it has {', '.join(self.heads)}")
+        # Without these, transformers would take the ids of the family's first checkpoint.
+        theirs: dict[str, Any] = {"model_type": self.name, "architectures": [head.architecture], **dict.fromkeys(SPECIAL)}
+        theirs |= {key: flat[field] for field, key in self.keys.items()}
+        if self.activation:
+            gated = config.gated
+            spelled = {ours: name for name, ours in reversed((GATED if gated else PLAIN).items())}
+            theirs[self.activation] = spelled.get(config.activation, config.activation)
+        if config.head.kind in ("sequence", "token"):
+            theirs["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.head.labels)}
+            theirs["label2id"] = {f"LABEL_{i}": i for i in range(config.head.labels)}
+        theirs |= self.write(config)
+        names = () if config.tie_embeddings else ("lm_head.weight",)
+        if differences := self.lost(config, theirs, names):
+            raise ValueError(f"{self.name} models cannot have {', '.join(differences)}")
+        return theirs
+
+    def lost(self, config: TransformerConfig, theirs: Json, names: Collection[str] = ()) -> list[str]:
+        """Fields that their config, read again, gives another value."""
+        try:
+            again = _flat(self.config(theirs, names, labels=config.head.labels))
+        except ValueError as error:
+            return [str(error)]
+        flat = _flat(config)
+        return [f"{field} {flat[field]}" for field in flat if again.get(field) != flat[field] and not field.startswith(OURS)]
+
+    def table(self, config: TransformerConfig) -> Tensors:
+        """Every tensor that a model of this family may have, by its full name."""
+        head = self.heads[config.head.kind]
+        return {**{head.prefix + name: parts for name, parts in self.adapt(config, self.tensors).items()}, **head.tensors}
+
+
+def _flat(config: TransformerConfig) -> dict[str, Any]:
+    """Dotted field → value, with the defaults that depend on other fields filled in."""
+    tree = to_dict(config)
+    tree |= {"kv_heads": config.K, "head_width": config.H, "mlp_width": config.F, "embedding_width": config.W}
+    tree |= {
+        "decoder_layers": config.stacks.get("decoder"),
+        "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
+    }
+    tree["attention_scale"] = config.attention_scale or config.H**-0.5
+    tree["rope"]["original_positions"] = config.rope.original_positions or config.positions
+    tree["rope"]["local_theta"] = config.rope.local_theta or config.rope.theta
+    tree["layer_pattern"] = "".join("L" if local else "G" for local in config.local(max(config.stacks.values())))
+    if config.head.kind not in ("sequence", "token"):
+        tree["head"]["labels"] = None
+    if config.position != "rotary":
+        tree["rope"] = None
+    if not config.moe.experts:
+        tree["moe"] = None
+    return dict(_leaves(tree))
+
+
+def _leaves(tree: Json, path: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        here = f"{path}.{name}" if path else name
+        found += _leaves(value, here) if isinstance(value, Mapping) else [(here, value)]
+    return found
+
+
+def _put(tree: dict[str, Any], field: str, value: Any) -> None:
+    *parents, leaf = field.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = value
+
+
+# --- rows of a table -----------------------------------------------------------------------------
+
+
+def linear(theirs: str, ours: str, pattern: str, bias: str | None = None) -> Tensors:
+    """A torch Linear: its weight (out, in) by `pattern`, its bias by the output's half of it or by `bias`."""
+    output = bias or (pattern.partition(")")[0] + ")" if pattern.startswith("(") else pattern.split()[0])
+    return {f"{theirs}.weight": {f"{ours}/kernel": pattern}, f"{theirs}.bias": {f"{ours}/bias": output}}
+
+
+def norm(theirs: str, ours: str, axes: str = "D") -> Tensors:
+    return {f"{theirs}.weight": {f"{ours}/scale": axes}, f"{theirs}.bias": {f"{ours}/bias": axes}}
+
+
+def table(theirs: str, ours: str, axes: str = "V W") -> Tensors:
+    return {f"{theirs}.weight": {f"{ours}/table": axes}}
+
+
+def attention(theirs: str, ours: str, query: str, key: str, value: str, out: str) -> Tensors:
+    """Four torch Linears, each at `theirs` + its own name."""
+    return {
+        **linear(theirs + query, f"{ours}/query", "(N H) D"),
+        **linear(theirs + key, f"{ours}/key", "(K H) D"),
+        **linear(theirs + value, f"{ours}/value", "(K H) D"),
+        **linear(theirs + out, f"{ours}/out", "D (N H)"),
+    }
+
+
+# --- rotary positions, in the forms of config.json of transformers 4 and 5 --------------------------
+
+_ROPE = {
+    "factor": "factor", "original_positions": "original_max_position_embeddings", "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow", "magnitude": "attention_factor",
+}  # fmt: skip
+_USED = {
+    "none": (), "linear": ("factor",), "dynamic": ("factor",),
+    "llama3": ("factor", "original_positions", "low_frequency", "high_frequency"),
+    "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "magnitude"),
+}  # fmt: skip
+
+
+def read_rope(theirs: Json) -> dict[str, Any]:
+    """Our `rope` fields, from `rope_parameters` or from the older `rope_theta`, `rope_scaling` and `rotary_pct`."""
+    given = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
+    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = "none" if kind == "default" else kind
+    if kind not in _USED:
+        raise unknown("rope_type", kind, ["default", *_USED][:1] + [name for name in _USED if name != "none"])
+    if kind == "yarn" and (given.get("mscale") or given.get("truncate") is False):
+        raise ValueError("rope_parameters: mscale and truncate of yarn are not supported: give attention_factor")
+    fraction = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or theirs.get("rotary_pct") or 1.0
+    theta = given.get("rope_theta") or theirs.get("rope_theta") or theirs.get("rotary_emb_base") or 10_000.0
+    fields = {"theta": float(theta), "fraction": float(fraction), "scaling": kind}
+    fields |= {ours: given[_ROPE[ours]] for ours in _USED[kind] if given.get(_ROPE[ours]) is not None}
+    return {"rope": fields}
+
+
+def write_rope(config: TransformerConfig, always: bool = False) -> dict[str, Any]:
+    """`rope_parameters` as transformers 5 writes them; `always` with the fraction, for a family whose default is not 1."""
+    rope = config.rope
+    given: dict[str, Any] = {"rope_type": "default" if rope.scaling == "none" else rope.scaling, "rope_theta": rope.theta}
+    if rope.fraction != 1 or always:
+        given["partial_rotary_factor"] = rope.fraction
+    for ours in _USED[rope.scaling]:
+        value = getattr(rope, ours)
+        if ours == "original_positions":
+            value = value or config.positions
+        if value != getattr(RotaryConfig, ours):  # what is left out means the same to both
+            given[_ROPE[ours]] = value
+    return {"rope_parameters": given}
+
+
+# --- kinds of layer -------------------------------------------------------------------------------
+
+_KINDS = {"full_attention": "G", "sliding_attention": "L"}
+
+
+def read_layers(theirs: Json, default: str) -> dict[str, Any]:
+    """Our `layer_pattern`, from `layer_types` or the family's default, as short as it repeats."""
+    types = theirs.get("layer_types")
+    pattern = "".join(_KINDS[kind] for kind in types) if types else default
+    for length in range(1, len(pattern)):
+        if all(pattern[i] == pattern[i % length] for i in range(len(pattern))):
+            pattern = pattern[:length]
+            break
+    return {"layer_pattern": pattern}
+
+
+def write_layers(config: TransformerConfig) -> list[str]:
+    return ["sliding_attention" if local else "full_attention" for local in config.local(config.layers)]

@@ -1,0 +1,261 @@
+"""Every family against torch: the same files give the same hidden states, logits and gradients, and go back byte for byte."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.hub import FAMILIES, Tensors, family_of, load, load_folder, save_folder
+from jaxlm.hub.convert import table_of
+from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
+
+pytestmark = pytest.mark.parity
+
+BASE = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
+        "max_position_embeddings": 32, "initializer_range": 0.05}  # fmt: skip
+GROUPED = {**BASE, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDE = {**GROUPED, "head_dim": 8}
+T5 = {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+      "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "dropout_rate": 0.0}  # fmt: skip
+BART = {"vocab_size": 61, "d_model": 24, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32, "dropout": 0.0,
+        "scale_embedding": True}  # fmt: skip
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+
+# Name of the case → class of transformers, config. Windows and caps are small enough to bite.
+CASES = {
+    "bert": ("BertForMaskedLM", {**BASE, **NO_DROPOUT}),
+    "roberta": ("RobertaForMaskedLM", {**BASE, **NO_DROPOUT, "max_position_embeddings": 34, "type_vocab_size": 1}),
+    "distilbert": ("DistilBertForMaskedLM", {"vocab_size": 61, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 40,
+                   "max_position_embeddings": 32, "dropout": 0.0, "attention_dropout": 0.0}),
+    "modernbert": ("ModernBertForMaskedLM", {**BASE, "num_hidden_layers": 5, "local_attention": 8, "pad_token_id": 0,
+                   "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}),
+    "electra": ("ElectraForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16}),
+    "albert": ("AlbertForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 61, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**BASE, "rotary_pct": 0.67}),
+    "gpt_neox-serial": ("GPTNeoXForCausalLM", {**BASE, "use_parallel_residual": False, "rotary_pct": 1.0,
+                        "hidden_act": "gelu_new"}),
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "llama-linear": ("LlamaForCausalLM", {**GROUPED, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-llama3": ("LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama-yarn": ("LlamaForCausalLM", {**GROUPED, "rope_parameters": YARN}),
+    "llama-dynamic": ("LlamaForCausalLM", {**GROUPED, "max_position_embeddings": 8,
+                      "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "mistral": ("MistralForCausalLM", {**WIDE, "sliding_window": 4}),
+    "qwen2": ("Qwen2ForCausalLM", {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3ForCausalLM", WIDE),
+    "gemma2": ("Gemma2ForCausalLM", {**WIDE, "sliding_window": 4, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 3.0}),
+    "olmo2": ("Olmo2ForCausalLM", GROUPED),
+    "phi3": ("Phi3ForCausalLM", {**GROUPED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+             "partial_rotary_factor": 0.67}}),
+    "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5-v1.1": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": ("MT5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
+    "bart": ("BartForConditionalGeneration", BART),
+    "marian": ("MarianMTModel", {**BART, "pad_token_id": 60, "decoder_start_token_id": 60, "eos_token_id": 0,
+               "activation_function": "swish"}),
+}  # fmt: skip
+
+
+def make(architecture: str, options: dict, **more):
+    """A torch model with every parameter moved, so that no norm is one and no bias zero."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**options, **more))
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if architecture.startswith("Marian") and "embed_positions" in name:
+                continue  # sinusoids, in no file
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name == "final_logits_bias":
+                buffer.add_(torch.randn(buffer.shape, generator=generator))
+    return model.eval()
+
+
+def ragged(seed: int, lengths: list[int], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids in rows of these lengths, padded on the right, and their segments; special ids are kept out."""
+    rng = np.random.default_rng(seed)
+    ids, segments = np.full((len(lengths), max(lengths)), pad, np.int32), np.zeros((len(lengths), max(lengths)), np.int32)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = rng.integers(3, 60, length)
+        segments[row, :length] = 1
+    return ids, segments
+
+
+def inputs(model, config, lengths: list[int]):
+    """The same batch for both sides: ours, with targets and weights, and the keyword arguments of theirs."""
+    import torch
+
+    def long(array):
+        return torch.tensor(array, dtype=torch.long)
+
+    pad = model.config.pad_token_id or 0
+    ids, segments = ragged(0, lengths, pad)
+    targets = np.random.default_rng(9).integers(3, 60, ids.shape).astype(np.int32)
+    ours = {"tokens_BL": ids, "segments_BL": segments}
+    theirs = {"input_ids": long(ids), "attention_mask": long(segments)}
+    if config.token_types > 1:
+        types = np.random.default_rng(5).integers(0, config.token_types, ids.shape).astype(np.int32)
+        ours["types_BL"], theirs["token_type_ids"] = types, long(types)
+    if config.architecture != "encoder_decoder":
+        return {**ours, "targets_BL": targets, "weights_BL": segments.astype(np.float32)}, theirs
+    decoder, decoder_segments = ragged(1, [max(2, length - 3) for length in lengths], pad)
+    theirs |= {"decoder_input_ids": long(decoder), "decoder_attention_mask": long(decoder_segments)}
+    targets = targets[:, : decoder.shape[1]]
+    scored = {"tokens_BL": decoder, "segments_BL": decoder_segments, "targets_BL": targets}
+    return {"encoder": ours, "decoder": {**scored, "weights_BL": decoder_segments.astype(np.float32)}}, theirs
+
+
+def own(batch):
+    return batch.get("decoder", batch)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(ParallelConfig(), jax.devices()[:1])
+
+
+def torch_loss(logits, batch):
+    import torch
+
+    targets = torch.tensor(own(batch)["targets_BL"], dtype=torch.long)
+    weights = torch.tensor(own(batch)["weights_BL"])
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_logits_and_all_gradients_are_torchs(case, mesh, tmp_path):
+    """To 1e-4 in float32, at several lengths; gradients of every parameter, brought into our layout by the same table."""
+    from safetensors.torch import save_file
+
+    theirs = make(*CASES[case])
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params, folder, _ = load_folder(str(tmp_path / "theirs"), mesh)
+    apply = jax.jit(lambda p, b: (model.apply(p, b)[0], model.apply(p, b, method="hidden")))
+    for lengths in ([11, 7, 4], [16, 9, 2]):
+        batch, kwargs = inputs(theirs, model.config, lengths)
+        out = theirs(**kwargs, output_hidden_states=True)
+        states = out.decoder_hidden_states[-1] if "decoder" in batch else out.hidden_states[-1]
+        kept = own(batch)["segments_BL"] > 0
+        logits, hidden = apply(params, batch)
+        np.testing.assert_allclose(np.asarray(hidden)[kept], states.detach().numpy()[kept], atol=1e-4)
+        np.testing.assert_allclose(np.asarray(logits)[kept], out.logits.detach().numpy()[kept], atol=1e-4)
+
+    batch, kwargs = inputs(theirs, model.config, [16, 9, 2])
+    loss = torch_loss(theirs(**kwargs).logits, batch)
+    loss.backward()
+    # The routers' balance loss is not part of torch's loss here.
+    plain = type(model)(model.config) if not model.config.moe.experts else _without_balance(model)
+    (ours, _), grads = jax.jit(jax.value_and_grad(lambda p: plain.apply(p, batch, method="loss", chunk=16), has_aux=True))(params)
+    np.testing.assert_allclose(ours, loss.item(), rtol=1e-5)
+
+    stored = Tensors(folder)
+    found = {name: p.grad if p.grad is not None else p * 0 for name, p in theirs.named_parameters()}
+    (tmp_path / "grads").mkdir()
+    save_file(
+        {name: _as_stored(name, found, stored).contiguous().clone() for name in stored.index}, tmp_path / "grads/model.safetensors"
+    )
+    family = family_of(json.loads((folder / "config.json").read_text()))
+    shardings = stored_shardings(model.axes, model.shapes, mesh)
+    expected = load(Tensors(tmp_path / "grads"), table_of(family, model.config), model.shapes, model.axes, shardings)
+    for path, value in jax.tree.leaves_with_path(expected):
+        name = "/".join(str(key.key) for key in path)
+        if "head/bias" in name and case in ("bart", "marian"):
+            continue  # a buffer in torch, which has no gradient
+        mine = grads
+        for key in path:
+            mine = mine[key.key]
+        value, mine = np.asarray(value), np.asarray(mine)
+        if family.missing and "attention_norm" in name:
+            value, mine = value[1:], mine[1:]
+        np.testing.assert_allclose(mine, value, atol=1e-4 * max(1.0, float(np.abs(value).max())), err_msg=name)
+
+
+def _without_balance(model):
+    import dataclasses
+
+    return type(model)(dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, balance_loss=0.0)))
+
+
+def _as_stored(name: str, found: dict, stored: Tensors):
+    """The gradient of a tensor as the file names it, which differs for buffers, NeoX's head and Mixtral's experts."""
+    import re
+
+    import torch
+
+    if name in found:
+        return found[name]
+    if name == "embed_out.weight":
+        return found["lm_head.weight"]
+    if expert := re.fullmatch(r"(.*\.)block_sparse_moe\.experts\.(\d+)\.(w\d)\.weight", name):
+        layer, number, which = expert[1], int(expert[2]), expert[3]
+        if which == "w2":
+            return found[f"{layer}mlp.experts.down_proj"][number]
+        up = found[f"{layer}mlp.experts.gate_up_proj"][number]
+        return up.chunk(2)[0 if which == "w1" else 1]
+    if ".block_sparse_moe.gate." in name:
+        return found[name.replace("block_sparse_moe", "mlp")]
+    return torch.zeros(stored.index[name].shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_byte_equal_and_opens_in_torch(case, mesh, tmp_path):
+    """import → export gives the same tensors, byte for byte, and a config that means the same; `from_pretrained` finds
+    no key missing, none unexpected, and computes the same logits."""
+    import torch
+    import transformers
+
+    theirs = make(*CASES[case])
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params, _, config = load_folder(str(tmp_path / "theirs"), mesh)
+    save_folder(tmp_path / "ours", model, params, family=family_of(config).name, like=config)
+
+    before, after = Tensors(tmp_path / "theirs"), Tensors(tmp_path / "ours")
+    assert before.index.keys() == after.index.keys()
+    for name, stored in before.index.items():
+        whole = tuple(slice(0, size) for size in stored.shape)
+        assert stored.shape == after.index[name].shape, name
+        assert before.read(name, whole).tobytes() == after.read(name, whole).tobytes(), name
+
+    cls = getattr(transformers, CASES[case][0])
+    again, report = cls.from_pretrained(tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    _, kwargs = inputs(theirs, model.config, [11, 7])
+    torch.testing.assert_close(again.eval()(**kwargs).logits, theirs(**kwargs).logits, rtol=0, atol=0)
+    old = theirs.config.to_dict()
+    for key, value in again.config.to_dict().items():
+        if key not in ("transformers_version", "_name_or_path", "n_positions"):  # of T5: transformers 4 wrote the last one
+            assert value == (pytest.approx(old.get(key)) if isinstance(value, float) else old.get(key)), key
+
+
+def test_every_family_has_a_case():
+    assert {case.split("-")[0] for case in CASES} == set(FAMILIES)
+
+
+def test_the_comparison_can_fail(mesh, tmp_path):
+    """Another epsilon or rotary base moves the logits beyond the tolerance."""
+    theirs = make(*CASES["llama"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    for change in ({"rms_norm_eps": 1e-2}, {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}):
+        (tmp_path / "theirs/config.json").write_text(json.dumps({**config, **change}))
+        model, params, *_ = load_folder(str(tmp_path / "theirs"), mesh)
+        batch, kwargs = inputs(theirs, model.config, [11])
+        difference = np.asarray(model.apply(params, batch)[0]) - theirs(**kwargs).logits.detach().numpy()
+        assert np.abs(difference).max() > 1e-3
