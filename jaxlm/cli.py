@@ -4,8 +4,11 @@ Exit codes: 0 done · 1 user error · 2 internal error · 42 interrupted and res
 """
 
 import dataclasses
+import itertools
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from jaxlm import config as configs
 from jaxlm import host
@@ -16,18 +19,20 @@ INTERRUPTED = 42
 DEFAULT_CONFIG = "configs/tiny.yaml"
 
 
-def split_words(words: Sequence[str], what: str, default: str | None = None) -> tuple[str, dict[str, configs.Text]]:
-    """The one positional word, if it comes first, and the flags behind it."""
-    if words and not words[0].startswith("--"):
-        return words[0], configs.parse_flags(words[1:])
-    if default is None:
-        raise ValueError(f"{what} is missing: give it first")
-    return default, configs.parse_flags(words)
+def split_words(words: Sequence[str], *whats: str, default: str | None = None) -> tuple[list[str], dict[str, configs.Text]]:
+    """The positional words, one for each of `whats`, and the flags behind them; the only one may have a default."""
+    given = list(itertools.takewhile(lambda word: not word.startswith("--"), words))[: len(whats)]
+    if not given and default is not None:
+        given = [default]
+        return given, configs.parse_flags(words)
+    if len(given) < len(whats):
+        raise ValueError(f"{whats[len(given)]} is missing: give {' and '.join(whats)} first")
+    return given, configs.parse_flags(words[len(given) :])
 
 
 def train(words: Sequence[str]) -> int:
     """jaxlm train [FILE] [--section.option VALUE …] [--name NAME]: train what FILE describes, or resume it."""
-    file, flags = split_words(words, "the config file", DEFAULT_CONFIG)
+    (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
     from jaxlm.experiment import Run, load_config, next_commands
 
     run = Run(load_config(file, flags).value)
@@ -41,7 +46,7 @@ def train(words: Sequence[str]) -> int:
 
 def config(words: Sequence[str]) -> int:
     """jaxlm config [FILE] [--section.option VALUE …]: print the resolved config and where each value came from."""
-    file, flags = split_words(words, "the config file", DEFAULT_CONFIG)
+    (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
     from jaxlm.experiment import load_config
 
     value, origins = load_config(file, flags)
@@ -77,11 +82,11 @@ class GenerateOptions:
 
 def generate(words: Sequence[str]) -> int:
     """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]: write text."""
-    argument, flags = split_words(words, "MODEL (the folder of a run)")
+    (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
     from jaxlm.data import StreamDecoder
-    from jaxlm.experiment import load_model
     from jaxlm.generate import Generator, SampleConfig
+    from jaxlm.models import load_model
 
     sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
     trained = load_model(argument)
@@ -98,7 +103,109 @@ def generate(words: Sequence[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "config": config, "generate": generate}
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """The flags of `jaxlm export`."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the written tensors."""
+    family: str | None = None
+    """The model_type to write; empty: the first that can describe the model."""
+    max_shard_gb: float = 5.0
+    """Largest file of tensors, in 10⁹ bytes."""
+
+    def __post_init__(self) -> None:
+        if self.max_shard_gb <= 0:
+            raise ValueError(f"max_shard_gb is {self.max_shard_gb}: it must be positive")
+
+
+def export(words: Sequence[str]) -> int:
+    """jaxlm export MODEL DIR [--dtype TYPE] [--family NAME] [--max-shard-gb N]: write a Hugging Face folder."""
+    (argument, target), flags = split_words(words, "MODEL", "DIR")
+    options = configs.load(ExportOptions, None, flags).value
+    from jaxlm.hub import save_folder
+    from jaxlm.models import load_model
+
+    trained = load_model(argument)
+    folder = save_folder(
+        pathlib.Path(target), trained.model, trained.params, tokenizer=trained.tokenizer_folder, like=trained.json(),
+        family=options.family, dtype=options.dtype, title=trained.name, max_shard_bytes=int(options.max_shard_gb * 1e9),
+    )  # fmt: skip
+    say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowOptions:
+    """The flags of `jaxlm show`."""
+
+    length: int | None = None
+    """Tokens of a text, for FLOPs and cache; empty: the model's positions."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary, where a preset or a config file leaves it to the tokenizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+
+
+def show(words: Sequence[str]) -> int:
+    """jaxlm show MODEL [--length N] [--vocab-size N]: modules, parameters, FLOPs, memory; of a preset or config file too."""
+    (argument,), flags = split_words(words, "MODEL")
+    options = configs.load(ShowOptions, None, flags).value
+    from jaxlm.models import model_config
+    from jaxlm.overview import describe_model
+
+    config = model_config(argument)
+    if options.vocab_size is not None:
+        config = dataclasses.replace(config, vocab_size=options.vocab_size)
+    for line in describe_model(config, options.length or config.positions):
+        say(line)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffOptions:
+    """The flags of `jaxlm diff`."""
+
+    text: str | None = None
+    """What both models read; empty: English that Python carries."""
+    file: str | None = None
+    """A text file to read instead."""
+    tokens: int = 2048
+    """Most tokens to compare."""
+    tolerance: float | None = None
+    """Fail (exit code 1) where a logit differs by more."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}: it must be at least 1")
+        if self.file and not pathlib.Path(self.file).is_file():
+            raise ValueError(f"no file {self.file!r}")
+
+
+def diff(words: Sequence[str]) -> int:
+    """jaxlm diff A B [--text TEXT] [--file FILE] [--tokens N] [--tolerance X]: how far the outputs of two models differ."""
+    (one, two), flags = split_words(words, "MODEL A", "MODEL B")
+    options = configs.load(DiffOptions, None, flags).value
+    from jaxlm.models import load_model
+    from jaxlm.overview import compare
+
+    text = pathlib.Path(options.file).read_text(encoding="utf8") if options.file else options.text
+    found = compare(load_model(one), load_model(two), text, options.tokens)
+    for line in found.lines():
+        say(line)
+    if options.tolerance is not None and not found.largest <= options.tolerance:
+        raise ValueError(f"{one} and {two} differ by up to {found.largest:.3g}: more than the tolerance {options.tolerance:g}")
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train, "config": config, "generate": generate, "export": export, "show": show, "diff": diff,
+}  # fmt: skip
+OPTIONS = {"generate": GenerateOptions, "export": ExportOptions, "show": ShowOptions, "diff": DiffOptions}
 
 
 def help_text() -> str:
@@ -112,7 +219,7 @@ def help_for(name: str) -> str:
     """The usage of a verb and its options, read from the config dataclasses."""
     from jaxlm.experiment import ExperimentConfig
 
-    described = GenerateOptions if name == "generate" else ExperimentConfig
+    described = OPTIONS.get(name, ExperimentConfig)
     lines = [str(VERBS[name].__doc__), ""]
     for option, kind, default, text in configs.describe(described):
         lines.append(f"  --{option.replace('_', '-')} {kind}" + (f" (default {default})" if default else ""))

@@ -17,14 +17,13 @@ from jaxlm.data import (
     Tokenizer,
     build_corpora,
     eval_batches,
-    load_tokenizer,
     prefetch,
     train_batches,
     xz_bits_per_byte,
 )
 from jaxlm.generate import Generator, SampleConfig
 from jaxlm.model import Model, Params, TransformerConfig
-from jaxlm.parallel import ParallelConfig, make_mesh, peak_flops, place_batch, settle, stored_shardings
+from jaxlm.parallel import ParallelConfig, make_mesh, peak_flops, place_batch, settle
 from jaxlm.report import Page, Record, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
     Checkpoints,
@@ -299,35 +298,3 @@ def next_commands(config: ExperimentConfig, step: int) -> list[str]:
         f"jaxlm train {file} --name {config.name}-2 --optim.learning-rate {config.optim.learning_rate / 2:g}",
         f"tensorboard --logdir {config.runs}",
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model with its parameters and its tokenizer."""
-
-    model: Model
-    params: Params
-    tokenizer: Tokenizer
-    mesh: jax.sharding.Mesh
-
-
-def load_model(argument: str) -> Trained:
-    """The MODEL argument of a verb: a run folder; its checkpoint with the lowest held-out loss."""
-    folder = pathlib.Path(argument)
-    if not (folder / "config.yaml").is_file():
-        runs = sorted(str(file.parent) for file in pathlib.Path("runs").glob("*/config.yaml"))
-        raise (
-            configs.unknown("model", argument, runs)
-            if runs
-            else ValueError(f"no model at {argument!r}: give the folder of a run; `python train.py` makes one")
-        )
-    config = configs.load(ExperimentConfig, folder / "config.yaml").value
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    model = Model(with_vocabulary(config.model, tokenizer))
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
-    checkpoints = Checkpoints(folder / "checkpoints")
-    step = checkpoints.best()
-    if step is None:
-        raise ValueError(f"{argument} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")
-    params = checkpoints.restore_params(step, model.shapes, stored_shardings(model.axes, model.shapes, mesh))
-    return Trained(model, params, tokenizer, mesh)

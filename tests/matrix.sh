@@ -12,7 +12,7 @@ for python in "${pythons[@]}"; do
     "$python" -m venv "$venv" && "$venv/bin/pip" install --quiet --upgrade pip \
       && "$venv/bin/pip" install --quiet -e '.[test]' "$jax" \
       && versions=$("$venv/bin/python" -c 'import sys, jax, flax; print(f"Python {sys.version.split()[0]}, jax {jax.__version__}, flax {flax.__version__}")') \
-      && echo "== $versions" && "$venv/bin/pytest" -q
+      && echo "== $versions" && PYTEST_DEBUG_TEMPROOT="$venv" "$venv/bin/pytest" -q
     status=$?
     [ $status -eq 0 ] && echo "== $versions: passed" || { echo "== $python with $jax: failed"; failed=1; }
     rm -rf "$venv"

@@ -33,6 +33,8 @@ ROOMS = {
     "hub": ["tensors", "files", "family", "encoders", "decoders", "seq2seq", "convert"],
     "generate": ["sample", "decode"],
     "experiment": [],
+    "models": [],
+    "overview": [],
     "cli": [],
     "__main__": [],
 }

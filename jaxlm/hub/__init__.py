@@ -1,11 +1,11 @@
 """Hugging Face folders in and out, every family by one declaration."""
 
-from jaxlm.hub.convert import FAMILIES, family_for, family_of, is_hugging_face, load_folder, save_folder
+from jaxlm.hub.convert import FAMILIES, family_for, family_of, is_hugging_face, load_folder, read_json, save_folder
 from jaxlm.hub.family import Family, Head
 from jaxlm.hub.files import Tensors, find, load, save
 from jaxlm.hub.tensors import Table
 
 __all__ = [
     "FAMILIES", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face", "load", "load_folder",
-    "save", "save_folder",
+    "read_json", "save", "save_folder",
 ]  # fmt: skip

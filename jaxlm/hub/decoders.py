@@ -70,7 +70,11 @@ GPT2 = Family(
         **linear(f"{_GPT2_LAYER}mlp.c_proj", f"{_LAYER}/mlp/down", "F D", bias="D"),
         **norm("transformer.ln_f", f"{_STACK}/final_norm"),
     },
-    heads={**_heads("GPT2"), "language_model": Head("GPT2LMHeadModel", {}, {"lm_head.weight": {"head/table": "V W"}})},
+    heads={
+        **_heads("GPT2"),
+        "language_model": Head("GPT2LMHeadModel", {}, {"lm_head.weight": {"head/table": "V W"}}),
+        "token": Head("GPT2ForTokenClassification", {"dense": False, "bias": True}, linear("classifier", "head/out", "C U")),
+    },
     ignored=(r"attn\.(masked_)?bias$", r"lm_head\.weight"),
 )  # fmt: skip
 
@@ -223,7 +227,7 @@ OLMO2 = Family(  # OLMo Team 2024: norms after the sub-layers alone
         **norm(f"{_X}self_attn.q_norm", f"{_LAYER}/attention/query_norm", "(N H)"),
         **norm(f"{_X}self_attn.k_norm", f"{_LAYER}/attention/key_norm", "(K H)"),
     },
-    heads=_heads("Olmo2"), ignored=_BUFFERS,
+    heads={kind: head for kind, head in _heads("Olmo2").items() if kind != "token"}, ignored=_BUFFERS,
 )  # fmt: skip
 
 PHI3 = Family(  # Abdin et al. 2024: fused matrices

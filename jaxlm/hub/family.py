@@ -246,7 +246,8 @@ def write_rope(config: TransformerConfig, always: bool = False) -> dict[str, Any
         value = getattr(rope, ours)
         if ours == "original_positions":
             value = value or config.positions
-        if value != getattr(RotaryConfig, ours):  # what is left out means the same to both
+        optional = ours in ("beta_fast", "beta_slow", "magnitude")
+        if not (optional and value == getattr(RotaryConfig, ours)):  # what is left out means the same to both
             given[_ROPE[ours]] = value
     return {"rope_parameters": given}
 

@@ -72,10 +72,8 @@ def find(argument: str) -> pathlib.Path:
             ignore_patterns=["*/*", "consolidated*"],
         )
     except Exception as error:  # not found, not allowed, no network: the hub's client raises a dozen kinds
-        why = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"no model {argument!r}: no such folder, not downloaded before, and the hub did not give it ({why})"
-        ) from None
+        why = " ".join(str(error).split())[:90]
+        raise ValueError(f"{argument!r} is no folder, was not downloaded before, and the hub did not give it ({why})") from None
     return pathlib.Path(folder)
 
 
@@ -140,12 +138,15 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
             raise ValueError(f"{file} is not a safetensors file, or is cut short")
         raw = stream.read(length)
     try:
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        found = {
-            name: Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-            for name, entry in entries.items()
-        }
-        end = max((8 + length + entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end, found = 8 + length, {}
+        for name, entry in json.loads(raw).items():
+            if name == "__metadata__":
+                continue
+            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            stored = Stored(file, start, tuple(entry["shape"]), entry["dtype"])
+            if stored.dtype in DTYPES and math.prod(stored.shape) * DTYPES[stored.dtype].itemsize != stop - start:
+                raise ValueError(f"{name} has {stop - start} bytes")
+            found[name], end = stored, max(end, stop)
     except (ValueError, KeyError, AttributeError, TypeError, IndexError):
         raise ValueError(f"{file} is not a safetensors file: its header cannot be read") from None
     if end > size:
@@ -270,7 +271,7 @@ def _place(row: Tensor, part: Part, sharding: jax.sharding.Sharding, read: Any, 
     for device, index in sharding.addressable_devices_indices_map(part.shape).items():
         assert index is not None, "a device without a place"
         devices.setdefault(tuple((span.start, span.stop) for span in whole(index, part.shape)), []).append(device)
-    shards = {key: np.empty([stop - start for start, stop in key], dtype) for key in devices}
+    shards = {key: _roomy([stop - start for start, stop in key], dtype) for key in devices}
     cover = tuple(slice(min(start for start, _ in ends), max(stop for _, stop in ends)) for ends in zip(*shards, strict=True))
     for where, block in blocks(row, part, cover, read):
         for key, shard in shards.items():
@@ -281,6 +282,15 @@ def _place(row: Tensor, part: Part, sharding: jax.sharding.Sharding, read: Any, 
         arrays += [jax.device_put(shard, device) for device in devices[key]]
         jax.block_until_ready(arrays)
     return jax.make_array_from_single_device_arrays(part.shape, sharding, arrays)
+
+
+def _roomy(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array with room behind it: once freed, XLA's aligned copy of the next shard fits in its place.
+
+    With `jaxlm.host`'s malloc, which gives nothing back, the peak is 1.09 times the model instead of 1.28.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    return np.empty(size + 4096, np.uint8)[:size].view(dtype).reshape(shape)
 
 
 # --- saving ----------------------------------------------------------------------------------
@@ -405,8 +415,8 @@ def _layer(leaf: jax.Array, i: Any) -> jax.Array:
 class _Fetch:
     """Values of a leaf, brought to the host a layer at a time.
 
-    The last layer is kept, as its experts are asked for one by one. Slices go through the device: asking an array
-    itself for its values would leave a copy of them in host memory for as long as the array lives.
+    The last layer is kept, as its experts are asked for one by one. Values are taken from copies on the device: asking
+    an array itself for them would leave them in host memory for as long as the array lives.
     """
 
     leaves: dict[str, Any]
@@ -421,16 +431,20 @@ class _Fetch:
         key = (path, row.start if one else -1)
         if self.kept is None or self.kept[0] != key:
             self.kept = None
-            self.kept = key, _to_host(_layer(leaf, np.int32(row.start)) if one else jax.numpy.copy(leaf))
+            self.kept = key, _to_host(_layer(leaf, np.int32(row.start)) if one else leaf)
         return self.kept[1][(slice(None), *index[1:])] if one else self.kept[1][index]
 
 
 def _to_host(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    from jax.experimental import multihost_utils
+    if not value.is_fully_addressable:
+        from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    out = np.empty(value.shape, value.dtype)
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            out[shard.index] = np.asarray(jax.numpy.copy(shard.data))
+    return out
 
 
 # --- small things ----------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
-from jaxlm.experiment import ExperimentConfig, Run, load_model
+from jaxlm.experiment import ExperimentConfig, Run
+from jaxlm.models import load_model
 
 TEXT = "\n\n".join(
     f"The {a} {b} sat on the {c}. It was {b}."

@@ -1,0 +1,139 @@
+"""What a model is, without loading it (`jaxlm show`), and how far two models differ (`jaxlm diff`)."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.data import SourceConfig, documents
+from jaxlm.model import Model, TransformerConfig
+from jaxlm.models import Trained
+from jaxlm.report import count
+
+# --- show ------------------------------------------------------------------------------------------
+
+
+def describe_model(config: TransformerConfig, length: int) -> list[str]:
+    """Lines: the tree of modules with shapes, logical axes and parameters; then FLOPs and memory at `length` tokens."""
+    if config.vocab_size is None:
+        raise ValueError("the vocabulary's size comes from the tokenizer: give --vocab-size, or show the run that it makes")
+    model = Model(config)
+    shapes, axes = model.shapes, model.axes
+    lines = [f"{' × '.join(f'{layers} layers' for layers in config.stacks.values())}, {config.architecture}"]
+    lines += list(_tree(shapes, axes, ""))
+    total, matrices = model.parameters(), config.matmul_parameters()
+    exact, rough = config.train_flops_per_token(length), 6.0 * total
+    cache = 2 * config.stacks.get("decoder", 0) * config.K * config.H * 2 * length
+    moments = total * 4 * 4
+    lines += [
+        "",
+        f"parameters            {total:,} ({count(total)}); {matrices:,} multiply every token",
+        f"training FLOPs/token  {count(exact)} at {length:,} tokens (6 a matrix weight + attention); 6N says {count(rough)}",
+        f"training memory       {size(moments)}: float32 parameters, gradients and Adam's two moments, without activations",
+        f"serving memory        {size(2 * total)} of bfloat16 parameters"
+        + (f" + {size(cache)} of cache a text of {length:,} tokens" if cache else ""),
+    ]
+    return lines
+
+
+def _tree(shapes: Mapping[str, Any], axes: Mapping[str, Any], indent: str) -> Iterator[str]:
+    for name, below in shapes.items():
+        if isinstance(below, Mapping):
+            total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(below))
+            yield f"{indent + name:<44}{count(total):>10}"
+            yield from _tree(below, axes[name], indent + "  ")
+        else:
+            letters = " ".join("layers" if letter == "layers" else str(letter or "·") for letter in axes[name])
+            shown = " × ".join(map(str, below.shape))
+            yield f"{indent + name:<44}{count(int(np.prod(below.shape))):>10}  {shown}  ({letters})"
+
+
+def size(value: float) -> str:
+    """Bytes for a person: 512 B, 1.5 MiB, 140.2 GiB."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value >= 1 << power:
+            return f"{value / (1 << power):.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+# --- diff ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far the outputs of two models lie apart on the same tokens."""
+
+    tokens: int
+    largest: float
+    """Largest absolute difference of a logit or score."""
+    kl: tuple[float, float] | None
+    """Mean over the places and largest KL(A ‖ B), in nats; None where the outputs are no distribution."""
+    agreement: float | None
+    """Share of places for which both think the same the most likely."""
+
+    def lines(self) -> list[str]:
+        found = [f"tokens compared               {self.tokens:,}", f"largest difference of logits  {self.largest:.3g}"]
+        if self.kl is not None and self.agreement is not None:
+            found.append(f"KL(A ‖ B), nats               {self.kl[0]:.3g} in the mean, {self.kl[1]:.3g} at most")
+            found.append(f"same most likely class        {100 * self.agreement:.2f}%")
+        return found
+
+
+def compare(a: Trained, b: Trained, text: str | None, tokens: int) -> Difference:
+    """The first `tokens` tokens of a text (by default of the English that Python carries) through both models.
+
+    Raises ValueError where they cannot be compared: other kinds, vocabularies or tokenizers.
+    """
+    for what, of in (("architecture", lambda c: c.architecture), ("head", lambda c: c.head.kind), ("vocabulary", lambda c: c.V)):
+        one, two = of(a.model.config), of(b.model.config)
+        if one != two:
+            raise ValueError(f"{a.name} and {b.name} differ in their {what}, {one} and {two}: their outputs cannot be compared")
+    tokenizer = a.tokenizer
+    if (b.tokenizer_folder / "tokenizer.json").is_file() and b.tokenizer.definition() != tokenizer.definition():
+        raise ValueError(f"{a.name} and {b.name} have different tokenizers: the same text is not the same tokens")
+    words = text if text is not None else "\n\n".join(_head(documents(SourceConfig("embedded")), 8 * tokens))
+    ids = [tokenizer.bos_id, *tokenizer.encode(words).tolist()][:tokens]
+    length = min(a.model.config.positions, b.model.config.positions, 256)
+    # Whole rows, so that both models compile once; the last tokens of a long text that fill no row are left out.
+    length = min(length, len(ids))
+    rows = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+    first, second = (_outputs(side, rows) for side in (a, b))
+    distribution = a.model.config.head.kind in ("language_model", "masked_lm", "sequence", "token")
+    largest, kls, same = 0.0, [], []
+    for one, two in zip(first, second, strict=True):
+        largest = max(largest, float(np.abs(one - two).max()))
+        if distribution:
+            log_p, log_q = (np.asarray(jax.nn.log_softmax(scores, axis=-1)) for scores in (one, two))
+            kls.append((np.exp(log_p) * (log_p - log_q)).sum(-1).ravel())
+            same.append((one.argmax(-1) == two.argmax(-1)).ravel())
+    if not distribution:
+        return Difference(rows.size, largest, None, None)
+    kl = np.concatenate(kls)
+    return Difference(rows.size, largest, (float(kl.mean()), float(kl.max())), float(np.concatenate(same).mean()))
+
+
+def _head(texts: Iterator[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _outputs(side: Trained, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Logits or scores of each row, one by one."""
+
+    def forward(params: Any, tokens_BL: jax.Array) -> jax.Array:
+        batch: dict[str, Any] = {"tokens_BL": tokens_BL}
+        if side.model.config.architecture == "encoder_decoder":
+            batch = {"encoder": batch, "decoder": batch}
+        out = side.model.apply(params, batch)
+        return jnp.asarray(out[0] if isinstance(out, tuple) else out, jnp.float32)
+
+    run = jax.jit(forward)
+    with jax.set_mesh(side.mesh):
+        for row in rows:
+            yield np.asarray(run(side.params, row[None]))
