@@ -28,3 +28,10 @@ def test_train_step_checks_the_losses_and_prints_a_ratio():
 def test_startup_prints_both_times():
     out = run("benchmarks/startup.py", "--rounds", "1")
     assert "jaxlm --help: median" in out and "python -c pass: median" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_load_prints_time_and_memory_of_both():
+    out = run("benchmarks/load.py", "--size", "0.05", "--rounds", "1", "--devices", "2")
+    assert out.count("× the model's bytes") == 2 and "time, jaxlm/torch:" in out

@@ -133,7 +133,9 @@ def test_every_familys_train_step_compiles_for_tpus(tmp_path):
     """On a mesh of 2 × 2 × 2 v5e chips in bfloat16, without a float32 product but the router's; the state is donated and
     lies in parts."""
     if importlib.util.find_spec("libtpu") is None:
-        (pytest.fail if os.environ.get("JAXLM_REQUIRE_PARITY") else pytest.skip)("libtpu is not installed: pip install -e '.[plan]'")
+        (pytest.fail if os.environ.get("JAXLM_REQUIRE_PARITY") else pytest.skip)(
+            "libtpu is not installed: pip install -e '.[plan]'"
+        )
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     # The last one: several processes may compile at once, without a TPU that they could fight for.
     env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}

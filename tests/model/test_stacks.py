@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import perturbed, plain_cross_entropy, tokens
+from test_model import plain_cross_entropy, tokens
 
 from jaxlm.model import HeadConfig, Model, MoeConfig, RotaryConfig, TransformerConfig, empty_cache, linear_cross_entropy
 from jaxlm.model.attention import Attention
@@ -23,6 +23,16 @@ ROTARY = RotaryConfig(theta=100.0)
 
 def changed(config: TransformerConfig, **changes) -> Model:
     return Model(dataclasses.replace(config, **changes))
+
+
+def drawn(model: Model):
+    """Parameters at random, none zero or one; drawn outside JAX, for an initialisation takes long to compile."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        return rng.normal(float(path[-1].key == "scale"), 0.2, leaf.shape).astype(np.float32)
+
+    return jax.tree.map_with_path(draw, model.shapes)
 
 
 def compiled(model: Model, method: str = "hidden"):
@@ -69,7 +79,7 @@ def encoder(request) -> Model:
 
 
 def test_an_encoders_text_is_the_same_alone_padded_and_packed(encoder):
-    params, hidden = perturbed(encoder), compiled(encoder)
+    params, hidden = drawn(encoder), compiled(encoder)
     first, second, filler = tokens(1, 6, seed=1), tokens(1, 6, seed=2), tokens(3, 15, seed=3)
     alone = [hidden(params, {"tokens_BL": text})[0] for text in (first, second)]
     rows = [row(*[1] * 6, *[0] * 9), row(*[1] * 15), row(*[1] * 6, *[2] * 6, *[0] * 3)]
@@ -86,7 +96,7 @@ def test_an_encoder_sees_all_of_its_text_and_nothing_else(encoder):
     """Segments 1, 2 and padding in one row, each token once: place 2 moves with each token of segment 1, before and
     after it, and not at all with another."""
     batch = {"tokens_BL": np.arange(12, dtype=np.int32)[None], **row(*[1] * 5, *[2] * 4, *[0] * 3)}
-    moved = says(encoder, perturbed(encoder), batch, 2)
+    moved = says(encoder, drawn(encoder), batch, 2)
     assert (moved[:5] > 1e-4).all(), "its own text, later tokens as well"
     assert (moved[5:] == 0).all(), "neither the other text nor padding"
 
@@ -108,7 +118,7 @@ def test_a_decoder_sees_its_past_and_the_whole_source_but_no_padding(pair):
     """Each token once: 0–9 in the decoder, two of them padding, 20–29 in the encoder, three of them padding."""
     decoder = {"tokens_BL": np.arange(10, dtype=np.int32)[None], **row(*[1] * 8, 0, 0)}
     encoder = {"tokens_BL": np.arange(20, 30, dtype=np.int32)[None], **row(*[1] * 7, 0, 0, 0)}
-    moved = says(pair, perturbed(pair), {"encoder": encoder, "decoder": decoder}, 4)
+    moved = says(pair, drawn(pair), {"encoder": encoder, "decoder": decoder}, 4)
     assert (moved[:5] > 1e-4).all(), "the decoder's past and present"
     assert (moved[5:20] == 0).all(), "not its future"
     assert (moved[20:27] > 1e-4).all(), "every token of the source"
@@ -117,7 +127,7 @@ def test_a_decoder_sees_its_past_and_the_whole_source_but_no_padding(pair):
 
 def test_packed_pairs_give_the_logits_of_each_pair_alone(pair):
     """The decoder's row holds the texts in the other order, so that only their segments say what belongs together."""
-    params, logits = perturbed(pair), compiled(pair, "__call__")
+    params, logits = drawn(pair), compiled(pair, "__call__")
     sources, texts = [tokens(1, 6, seed=i) for i in (1, 2)], [tokens(1, 4, seed=i) for i in (3, 4)]
     filler = tokens(1, 2, seed=5)
     packed = {
@@ -138,10 +148,11 @@ def source() -> dict[str, np.ndarray]:
 
 def test_the_loss_of_a_pair_is_over_the_decoders_targets(source):
     model = Model(PAIR)
-    params, batch = perturbed(model), {"encoder": source, "decoder": scored({"tokens_BL": tokens(2, 8, seed=2)})}
+    params, batch = drawn(model), {"encoder": source, "decoder": scored({"tokens_BL": tokens(2, 8, seed=2)})}
     own = batch["decoder"]
-    loss, nll = jax.jit(lambda p: model.apply(p, batch, method="loss", chunk=4, z_loss=0.1))(params)
-    logits_BLV = np.asarray(compiled(model, "__call__")(params, batch), np.float64)
+    both = jax.jit(lambda p: (model.apply(p, batch, method="loss", chunk=4, z_loss=0.1), model.apply(p, batch)[0]))
+    (loss, nll), logits_BLV = both(params)
+    logits_BLV = np.asarray(logits_BLV, np.float64)
     log_z_BL = np.log(np.exp(logits_BLV).sum(-1))
     nll_BL = log_z_BL - np.take_along_axis(logits_BLV, own["targets_BL"][:, :, None], -1)[:, :, 0]
     np.testing.assert_allclose(nll, np.sum(own["weights_BL"] * nll_BL), rtol=1e-5)
@@ -149,9 +160,9 @@ def test_the_loss_of_a_pair_is_over_the_decoders_targets(source):
 
 
 def test_a_scanned_pair_is_an_unrolled_and_rematerialised_one(source):
-    config = dataclasses.replace(PAIR, position="relative", layer_pattern="LG", window=3)
+    config = dataclasses.replace(PAIR, position="relative", decoder_layers=2)
     batch = {"encoder": source, "decoder": scored({"tokens_BL": tokens(2, 8, seed=2)})}
-    params = perturbed(Model(config))
+    params = drawn(Model(config))
     plain = value_and_gradient(Model(config), batch)(params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(plain)), "every parameter takes part"
     for changes in ({"unroll": True}, {"remat": "full"}):
@@ -164,7 +175,6 @@ def test_a_scanned_pair_is_an_unrolled_and_rematerialised_one(source):
 @pytest.mark.parametrize(
     "config, window, length, place, seen",
     [
-        (DECODER, 4, 12, 7, range(4, 8)),
         (DECODER, 1, 12, 7, [7]),
         (DECODER, 9, 140, 100, range(92, 101)),  # long enough to be computed in blocks of queries
         (ENCODER, 4, 12, 7, range(5, 10)),
@@ -174,56 +184,43 @@ def test_a_scanned_pair_is_an_unrolled_and_rematerialised_one(source):
 def test_a_layer_with_a_window_sees_it_and_nothing_else(config, window, length, place, seen):
     """A decoder's token itself and window − 1 before it, an encoder's window // 2 on each side."""
     model = changed(config, layers=1, layer_pattern="L", window=window, vocab_size=length, positions=length)
-    moved = says(model, perturbed(model), {"tokens_BL": np.arange(length, dtype=np.int32)[None]}, place)
+    moved = says(model, drawn(model), {"tokens_BL": np.arange(length, dtype=np.int32)[None]}, place)
     assert np.flatnonzero(moved).tolist() == list(seen)
     assert moved[list(seen)].min() > 1e-5
 
 
 @pytest.mark.parametrize(
-    "pattern, layers, seen", [("L", 2, range(5, 10)), ("LG", 2, range(10)), ("GL", 2, range(10)), ("LLG", 2, range(5, 10))]
+    "pattern, layers, seen", [("L", 2, range(5, 10)), ("LG", 2, range(10)), ("LG", 1, range(7, 10)), ("GL", 1, range(10))]
 )
 def test_the_pattern_says_which_layers_have_a_window(pattern, layers, seen):
-    """Two windows of 3 reach 4 back; one layer that sees all sees all."""
+    """Two windows of 3 reach 4 back; one layer that sees all sees all; the first letter is the first layer's."""
     model = changed(DECODER, layers=layers, layer_pattern=pattern, window=3)
-    moved = says(model, perturbed(model), {"tokens_BL": np.arange(12, dtype=np.int32)[None]}, 9)
+    moved = says(model, drawn(model), {"tokens_BL": np.arange(12, dtype=np.int32)[None]}, 9)
     assert np.flatnonzero(moved).tolist() == list(seen)
-
-
-def test_the_order_of_the_pattern_is_that_of_the_layers():
-    """Through one layer only the first letter counts."""
-    ids = {"tokens_BL": tokens(1, 12)}
-    models = {pattern: changed(DECODER, layers=1, layer_pattern=pattern, window=3) for pattern in ("G", "L", "GL", "LG")}
-    params = perturbed(models["G"])
-    hidden = {pattern: compiled(model)(params, ids) for pattern, model in models.items()}
-    np.testing.assert_allclose(hidden["GL"], hidden["G"], atol=1e-6)
-    np.testing.assert_allclose(hidden["LG"], hidden["L"], atol=1e-6)
-    assert not np.allclose(hidden["L"], hidden["G"], atol=1e-2)
 
 
 def test_scanned_layers_of_both_kinds_are_unrolled_ones():
     config = dataclasses.replace(
-        DECODER, layers=3, layer_pattern="LG", window=3, position="rotary", rope=RotaryConfig(theta=100.0, local_theta=10.0)
+        DECODER, layer_pattern="LG", window=3, position="rotary", rope=RotaryConfig(theta=100.0, local_theta=10.0)
     )
-    params, batch = perturbed(Model(config)), scored({"tokens_BL": tokens(2, 12)})
+    params, batch = drawn(Model(config)), scored({"tokens_BL": tokens(2, 12)})
     plain = value_and_gradient(Model(config), batch)(params)
-    for changes in ({"unroll": True}, {"remat": "dots"}):
-        assert_same(plain, value_and_gradient(changed(config, **changes), batch)(params))
+    assert_same(plain, value_and_gradient(changed(config, unroll=True), batch)(params))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"layer_pattern": "L"},
         {"layer_pattern": "LG", "position": "rotary", "rope": RotaryConfig(theta=100.0, local_theta=10.0)},
         {"layer_pattern": "LG", "position": "relative", "relative_buckets": 8, "relative_distance": 6},
         {"layer_pattern": "L", "position": "alibi"},
         {"layer_pattern": "GL", "position": "sinusoidal", "moe": MoeConfig(experts=4)},
     ],
-    ids=["learned", "rotary", "relative", "alibi", "sinusoidal-moe"],
+    ids=["rotary", "relative", "alibi", "sinusoidal-moe"],
 )
 def test_cached_decoding_past_the_window_is_the_full_forward(changes):
     model = changed(DECODER, window=3, **changes)
-    params, ids = perturbed(model), tokens(2, 12)
+    params, ids = drawn(model), tokens(2, 12)
     full = compiled(model, "__call__")(params, {"tokens_BL": ids})
     cache, apply, parts = empty_cache(model.config, 2), jax.jit(model.apply), []
     for piece in (ids[:, :5], ids[:, 5:6], ids[:, 6:7], ids[:, 7:]):
@@ -240,7 +237,7 @@ def test_a_long_row_in_blocks_of_queries_is_the_row_at_once(pattern):
         DECODER, layers=1, positions=140, position="relative", relative_buckets=8, layer_pattern=pattern, window=50,
         attention_softcap=2.0,
     )  # fmt: skip
-    params, batch = perturbed(model), {"tokens_BL": tokens(2, 140)}
+    params, batch = drawn(model), {"tokens_BL": tokens(2, 140)}
     direction_BLV = np.random.default_rng(0).normal(size=(2, 140, 40)).astype(np.float32) / 20
 
     def total(params, cache):
@@ -259,7 +256,7 @@ def test_shared_layers_are_copies_of_one():
         changed(ENCODER, share_layers=True, layer_pattern="LG", window=2),
         changed(ENCODER, layer_pattern="LG", window=2),
     )
-    params = perturbed(shared)
+    params = drawn(shared)
     one, many = (model.shapes["transformer"]["encoder"]["layers"] for model in (shared, stacked))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal((2, *a.shape), b.shape), one, many)
 
@@ -321,7 +318,7 @@ def test_a_block_by_hand(case):
     """Two blocks of each kind in numpy, float64, one text."""
     block, changes = BLOCKS[case]
     model = changed(DECODER, position="none", activation="relu", **changes)
-    c, params = model.config, perturbed(model)
+    c, params = model.config, drawn(model)
     ids = tokens(1, 6)
     weights = jax.tree.map(lambda x: np.asarray(x, np.float64), params["transformer"])
 
@@ -375,7 +372,7 @@ def test_the_routers_losses_of_all_layers_reach_the_loss(config, layers):
     """Indifferent routers by hand: a balance loss of 1 and a z-loss of ln² E a layer, times their weights and the
     weight of the targets."""
     model = changed(config, moe=MOE)
-    params = jax.tree.map_with_path(lambda path, x: 0 * x if "router" in str(path) else x, perturbed(model))
+    params = jax.tree.map_with_path(lambda path, x: 0 * x if "router" in str(path) else x, drawn(model))
     batch = scored({"tokens_BL": tokens(2, 8)})
     weight = batch["weights_BL"].sum()
     batch = {"encoder": {"tokens_BL": tokens(2, 6)}, "decoder": batch} if config is PAIR else batch
@@ -397,7 +394,7 @@ def test_padding_does_not_count_for_the_experts():
     """The loss with the routers' losses, and all gradients, are the same with five more places of padding a row."""
     model = changed(DECODER, moe=MOE)
     params, batch = (
-        perturbed(model),
+        drawn(model),
         scored({"tokens_BL": tokens(2, 8), "segments_BL": np.array([[1] * 8, [1] * 6 + [0] * 2], np.int32)}),
     )
     batch["weights_BL"] *= batch["segments_BL"]
@@ -441,12 +438,11 @@ def test_pooling_by_hand_ignores_padding():
         np.testing.assert_allclose(pool(jnp.asarray(hidden_BLD), None, kind), expected, rtol=1e-5, atol=1e-6, err_msg=kind)
 
 
-@pytest.mark.parametrize("kind", ["first", "mean", "last"])
-@pytest.mark.parametrize("config", [ENCODER, PAIR], ids=["encoder", "pair"])
-def test_a_texts_scores_do_not_depend_on_padding(kind, config):
+@pytest.mark.parametrize("config, kind", [(ENCODER, "mean"), (PAIR, "last")], ids=["encoder", "pair"])
+def test_a_texts_scores_do_not_depend_on_padding(config, kind):
     """Of an encoder-decoder the decoder's padding decides; it differs from the encoder's."""
     model = changed(config, head=HeadConfig(kind="sequence", labels=3, pool=kind))
-    params, score = perturbed(model), jax.jit(model.apply)
+    params, score = drawn(model), jax.jit(model.apply)
     alone = {"tokens_BL": tokens(1, 6)}
     padded = {"tokens_BL": np.concatenate([alone["tokens_BL"], tokens(1, 4, seed=1)], axis=1), **row(*[1] * 6, *[0] * 4)}
     if config is PAIR:
@@ -479,14 +475,13 @@ def test_shapes_of_the_heads(kind, shape, config):
 def test_an_embedding_is_the_pooled_state_through_its_dense_layer():
     model = changed(ENCODER, head=HeadConfig(kind="embedding", pool="mean"))
     bare = changed(ENCODER, head=HeadConfig(kind="embedding", pool="mean", dense=False))
-    params, batch = perturbed(model), {"tokens_BL": tokens(2, 6)}
+    params, batch = drawn(model), {"tokens_BL": tokens(2, 6)}
     mean_BD = np.asarray(compiled(model)(params, batch)).mean(axis=1)
     dense = params["head"]["dense"]
-    np.testing.assert_allclose(
-        model.apply(params, batch), np.tanh(mean_BD @ dense["kernel"] + np.asarray(dense["bias"])), atol=1e-5
-    )
+    expected = np.tanh(mean_BD @ dense["kernel"] + dense["bias"])
+    np.testing.assert_allclose(jax.jit(model.apply)(params, batch), expected, atol=1e-5)
     assert "head" not in bare.shapes
-    np.testing.assert_allclose(bare.apply({"transformer": params["transformer"]}, batch), mean_BD, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(bare.apply)({"transformer": params["transformer"]}, batch), mean_BD, atol=1e-5)
 
 
 def test_a_label_head_drops_in_training_only():
