@@ -2,7 +2,9 @@
 
 A checkpoint of random weights is written once (llama-like, about the size asked for), then each side loads it
 in a process of its own, in turns, so that neither's memory counts for the other and a drift of the machine hits
-both. Either then sums every parameter: torch maps the files and would otherwise have read nothing. Peak memory is what the process grew by from just before the load to its high-water mark (VmHWM − VmRSS).
+both. Either then sums every parameter: torch maps the files and would otherwise have
+read nothing. Peak memory is what the process grew by from just before the load to its high-water mark
+(VmHWM − VmRSS).
 
     python benchmarks/load.py --size 1.0 --rounds 5
 """

@@ -1,5 +1,6 @@
-"""Encoders: BERT, RoBERTa, DistilBERT, ELECTRA, ALBERT, ModernBERT."""
+"""Encoders: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, ALBERT, ModernBERT."""
 
+import dataclasses
 from typing import Any
 
 from jaxlm.hub.family import Family, Head, Json, Tensors, attention, linear, norm, read_layers, table, write_layers
@@ -112,6 +113,16 @@ ROBERTA = Family(
         "embedding": Head("RobertaModel", _MEAN),
     },
     ignored=(r"embeddings\.position_ids", r"lm_head\.decoder\.", r"pooler\."),
+)
+
+# Conneau et al. 2020: RoBERTa on a hundred languages.
+XLM_ROBERTA = dataclasses.replace(
+    ROBERTA,
+    name="xlm-roberta",
+    heads={
+        kind: dataclasses.replace(head, architecture=head.architecture.replace("Roberta", "XLMRoberta"))
+        for kind, head in ROBERTA.heads.items()
+    },
 )
 
 _DISTIL_LAYER = "distilbert.transformer.layer.{x}."
@@ -292,4 +303,4 @@ MODERNBERT = Family(
     missing=(r"layers\.0\.attn_norm\.",),
 )  # fmt: skip
 
-ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, ALBERT, MODERNBERT)
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, ELECTRA, ALBERT, MODERNBERT)

@@ -43,6 +43,11 @@ def _bert(layers: int, width: int, heads: int, vocab_size: int | None = 30_522) 
     }  # fmt: skip
 
 
+def _roberta(layers: int, width: int, heads: int, vocab_size: int = 50_265) -> Preset:
+    """Liu et al. 2019, "RoBERTa", and Conneau et al. 2020, "XLM-R": BERT without token types of its own, positions from 2."""
+    return {**_bert(layers, width, heads, vocab_size), "token_types": 1, "position_offset": 2, "norm_eps": 1e-5}
+
+
 def _t5(layers: int, width: int, heads: int, mlp_width: int, head_width: int = 64) -> Preset:
     """Raffel et al. 2020, "T5", §2.1; v1.1 of the released checkpoints (gated GELU, untied head). Their
     initialisation scales each matrix by its fan-in; here a normal of 0.02, and no scaling of the attention
@@ -76,6 +81,9 @@ PRESETS: dict[str, Preset] = {
     "bert-small": _bert(4, 512, 8),
     "bert-base": _bert(12, 768, 12),
     "bert-large": _bert(24, 1024, 16),
+    "roberta-base": _roberta(12, 768, 12),
+    "roberta-large": _roberta(24, 1024, 16),
+    "xlm-roberta-base": _roberta(12, 768, 12, 250_002),
     "t5-small": _t5(8, 512, 6, 1024),
     "t5-base": _t5(12, 768, 12, 2048),
     "t5-large": _t5(24, 1024, 16, 2816),

@@ -21,6 +21,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 CASES = {
     "bert": ("BertForMaskedLM", {**BASE, **NO_DROPOUT}),
     "roberta": ("RobertaForMaskedLM", {**BASE, **NO_DROPOUT, "max_position_embeddings": 34, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", {**BASE, **NO_DROPOUT, "max_position_embeddings": 34, "type_vocab_size": 1}),
     "distilbert": ("DistilBertForMaskedLM", {"vocab_size": 61, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 40,
                    "max_position_embeddings": 32, "dropout": 0.0, "attention_dropout": 0.0}),
     "modernbert": ("ModernBertForMaskedLM", {**BASE, "num_hidden_layers": 5, "local_attention": 8, "pad_token_id": 0,

@@ -134,7 +134,7 @@ def test_dropout_needs_training_and_a_key():
     np.testing.assert_array_equal(one, again)
 
 
-# Counts published with the models: Hugging Face's gpt2 … gpt2-xl and Llama 3 checkpoints.
+# Counts of the models published on Hugging Face: gpt2 … gpt2-xl, Llama 3, BERT and RoBERTa with their masked heads, T5 v1.1.
 @pytest.mark.parametrize(
     "preset, count",
     [
@@ -146,6 +146,11 @@ def test_dropout_needs_training_and_a_key():
         ("llama-3b", 3_212_749_824),
         ("llama-8b", 8_030_261_248),
         ("llama-70b", 70_553_706_496),
+        ("bert-base", 109_514_298),
+        ("bert-large", 335_174_458),
+        ("roberta-base", 124_697_433),
+        ("xlm-roberta-base", 278_295_186),
+        ("t5-base", 247_577_856),
     ],
 )
 def test_published_parameter_counts(preset, count):
