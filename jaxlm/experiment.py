@@ -63,6 +63,11 @@ class ExperimentConfig:
                 f"data.length {self.data.length} is longer than model.positions {self.model.positions}: "
                 f"give data.length up to {self.model.positions}, or more positions"
             )
+        if (self.model.architecture, self.model.head.kind) != ("decoder", "language_model"):
+            raise ValueError(
+                f"model is an {self.model.architecture} with head {self.model.head.kind}: "
+                "the training objective here is the next token, which needs a decoder with head language_model"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}: it must be the name of a folder, without a slash or a leading dot")
 

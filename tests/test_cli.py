@@ -29,6 +29,14 @@ SMALL = [
         (["generate", "nowhere", "--top-p", "7"], ["top_p is 7"]),
         (["config", "--data.sources.kind", "file"], ["'file'", "did you mean 'files'"]),
         (["config", "--data.length", "100000"], ["data.length 100000", "model.positions"]),
+        (["config", "--model.preset", "bert-tiny"], ["encoder with head masked_lm", "next token"]),
+        (["show", "lama-8b"], ["no model at 'lama-8b'", "Hugging Face folder"]),
+        (["show", "llama-1m"], ["--vocab-size"]),
+        (["show", "bert-base", "--length", "0"], ["length is 0"]),
+        (["export", "somewhere"], ["DIR is missing", "MODEL and DIR"]),
+        (["export", "nowhere", "there", "--dtype", "float8"], ["float8", "bfloat16"]),
+        (["diff", "one"], ["MODEL B is missing"]),
+        (["diff", "one", "two", "--file", "none.txt"], ["no file 'none.txt'"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_1(words, parts, capsys, tmp_path, monkeypatch):
@@ -76,6 +84,46 @@ def test_internal_errors_exit_2_with_the_traceback(monkeypatch, capsys):
     assert cli.main(["config"]) == 2
     message = capsys.readouterr().err
     assert "wires crossed" in message and "Traceback" in message and "fault of jaxlm" in message
+
+
+def test_show_counts_published_models(capsys):
+    assert cli.main(["show", "bert-base"]) == 0
+    out = capsys.readouterr().out
+    assert "109,514,298" in out and "30522 × 768  (V W)" in out and "(layers D N H)" in out
+    assert cli.main(["show", "llama-8b", "--length", "4096"]) == 0
+    out = capsys.readouterr().out
+    # 8,192 bytes of keys and values a layer and token in bfloat16: 2 · 8 heads · 128 · 2 bytes · 2, over 32 layers.
+    assert "8,030,261,248" in out and "512.0 MiB of cache" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_a_trained_model_goes_to_transformers_and_writes_the_same(command, tmp_path):
+    """export → show → diff; AutoModelForCausalLM and AutoTokenizer continue a prompt greedily as we do, from either folder."""
+    import transformers
+
+    assert command("train.py", *SMALL, "--train.steps", 30).returncode == 0
+    for words in (("export", "runs/tiny", "out"), ("show", "runs/tiny"), ("show", "out")):
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    same = command("diff", "runs/tiny", "out", "--tokens", 200, "--tolerance", 1e-5)
+    assert same.returncode == 0 and "100.00%" in same.stdout, same.stderr
+    half = command("export", "runs/tiny", "half", "--dtype", "bfloat16")
+    assert half.returncode == 0
+    differs = command("diff", "out", "half", "--tolerance", 1e-7)
+    assert differs.returncode == 1 and "more than the tolerance" in differs.stderr
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    prompt = "The statement"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    start = ids.new_full((1, 1), model.config.bos_token_id)  # as `jaxlm generate` begins a text
+    import torch
+
+    theirs = model.generate(torch.cat([start, ids], dim=1), max_new_tokens=40, do_sample=False)
+    expected = tokenizer.decode(theirs[0, 1:], skip_special_tokens=True)
+    for folder in ("runs/tiny", "out"):
+        ours = command("generate", folder, "--prompt", prompt, "--max-tokens", 40, "--temperature", 0)
+        assert ours.stdout.removesuffix("\n") == expected
 
 
 @pytest.mark.slow

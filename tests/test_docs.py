@@ -88,3 +88,16 @@ def test_links_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf8")):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_shown_diff_is_what_stands_in_the_code():
+    text = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf8")
+    (shown,) = re.findall(r"```diff\n(.*?)\n```", text, re.DOTALL)
+    source = ""
+    for line in shown.splitlines():
+        if line.startswith("--- "):
+            source = (ROOT / line[4:]).read_text(encoding="utf8")
+        elif line.startswith("+"):
+            assert line[1:] in source.splitlines(), line
+        else:
+            assert line[1:] not in source.splitlines(), line

@@ -12,7 +12,7 @@ from jaxlm import __version__
 from jaxlm.config import unknown
 from jaxlm.hub.decoders import DECODERS
 from jaxlm.hub.encoders import ENCODERS
-from jaxlm.hub.family import Family
+from jaxlm.hub.family import Family, complete
 from jaxlm.hub.files import Tensors, find, load, save
 from jaxlm.hub.seq2seq import SEQ2SEQ
 from jaxlm.hub.tensors import Table
@@ -28,10 +28,23 @@ def is_hugging_face(folder: pathlib.Path) -> bool:
 
 
 def read_json(folder: pathlib.Path) -> dict[str, Any]:
+    """A folder's `config.json`, completed. Raises ValueError, in one line, for one that is not there, not valid, of a
+    family that is not supported, or with a number that is none."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} has no config.json: not the folder of a Hugging Face model")
-    return json.loads(file.read_text(encoding="utf8"))
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which is no number")
+
+    try:
+        theirs = json.loads(file.read_text(encoding="utf8"), parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{file} holds {theirs!r}: expected an object with a model_type")
+    family_of(theirs)
+    return complete(theirs)
 
 
 def family_of(theirs: Mapping[str, Any]) -> Family:
@@ -88,14 +101,12 @@ def family_for(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
     """The first family that can say this config, and its `config.json`; or ValueError with why the nearest cannot."""
     reasons: list[tuple[int, str]] = []
     for family in FAMILIES.values():
-        if family.fixed["architecture"] != config.architecture:
-            continue
-        try:
-            return family, family.json(config)
-        except ValueError as error:
-            reasons.append((str(error).count(","), str(error)))
-    nearest = min(reasons)[1]
-    raise ValueError(f"no Hugging Face family describes this {config.architecture}: the nearest, {nearest}")
+        if family.fixed["architecture"] == config.architecture:
+            theirs, lost = family.translate(config)
+            if not lost:
+                return family, theirs
+            reasons.append((len(lost), f"{family.name} models cannot have {', '.join(lost)}"))
+    raise ValueError(f"no Hugging Face family describes this {config.architecture}; the nearest: {min(reasons)[1]}")
 
 
 def save_folder(
@@ -106,6 +117,8 @@ def save_folder(
     """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
     generation config and model card. `like` is another `config.json`, from which the ids of special tokens and the
     names of labels are taken."""
+    if family is not None and family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
     chosen, theirs = family_for(model.config) if family is None else (FAMILIES[family], FAMILIES[family].json(model.config))
     kept = {key: value for key, value in (like or {}).items() if key.endswith("_token_id")}
     named = like is not None and len(like.get("id2label") or ()) == model.config.head.labels and "id2label" in theirs

@@ -109,39 +109,54 @@ class Family:
 
     def json(self, config: TransformerConfig) -> dict[str, Any]:
         """Their `config.json` of our config. Raises ValueError, naming the fields, where the family cannot say it."""
+        theirs, lost = self.translate(config)
+        if lost:
+            raise ValueError(f"{self.name} models cannot have {', '.join(lost)}")
+        return theirs
+
+    def translate(self, config: TransformerConfig) -> tuple[dict[str, Any], list[str]]:
+        """Their `config.json`, and the fields of ours that it does not say: those that, read again, differ."""
+        if config.head.kind not in self.heads:
+            return {}, [f"head.kind {config.head.kind}"]
         flat = _flat(config)
-        head = self.heads.get(config.head.kind)
-        if head is None:
-            raise ValueError(f"{self.name} has no head {config.head.kind}: it has {', '.join(self.heads)}")
         # Without these, transformers would take the ids of the family's first checkpoint.
-        theirs: dict[str, Any] = {"model_type": self.name, "architectures": [head.architecture], **dict.fromkeys(SPECIAL)}
-        theirs |= {key: flat[field] for field, key in self.keys.items()}
+        theirs: dict[str, Any] = {"model_type": self.name, **dict.fromkeys(SPECIAL)}
+        theirs["architectures"] = [self.heads[config.head.kind].architecture]
+        theirs |= {key: flat[field] for field, key in self.keys.items() if field in flat}
         if self.activation:
-            gated = config.gated
-            spelled = {ours: name for name, ours in reversed((GATED if gated else PLAIN).items())}
-            theirs[self.activation] = spelled.get(config.activation, config.activation)
+            spelled = {ours: name for name, ours in reversed((GATED if config.gated else PLAIN).items())}
+            if config.activation not in spelled:
+                return {}, [f"activation {config.activation}"]
+            theirs[self.activation] = spelled[config.activation]
         if config.head.kind in ("sequence", "token"):
             theirs["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.head.labels)}
             theirs["label2id"] = {f"LABEL_{i}": i for i in range(config.head.labels)}
         theirs |= self.write(config)
         names = () if config.tie_embeddings else ("lm_head.weight",)
-        if differences := self.lost(config, theirs, names):
-            raise ValueError(f"{self.name} models cannot have {', '.join(differences)}")
-        return theirs
-
-    def lost(self, config: TransformerConfig, theirs: Json, names: Collection[str] = ()) -> list[str]:
-        """Fields that their config, read again, gives another value."""
         try:
-            again = _flat(self.config(theirs, names, labels=config.head.labels))
+            again = _flat(self.config(complete(theirs), names, labels=config.head.labels))
         except ValueError as error:
-            return [str(error)]
-        flat = _flat(config)
-        return [f"{field} {flat[field]}" for field in flat if again.get(field) != flat[field] and not field.startswith(OURS)]
+            return theirs, [str(error)]
+        return theirs, [
+            f"{field} {flat[field]}" for field in flat if again.get(field) != flat[field] and not field.startswith(OURS)
+        ]
 
     def table(self, config: TransformerConfig) -> Tensors:
         """Every tensor that a model of this family may have, by its full name."""
         head = self.heads[config.head.kind]
         return {**{head.prefix + name: parts for name, parts in self.adapt(config, self.tensors).items()}, **head.tensors}
+
+
+def complete(theirs: Json) -> dict[str, Any]:
+    """A `config.json` of whatever version with every key that it leaves out, as `transformers` completes it: the
+    defaults of a family are part of what the file means."""
+    from transformers import CONFIG_MAPPING
+
+    name = str(theirs.get("model_type"))
+    try:
+        return {"model_type": name, **CONFIG_MAPPING[name].from_dict(dict(theirs)).to_dict()}
+    except Exception as error:  # validation of theirs raises several kinds
+        raise ValueError(f"the config.json of this {name} model is not valid: {' '.join(str(error).split())[:200]}") from None
 
 
 def _flat(config: TransformerConfig) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.kernels import Mask, attend
+from jaxlm.model.kernels import attend
 from jaxlm.model.layers import Angles, Linear, Norm
+from jaxlm.model.mask import Mask
 from jaxlm.model.positions import rotate
 
 LayerCache = tuple[jax.Array, jax.Array]

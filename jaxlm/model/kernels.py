@@ -3,58 +3,28 @@
 Letters: B batch · L query length · S key length · N query heads · K key/value heads · G query heads per
 key/value head (N / K) · H head width.
 
-Every kernel computes softmax(scale · q·kᵀ, soft-capped, + bias, masked) · v. `attend` chooses one.
+Every kernel computes softmax(scale · q·kᵀ, soft-capped, + bias, masked) · v. `attend` chooses one. A query that may see
+no key at all gets a value that means nothing, and that differs between kernels: give such rows no weight in the loss.
 """
 
 import functools
 import logging
 import math
-from typing import Any, Literal
+from typing import Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxlm.model.chunked import chunked
+from jaxlm.model.dense import xla
+from jaxlm.model.fused import LANES, cudnn, rest_of, splash
+from jaxlm.model.mask import Mask
+from jaxlm.parallel.rules import COMPUTED, spec
 
 Kernel = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 
 _log = logging.getLogger(__name__)
-
-
-@flax.struct.dataclass
-class Mask:
-    """Which key each query may see, as facts that any kernel can use; `dense` spells them out.
-
-    Queries and keys of different segments never see each other (segment 0 is padding); without
-    segments a row is one document. Causal is by place in the row. With a cache the queries stand
-    behind its `seen` tokens.
-    """
-
-    query_segments_BL: jax.Array | None = None
-    key_segments_BS: jax.Array | None = None
-    seen: jax.Array | None = None
-    causal: bool = flax.struct.field(pytree_node=False, default=True)
-    window: int | None = flax.struct.field(pytree_node=False, default=None)
-    """Causal: a query sees itself and window − 1 keys before it; else: window // 2 on either side."""
-
-    def dense(self, length: int, size: int) -> jax.Array | None:
-        """(1 or B, L, S), True where query l may look at key s; None where every query sees every key."""
-        mask = None
-        if self.causal or self.window is not None:
-            query_L = jnp.arange(length, dtype=jnp.int32) + (0 if self.seen is None else self.seen)
-            behind_LS = query_L[:, None] - jnp.arange(size, dtype=jnp.int32)[None, :]
-            if self.causal:
-                mask = behind_LS >= 0
-                if self.window is not None:
-                    mask &= behind_LS < self.window
-            else:
-                assert self.window is not None
-                mask = jnp.abs(behind_LS) <= self.window // 2
-            mask = mask[None]
-        if self.key_segments_BS is not None:
-            query = jnp.ones((1, length), jnp.int32) if self.query_segments_BL is None else self.query_segments_BL
-            same = query[:, :, None] == self.key_segments_BS[:, None, :]
-            mask = same if mask is None else mask & same
-        return mask
 
 
 def attend(
@@ -73,102 +43,96 @@ def attend(
     eq. 1) → (B, L, N, H). `scale` is 1/√H by default; `bias_BNLS` may have 1 for B; `drop` is the share of the
     weights that is dropped, and the key to draw them with.
 
-    Query heads share key/value heads in groups of N / K (Ainslie et al. 2023, "GQA").
+    Query heads share key/value heads in groups of N / K (Ainslie et al. 2023, "GQA"). A kernel that is asked for by
+    name but cannot compute this gives way to one that can, and the log says why.
     """
     scale = 1 / math.sqrt(q_BLNH.shape[-1]) if scale is None else scale
+    chosen = choose(kernel, q_BLNH, k_BSKH, mask, softcap, bias_BNLS, drop)
+    if chosen == "splash":
+        return splash(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap)
+    if chosen == "cudnn":
+        return cudnn(q_BLNH, k_BSKH, v_BSKH, mask, scale, bias_BNLS)
+    if chosen == "chunked":
+        return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS)
     return xla(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, drop)
 
 
-# --- XLA: plain products, the gradient written out ---------------------------------------------
+# --- which kernel ------------------------------------------------------------------------------
+
+LARGE = 2**30
+"""Bytes of float32 scores on one device from which on they are no longer held whole."""
 
 
-def xla(
-    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
-    scale: float, softcap: float | None, bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None,
-) -> jax.Array:  # fmt: skip
-    B, L, N, H = q_BLNH.shape
-    S, K = k_BSKH.shape[1:3]
-    # Heads first: the products are then plain batched matrix products, without a transpose of the scores.
-    q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * jnp.asarray(scale, q_BLNH.dtype)
-    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    mask_BLS = mask.dense(L, S)
-    mask_BKGLS = None if mask_BLS is None else mask_BLS[:, None, None, :, :]
-    bias_BKGLS = None if bias_BNLS is None else bias_BNLS.reshape(bias_BNLS.shape[0], K, N // K, *bias_BNLS.shape[2:])
-    if drop is not None:
-        weights_BKGLS = _weights(softcap, q_BKGLH, k_BKSH, mask_BKGLS, bias_BKGLS)
-        rate, key = drop
-        kept = jax.random.bernoulli(key, 1 - rate, weights_BKGLS.shape)
-        weights_BKGLS = jnp.where(kept, weights_BKGLS / (1 - rate), 0)
-        mixed_BKGLH = jnp.einsum("BKGLS,BKSH->BKGLH", weights_BKGLS, v_BKSH)
-    else:
-        # Blocks of queries, each against the keys up to its own end; under 64 rows they cost more than they save.
-        square = mask.causal and mask.seen is None
-        blocks = max(1, min(4, L // 64)) if square else 1
-        parts, start = [], 0
-        for i in range(blocks):
-            rows = slice(start, L * (i + 1) // blocks)
-            keys = slice(0, rows.stop if square else S)
-            shown = None if mask_BKGLS is None else mask_BKGLS[:, :, :, rows, keys]
-            bias = None if bias_BKGLS is None else bias_BKGLS[:, :, :, rows, keys]
-            parts.append(weigh(softcap, q_BKGLH[:, :, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], shown, bias))
-            start = rows.stop
-        mixed_BKGLH = jnp.concatenate(parts, axis=3) if blocks > 1 else parts[0]
-    return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
+def choose(
+    kernel: Kernel, q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask,
+    softcap: float | None, bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None,
+) -> Kernel:  # fmt: skip
+    """The kernel that will compute this: the one named, or the first in the order of this platform that can."""
+    asked = functools.partial(why_not, q_BLNH=q_BLNH, k_BSKH=k_BSKH, mask=mask, softcap=softcap, bias_BNLS=bias_BNLS, drop=drop)
+    if kernel != "auto":
+        if (why := asked(kernel)) is None:
+            return kernel
+        _say(kernel, why)
+    special: Kernel | None = {"tpu": "splash", "gpu": "cudnn"}.get(platform())  # type: ignore[assignment]
+    if special and special != kernel and asked(special) is None:
+        return special
+    large = _score_bytes(q_BLNH, k_BSKH) > LARGE
+    return "chunked" if large and asked("chunked") is None else "xla"
 
 
-def _scores(softcap: float | None, q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
-    scores_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", q, k, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        scores_BKGLS = softcap * jnp.tanh(scores_BKGLS / softcap)
-    return scores_BKGLS if bias is None else scores_BKGLS + bias.astype(jnp.float32)
+@functools.cache
+def _say(kernel: Kernel, why: str) -> None:
+    _log.warning("attention kernel %s cannot be used here: %s", kernel, why)
 
 
-def _weights(softcap: float | None, q: jax.Array, k: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> jax.Array:
-    scores_BKGLS = _scores(softcap, q, k, bias)
-    if mask is not None:
-        scores_BKGLS = jnp.where(mask, scores_BKGLS, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores_BKGLS, axis=-1).astype(q.dtype)
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh that is set, which when compiling ahead of time is not this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found = jax.default_backend() if device is None else device.platform
+    return "gpu" if found in ("cuda", "rocm") else found
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weigh(
-    softcap: float | None, q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
-    mask_BKGLS: jax.Array | None, bias_BKGLS: jax.Array | None,
-) -> jax.Array:  # fmt: skip
-    """The products and the softmax. The gradient is written out: softmax's needs Σ p·dp, which is the row sum
-    of output · gradient (Dao et al. 2022, "FlashAttention", §B.2), over H numbers instead of S."""
-    return _weigh_forward(softcap, q_BKGLH, k_BKSH, v_BKSH, mask_BKGLS, bias_BKGLS)[0]
+def why_not(
+    kernel: Kernel, *, q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask,
+    softcap: float | None = None, bias_BNLS: jax.Array | None = None, drop: tuple[float, jax.Array] | None = None,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot compute this here; None if it can."""
+    (L, _, H), S, dtype = q_BLNH.shape[1:], k_BSKH.shape[1], q_BLNH.dtype
+    reasons: dict[Kernel, dict[str, bool]] = {
+        "chunked": {"it has no dropout": drop is not None},
+        "cudnn": {
+            "it needs an NVIDIA GPU of Ampere or later": not _nvidia(),
+            "it has no dropout": drop is not None,
+            "it has no soft cap": softcap is not None,
+            f"it computes in bfloat16 or float16, given {dtype}": dtype not in (jnp.bfloat16, jnp.float16),
+            f"head width {H} is above 128 or no multiple of 8": H > 128 or H % 8 > 0,
+            # What it cannot say is given as a bias, and the gradient of one needs even lengths.
+            f"segments, windows and biases need even lengths, given {L} and {S}": bool(L % 2 or S % 2)
+            and (bias_BNLS is not None or rest_of(mask, L, S, False) is not None),
+        },
+        "splash": {
+            "it needs a TPU": platform() != "tpu",
+            "it has no dropout": drop is not None,
+            "it has no bias": bias_BNLS is not None,
+            "it has no cache": mask.seen is not None,
+            f"{min(L, S)} tokens are fewer than its block of {LANES}": min(L, S) < LANES,
+            f"queries and keys differ in number, {L} and {S}, under a causal mask": L != S and mask.causal,
+        },
+    }
+    return next((why for why, holds in reasons.get(kernel, {}).items() if holds), None)
 
 
-def _weigh_forward(
-    softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    weights = _weights(softcap, q, k, mask, bias)
-    mixed = jnp.einsum("BKGLS,BKSH->BKGLH", weights, v)
-    # Of the bias only its shape is needed, but residuals are arrays.
-    return mixed, (q, k, v, weights, mixed, bias)
+def _nvidia() -> bool:
+    """Of Ampere or later, as cuDNN's fused attention asks for."""
+    if platform() != "gpu" or jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 
-def _weigh_backward(softcap: float | None, saved: Any, grad_BKGLH: jax.Array) -> tuple[Any, ...]:
-    q, k, v, weights, mixed, bias = saved
-    along = jnp.sum((grad_BKGLH * mixed).astype(jnp.float32), axis=-1, keepdims=True)
-    grad_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", grad_BKGLH, v, preferred_element_type=jnp.float32)
-    grad_BKGLS = weights.astype(jnp.float32) * (grad_BKGLS - along)
-    grad_bias = None
-    if bias is not None:
-        over = [axis for axis in range(5) if bias.shape[axis] == 1 and grad_BKGLS.shape[axis] > 1]
-        grad_bias = jnp.sum(grad_BKGLS, axis=over, keepdims=True).astype(bias.dtype)
-    if softcap is not None:  # the cap's slope, 1 − tanh², from the scores computed again
-        raw = jnp.einsum("BKGLH,BKSH->BKGLS", q, k, preferred_element_type=jnp.float32)
-        grad_BKGLS = grad_BKGLS * (1 - jnp.square(jnp.tanh(raw / softcap)))
-    grad_BKGLS = grad_BKGLS.astype(q.dtype)
-    return (
-        jnp.einsum("BKGLS,BKSH->BKGLH", grad_BKGLS, k),
-        jnp.einsum("BKGLS,BKGLH->BKSH", grad_BKGLS, q),
-        jnp.einsum("BKGLS,BKGLH->BKSH", weights, grad_BKGLH),
-        None,
-        grad_bias,
-    )
-
-
-weigh.defvjp(_weigh_forward, _weigh_backward)
+def _score_bytes(q_BLNH: jax.Array, k_BSKH: jax.Array) -> int:
+    """Of one device: rows and heads are split as the rules say."""
+    mesh, shape = jax.sharding.get_abstract_mesh(), q_BLNH.shape
+    if not mesh.empty:
+        shape = NamedSharding(mesh, spec("BLNH", shape, mesh, COMPUTED)).shard_shape(shape)
+    return 4 * math.prod(shape[:3]) * k_BSKH.shape[1]

@@ -1,10 +1,12 @@
 """Mixture of experts: each token goes through a few of many MLPs, chosen by a router.
 
 Letters: B batch · L length · D model width · F width of an expert · E experts · J experts chosen for a token ·
-T tokens (B·L) · R rows, one for each token and expert chosen for it (T·J).
+R rows, one for each token and expert chosen for it (B·L·J) · P blocks of M rows, each of one expert ·
+I, O width of what a matrix takes and gives.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -71,7 +73,7 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Σ_j weight_j · expert_j(x) over each token's chosen experts → (B, L, D), and who they are, (B, L, J).
 
-    The rows are sorted by expert, so that each expert multiplies one block of them.
+    Each expert's rows are gathered into blocks of their own, the last of which is filled up.
     """
     J, E = config.moe.chosen, config.moe.experts
     weights_BLJ, chosen_BLJ = jax.lax.top_k(probabilities_BLE, J)
@@ -79,38 +81,92 @@ def mix(
         weights_BLJ = weights_BLJ / jnp.sum(weights_BLJ, axis=-1, keepdims=True)
 
     chosen_R = chosen_BLJ.reshape(-1)
-    order_R = jnp.argsort(chosen_R)
-    back_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=order_R.dtype), unique_indices=True)
-    rows_E = jnp.sum(chosen_R[:, None] == jnp.arange(E, dtype=chosen_R.dtype)[None, :], axis=0, dtype=jnp.int32)
+    R, D = chosen_R.size, x_BLD.shape[-1]
+    # Large blocks keep matrix units busy; but what fills them up, half a block an expert, is computed too.
+    M = min(512, max(8, R // (4 * E)))
+    hits_RE = (chosen_R[:, None] == jnp.arange(E, dtype=chosen_R.dtype)[None, :]).astype(jnp.int32)
+    rank_R = jnp.take_along_axis(jnp.cumsum(hits_RE, axis=0), chosen_R[:, None], axis=1)[:, 0] - 1
+    ends_E = jnp.cumsum(-(-jnp.sum(hits_RE, axis=0) // M))  # in blocks
+    begin_E = jnp.concatenate([jnp.zeros_like(ends_E[:1]), ends_E[:-1]])
+    place_R = jnp.take(begin_E, chosen_R) * M + rank_R
 
-    x_RD = jnp.take(x_BLD.reshape(-1, x_BLD.shape[-1]), order_R // J, axis=0)
-    inner_RF = jax.lax.ragged_dot(x_RD, up_EDF, rows_E)
+    P = min(R, R // M + E)  # never more blocks than this, whatever the router says
+    x_RD = jnp.repeat(x_BLD.reshape(-1, D), J, axis=0)
+    x_PMD = jnp.zeros_like(x_BLD, shape=(P * M, D)).at[place_R].set(x_RD, unique_indices=True).reshape(P, M, D)
+    expert_P = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(P, dtype=jnp.int32), side="right"), E - 1)
+    multiply = functools.partial(grouped, expert_P=expert_P, used=ends_E[-1])
+    inner_PMF = multiply(x_PMD, up_EDF)
     if gate_EDF is None:
-        inner_RF = activate(config.activation, inner_RF)
+        inner_PMF = activate(config.activation, inner_PMF)
     else:
-        inner_RF = activate(config.activation, jax.lax.ragged_dot(x_RD, gate_EDF, rows_E)) * inner_RF
-    y_RD = jnp.take(jax.lax.ragged_dot(inner_RF, down_EFD, rows_E), back_R, axis=0, unique_indices=True)
-    y_BLJD = y_RD.reshape(*chosen_BLJ.shape, -1)
+        inner_PMF = activate(config.activation, multiply(x_PMD, gate_EDF)) * inner_PMF
+    y_RD = jnp.take(multiply(inner_PMF, down_EFD).reshape(P * M, D), place_R, axis=0, unique_indices=True)
+    y_BLJD = y_RD.reshape(*chosen_BLJ.shape, D)
     return jnp.einsum("BLJD,BLJ->BLD", y_BLJD, weights_BLJ.astype(y_BLJD.dtype)), chosen_BLJ
+
+
+@jax.custom_vjp
+def grouped(x_PMI: jax.Array, w_EIO: jax.Array, expert_P: jax.Array, used: jax.Array) -> jax.Array:
+    """Each block of rows times the matrix of its expert, of the first `used` blocks; the others give zeros → (P, M, O).
+
+    `jax.lax.ragged_dot` says the same, but what it is compiled to multiplies all rows with all experts' matrices on CPUs
+    and GPUs, and on TPUs at the sizes that we tried (jax 0.10 and 0.12). Autodiff would add a gradient of all matrices
+    at every block.
+    """
+
+    def one(p: jax.Array, y_PMO: jax.Array) -> jax.Array:
+        return y_PMO.at[p].set(x_PMI[p] @ w_EIO[expert_P[p]])
+
+    return jax.lax.fori_loop(0, used, one, jnp.zeros_like(x_PMI, shape=(*x_PMI.shape[:2], w_EIO.shape[2])))
+
+
+def _grouped_forward(x: jax.Array, w: jax.Array, expert: jax.Array, used: jax.Array) -> tuple[jax.Array, Any]:
+    return grouped(x, w, expert, used), (x, w, expert, used)
+
+
+def _grouped_backward(saved: Any, grad_PMO: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    x_PMI, w_EIO, expert_P, used = saved
+
+    def one(p: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        dx_PMI, dw_EIO = grads
+        dx_MI = jnp.einsum("MO,IO->MI", grad_PMO[p], w_EIO[expert_P[p]])
+        dw_IO = jnp.einsum("MI,MO->IO", x_PMI[p], grad_PMO[p], preferred_element_type=jnp.float32)
+        return dx_PMI.at[p].set(dx_MI), dw_EIO.at[expert_P[p]].add(dw_IO)
+
+    zeros = (jnp.zeros_like(x_PMI), jnp.zeros_like(w_EIO, dtype=jnp.float32))
+    dx_PMI, dw_EIO = jax.lax.fori_loop(0, used, one, zeros)
+    return dx_PMI, dw_EIO.astype(w_EIO.dtype), None, None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _split(
     config: TransformerConfig, x: jax.Array, probabilities: jax.Array, up: jax.Array, gate: jax.Array | None, down: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`mix` on a mesh: each device sorts its own rows of the batch, for a top-k or a sort of all would bring every token
-    to every device. Devices that share rows each compute a part of F and add up."""
+    """`mix` on a mesh: each device gathers its own rows of the batch, for a top-k or a gather of all would bring every
+    token to every device. Devices that share rows each compute a part of F and add up."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return mix(config, x, probabilities, up, gate, down)
     letters = [(x, "BLD"), (probabilities, "BLE"), (up, "EDF"), (gate, "EDF"), (down, "EFD")]
     specs = [None if array is None else spec(axes, array.shape, mesh, COMPUTED) for array, axes in letters]
-    (over_F,) = spec("F", up.shape[2:], mesh, COMPUTED)
+    over_B, over_F = (_axes(specs[0], 0), _axes(specs[2], 2))
 
-    def local(*arrays: Any) -> tuple[jax.Array, jax.Array]:
-        y, chosen = mix(config, *arrays)
-        return y if over_F is None else jax.lax.psum(y, over_F), chosen
+    def local(x: jax.Array, probabilities: jax.Array, *matrices: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        # Said before `grouped`, whose gradient is our own, that x differs along over_F and the matrices along over_B:
+        # the gradients are then summed over these.
+        differ = [None if w is None else jax.lax.pcast(w, over_B, to="varying") for w in matrices]
+        y, chosen = mix(config, jax.lax.pcast(x, over_F, to="varying"), probabilities, *differ)  # type: ignore[arg-type]
+        return jax.lax.psum(y, over_F), chosen
 
     return jax.shard_map(local, in_specs=tuple(specs), out_specs=(specs[0], specs[1]))(x, probabilities, up, gate, down)
+
+
+def _axes(of: Any, dimension: int) -> tuple[str, ...]:
+    """The mesh axes that a dimension is split over."""
+    axes = of[dimension]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def balance_loss(probabilities_BLE: jax.Array, chosen_BLJ: jax.Array, keep_BL: jax.Array | None) -> jax.Array:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jaxlm.model.attention import Attention, LayerCache
 from jaxlm.model.cache import Cache
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.kernels import Mask
 from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm
+from jaxlm.model.mask import Mask
 from jaxlm.model.moe import Moe
 from jaxlm.model.positions import RelativeBias, alibi, distances, rotary_angles, sinusoids
 

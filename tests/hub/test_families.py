@@ -63,7 +63,7 @@ def test_hidden_states_logits_and_all_gradients_are_torchs(case, mesh, tmp_path)
 
     theirs = make(*CASES[case])
     theirs.save_pretrained(tmp_path / "theirs")
-    model, params, folder, _ = load_folder(str(tmp_path / "theirs"), mesh)
+    model, params, folder, config = load_folder(str(tmp_path / "theirs"), mesh)
     apply = jax.jit(lambda p, b: (model.apply(p, b)[0], model.apply(p, b, method="hidden")))
     for lengths in ([11, 7, 4], [16, 9, 2]):
         batch, kwargs = inputs(theirs, model.config, lengths)
@@ -88,7 +88,7 @@ def test_hidden_states_logits_and_all_gradients_are_torchs(case, mesh, tmp_path)
     save_file(
         {name: _as_stored(name, found, stored).contiguous().clone() for name in stored.index}, tmp_path / "grads/model.safetensors"
     )
-    family = family_of(json.loads((folder / "config.json").read_text()))
+    family = family_of(config)
     shardings = stored_shardings(model.axes, model.shapes, mesh)
     expected = load(Tensors(tmp_path / "grads"), table_of(family, model.config), model.shapes, model.axes, shardings)
     for path, value in jax.tree.leaves_with_path(expected):
@@ -177,3 +177,14 @@ def test_the_comparison_can_fail(mesh, tmp_path):
         batch, kwargs = inputs(theirs, model.config, [11])
         difference = np.asarray(model.apply(params, batch)[0]) - theirs(**kwargs).logits.detach().numpy()
         assert np.abs(difference).max() > 1e-3
+
+
+def test_config_values_that_a_file_leaves_out_are_the_familys(mesh, tmp_path):
+    """A Llama whose config.json names no epsilon has 1e-6, not the default of our config."""
+    theirs = make(*CASES["llama"])
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rms_norm_eps"], config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))  # as transformers 4 wrote it
+    model = load_folder(str(tmp_path), mesh).model
+    assert model.config.norm_eps == 1e-6 and model.config.rope.theta == 500.0

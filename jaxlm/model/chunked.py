@@ -1,0 +1,203 @@
+"""Attention over blocks of keys, one after the other: memory linear in length, on any platform.
+
+Letters: B batch · L query length · S key length · N query heads · K key/value heads · G query heads per
+key/value head (N / K) · H head width.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.model.mask import Mask
+
+
+class _Plan(NamedTuple):
+    """What is known of the blocks when compiling: their sizes, how many keys are true, and the cap."""
+
+    rows: int
+    keys: int
+    size: int
+    softcap: float | None
+
+
+def chunked(
+    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
+    scale: float, softcap: float | None, bias_BNLS: jax.Array | None, block: int = 512,
+) -> jax.Array:  # fmt: skip
+    """Attention without the matrix of scores: a running softmax over blocks of keys for each block of queries (Milakov
+    and Gimelshein 2018), the scores computed again for the gradient (Dao et al. 2022, "FlashAttention", alg. 1 and 4).
+
+    Blocks that the mask's places hide wholly are not computed. Segments hide, but save nothing.
+    """
+    B, L, N, H = q_BLNH.shape
+    S, K = k_BSKH.shape[1:3]
+    plan = _Plan(even(L, block), even(S, block), S, softcap)
+    q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * jnp.asarray(scale, q_BLNH.dtype)
+    bias_BKGLS = None if bias_BNLS is None else bias_BNLS.reshape(bias_BNLS.shape[0], K, N // K, L, S)
+    if mask.key_segments_BS is not None:
+        query = jnp.ones((1, L), jnp.int32) if mask.query_segments_BL is None else mask.query_segments_BL
+        mask = dataclasses.replace(
+            mask, query_segments_BL=fill(query, {1: plan.rows}), key_segments_BS=fill(mask.key_segments_BS, {1: plan.keys})
+        )
+    mixed_BKGLH = _stream(
+        plan,
+        fill(q_BKGLH, {3: plan.rows}),
+        fill(jnp.swapaxes(k_BSKH, 1, 2), {2: plan.keys}),
+        fill(jnp.swapaxes(v_BSKH, 1, 2), {2: plan.keys}),
+        None if bias_BKGLS is None else fill(bias_BKGLS, {3: plan.rows, 4: plan.keys}),
+        mask,
+    )[:, :, :, :L]
+    return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
+
+
+def even(length: int, block: int, multiple: int = 16) -> int:
+    """The size, at most `block`, of equal blocks over `length` that leaves the least over; a multiple if there are many."""
+    if length <= block:
+        return length
+    return -(-length // -(-length // block) // multiple) * multiple
+
+
+def fill(x: jax.Array, blocks: dict[int, int]) -> jax.Array:
+    """Zeros behind x, so that these axes are whole blocks."""
+    return jnp.pad(x, [(0, -length % blocks.get(axis, 1)) for axis, length in enumerate(x.shape)])
+
+
+def _slice(x: jax.Array, axis: int, index: Any, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+
+def _span(first: Any, last: Any, before: int | None, after: int | None, size: int, count: int) -> tuple[Any, Any]:
+    """Blocks, from and up to, that hold any of the places first − before … last + after; None: without end."""
+    start = 0 if before is None else jnp.clip((first - before) // size, 0, count)
+    stop = count if after is None else jnp.clip((last + after) // size + 1, 0, count)
+    return start, stop
+
+
+def sight(mask: Mask) -> tuple[int | None, int | None]:
+    """How many places before and after itself a query sees."""
+    if mask.causal:
+        return None if mask.window is None else mask.window - 1, 0
+    return (None, None) if mask.window is None else (mask.window // 2, mask.window // 2)
+
+
+def _block_mask(plan: _Plan, mask: Mask, i: Any, j: Any) -> jax.Array | None:
+    """The mask of query block i and key block j, to be broadcast over heads; what was filled in is hidden."""
+    query, key = mask.query_segments_BL, mask.key_segments_BS
+    query = None if query is None else _slice(query, 1, i, plan.rows)
+    key = None if key is None else _slice(key, 1, j, plan.keys)
+    # Only the distance of query and key counts: block j's keys begin at 0 here, block i's queries that much later.
+    ahead = i * plan.rows - j * plan.keys + (0 if mask.seen is None else mask.seen)
+    shown_BLS = dataclasses.replace(mask, query_segments_BL=query, key_segments_BS=key, seen=ahead).dense(plan.rows, plan.keys)
+    if plan.size % plan.keys:
+        true_S = jnp.arange(plan.keys, dtype=jnp.int32) < plan.size - j * plan.keys
+        shown_BLS = true_S[None, None] if shown_BLS is None else shown_BLS & true_S[None, None]
+    return None if shown_BLS is None else shown_BLS[:, None, None]
+
+
+def _block_scores(plan: _Plan, q: jax.Array, k: jax.Array, bias: jax.Array | None, i: Any, j: Any) -> tuple[jax.Array, Any]:
+    """Scores of the queries in block i and the keys in block j, and the slope of the cap where there is one."""
+    scores_BKGLS, slope = jnp.einsum("BKGLH,BKSH->BKGLS", q, k, preferred_element_type=jnp.float32), None
+    if plan.softcap is not None:
+        bent = jnp.tanh(scores_BKGLS / plan.softcap)
+        scores_BKGLS, slope = plan.softcap * bent, 1 - jnp.square(bent)
+    if bias is not None:
+        bias = _slice(_slice(bias, 3, i, plan.rows), 4, j, plan.keys)
+        scores_BKGLS = scores_BKGLS + bias.astype(jnp.float32)
+    return scores_BKGLS, slope
+
+
+def _hide(shown: jax.Array | None, x: jax.Array, value: float) -> jax.Array:
+    return x if shown is None else jnp.where(shown, x, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stream(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask) -> jax.Array:
+    return _stream_forward(plan, q, k, v, bias, mask)[0]
+
+
+def _stream_forward(
+    plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask
+) -> tuple[jax.Array, Any]:
+    before, after = sight(mask)
+    seen = 0 if mask.seen is None else mask.seen
+    low = float(jnp.finfo(jnp.float32).min)
+
+    def rows(_: None, i: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        q_BKGLH = _slice(q, 3, i, plan.rows)
+
+        def keys(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            most_BKGL, total_BKGL, mixed_BKGLH = carry
+            v_BKSH, shown = _slice(v, 2, j, plan.keys), _block_mask(plan, mask, i, j)
+            scores, _ = _block_scores(plan, q_BKGLH, _slice(k, 2, j, plan.keys), bias, i, j)
+            scores = _hide(shown, scores, low)
+            higher_BKGL = jnp.maximum(most_BKGL, jnp.max(scores, axis=-1))
+            # Hidden a second time: where no key was seen yet, the highest score is that of the hidden.
+            weights = _hide(shown, jnp.exp(scores - higher_BKGL[..., None]), 0)
+            shrink_BKGL = jnp.exp(most_BKGL - higher_BKGL)
+            added = jnp.einsum("BKGLS,BKSH->BKGLH", weights.astype(v.dtype), v_BKSH, preferred_element_type=jnp.float32)
+            total_BKGL = total_BKGL * shrink_BKGL + jnp.sum(weights, axis=-1)
+            return higher_BKGL, total_BKGL, mixed_BKGLH * shrink_BKGL[..., None] + added
+
+        first = i * plan.rows + seen
+        start, stop = _span(first, first + plan.rows - 1, before, after, plan.keys, k.shape[2] // plan.keys)
+        zeros = jnp.zeros_like(q_BKGLH, dtype=jnp.float32)
+        carry = (zeros[..., 0] + low, zeros[..., 0], zeros)
+        most, total, mixed = jax.lax.fori_loop(start, stop, keys, carry)
+        total = jnp.where(total == 0, 1, total)  # no key was seen at all
+        return None, ((mixed / total[..., None]).astype(q.dtype), most + jnp.log(total))
+
+    _, (mixed, logs) = jax.lax.scan(rows, None, jnp.arange(q.shape[3] // plan.rows, dtype=jnp.int32))
+    mixed = jnp.moveaxis(mixed, 0, 3).reshape(q.shape)
+    return mixed, (q, k, v, bias, mask, mixed, jnp.moveaxis(logs, 0, 3).reshape(q.shape[:-1]))
+
+
+def _stream_backward(plan: _Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    q, k, v, bias, mask, mixed, logs = saved
+    before, after = sight(mask)
+    seen = 0 if mask.seen is None else mask.seen
+    along = jnp.sum(grad.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
+
+    def keys(carry: tuple[Any, ...], j: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, jax.Array]]:
+        k_BKSH, v_BKSH = _slice(k, 2, j, plan.keys), _slice(v, 2, j, plan.keys)
+
+        def rows(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            dq, dbias, dk_BKSH, dv_BKSH = carry
+            q_BKGLH, grad_BKGLH = _slice(q, 3, i, plan.rows), _slice(grad, 3, i, plan.rows)
+            scores, slope = _block_scores(plan, q_BKGLH, k_BKSH, bias, i, j)
+            weights = jnp.exp(scores - _slice(logs, 3, i, plan.rows)[..., None])
+            weights = _hide(_block_mask(plan, mask, i, j), weights, 0)
+            dscores = jnp.einsum("BKGLH,BKSH->BKGLS", grad_BKGLH, v_BKSH, preferred_element_type=jnp.float32)
+            dscores = weights * (dscores - _slice(along, 3, i, plan.rows)[..., None])
+            if bias is not None:
+                block = dscores if bias.shape[0] > 1 else jnp.sum(dscores, axis=0, keepdims=True)
+                dbias = jax.lax.dynamic_update_slice(dbias, block, (0, 0, 0, i * plan.rows, j * plan.keys))
+            if slope is not None:
+                dscores = dscores * slope
+            dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
+            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            dq_BKGLH = _slice(dq, 3, i, plan.rows) + product("BKGLS,BKSH->BKGLH", dscores, k_BKSH)
+            dq = jax.lax.dynamic_update_slice_in_dim(dq, dq_BKGLH, i * plan.rows, 3)
+            dk_BKSH += product("BKGLS,BKGLH->BKSH", dscores, q_BKGLH)
+            dv_BKSH += product("BKGLS,BKGLH->BKSH", weights, grad_BKGLH)
+            return dq, dbias, dk_BKSH, dv_BKSH
+
+        # The queries that see a key are those for which it lies within sight: before and after change places.
+        first = j * plan.keys - seen
+        start, stop = _span(first, first + plan.keys - 1, after, before, plan.rows, q.shape[3] // plan.rows)
+        none = jnp.zeros_like(k_BKSH, dtype=jnp.float32)
+        dq, dbias, dk_BKSH, dv_BKSH = jax.lax.fori_loop(start, stop, rows, (*carry, none, none))
+        return (dq, dbias), (dk_BKSH.astype(k.dtype), dv_BKSH.astype(v.dtype))
+
+    carry: tuple[Any, ...] = (
+        jnp.zeros_like(q, dtype=jnp.float32),
+        None if bias is None else jnp.zeros_like(bias, dtype=jnp.float32),
+    )
+    (dq, dbias), (dk, dv) = jax.lax.scan(keys, carry, jnp.arange(k.shape[2] // plan.keys, dtype=jnp.int32))
+    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in (dk, dv))
+    return dq.astype(q.dtype), dk, dv, None if dbias is None else dbias.astype(bias.dtype), None
+
+
+_stream.defvjp(_stream_forward, _stream_backward)

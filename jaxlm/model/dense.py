@@ -1,0 +1,105 @@
+"""Attention by plain products of whole matrices, for XLA to compile anywhere; its gradient written out.
+
+Letters: B batch · L query length · S key length · N query heads · K key/value heads · G query heads per
+key/value head (N / K) · H head width.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.model.mask import Mask
+
+
+def xla(
+    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
+    scale: float, softcap: float | None, bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None,
+) -> jax.Array:  # fmt: skip
+    B, L, N, H = q_BLNH.shape
+    S, K = k_BSKH.shape[1:3]
+    # Heads first: the products are then plain batched matrix products, without a transpose of the scores.
+    q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * jnp.asarray(scale, q_BLNH.dtype)
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    mask_BLS = mask.dense(L, S)
+    mask_BKGLS = None if mask_BLS is None else mask_BLS[:, None, None, :, :]
+    bias_BKGLS = None if bias_BNLS is None else bias_BNLS.reshape(bias_BNLS.shape[0], K, N // K, *bias_BNLS.shape[2:])
+    if drop is not None:
+        weights_BKGLS = _weights(softcap, q_BKGLH, k_BKSH, mask_BKGLS, bias_BKGLS)
+        rate, key = drop
+        kept = jax.random.bernoulli(key, 1 - rate, weights_BKGLS.shape)
+        weights_BKGLS = jnp.where(kept, weights_BKGLS / (1 - rate), 0)
+        mixed_BKGLH = jnp.einsum("BKGLS,BKSH->BKGLH", weights_BKGLS, v_BKSH)
+    else:
+        # Blocks of queries, each against the keys up to its own end; under 64 rows they cost more than they save.
+        square = mask.causal and mask.seen is None
+        blocks = max(1, min(4, L // 64)) if square else 1
+        parts, start = [], 0
+        for i in range(blocks):
+            rows = slice(start, L * (i + 1) // blocks)
+            keys = slice(0, rows.stop if square else S)
+            shown = None if mask_BKGLS is None else mask_BKGLS[:, :, :, rows, keys]
+            bias = None if bias_BKGLS is None else bias_BKGLS[:, :, :, rows, keys]
+            parts.append(weigh(softcap, q_BKGLH[:, :, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], shown, bias))
+            start = rows.stop
+        mixed_BKGLH = jnp.concatenate(parts, axis=3) if blocks > 1 else parts[0]
+    return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
+
+
+def _scores(softcap: float | None, q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
+    scores_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores_BKGLS = softcap * jnp.tanh(scores_BKGLS / softcap)
+    return scores_BKGLS if bias is None else scores_BKGLS + bias.astype(jnp.float32)
+
+
+def _weights(softcap: float | None, q: jax.Array, k: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    scores_BKGLS = _scores(softcap, q, k, bias)
+    if mask is not None:
+        scores_BKGLS = jnp.where(mask, scores_BKGLS, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores_BKGLS, axis=-1).astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weigh(
+    softcap: float | None, q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
+    mask_BKGLS: jax.Array | None, bias_BKGLS: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """The products and the softmax. The gradient is written out: softmax's needs Σ p·dp, which is the row sum
+    of output · gradient (Dao et al. 2022, "FlashAttention", §B.2), over H numbers instead of S."""
+    return _weigh_forward(softcap, q_BKGLH, k_BKSH, v_BKSH, mask_BKGLS, bias_BKGLS)[0]
+
+
+def _weigh_forward(
+    softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    weights = _weights(softcap, q, k, mask, bias)
+    mixed = jnp.einsum("BKGLS,BKSH->BKGLH", weights, v)
+    # Of the bias only its shape is needed, but residuals are arrays.
+    return mixed, (q, k, v, weights, mixed, bias)
+
+
+def _weigh_backward(softcap: float | None, saved: Any, grad_BKGLH: jax.Array) -> tuple[Any, ...]:
+    q, k, v, weights, mixed, bias = saved
+    along = jnp.sum((grad_BKGLH * mixed).astype(jnp.float32), axis=-1, keepdims=True)
+    grad_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", grad_BKGLH, v, preferred_element_type=jnp.float32)
+    grad_BKGLS = weights.astype(jnp.float32) * (grad_BKGLS - along)
+    grad_bias = None
+    if bias is not None:
+        over = [axis for axis in range(5) if bias.shape[axis] == 1 and grad_BKGLS.shape[axis] > 1]
+        grad_bias = jnp.sum(grad_BKGLS, axis=over, keepdims=True).astype(bias.dtype)
+    if softcap is not None:  # the cap's slope, 1 − tanh², from the scores computed again
+        raw = jnp.einsum("BKGLH,BKSH->BKGLS", q, k, preferred_element_type=jnp.float32)
+        grad_BKGLS = grad_BKGLS * (1 - jnp.square(jnp.tanh(raw / softcap)))
+    grad_BKGLS = grad_BKGLS.astype(q.dtype)
+    return (
+        jnp.einsum("BKGLS,BKSH->BKGLH", grad_BKGLS, k),
+        jnp.einsum("BKGLS,BKGLH->BKSH", grad_BKGLS, q),
+        jnp.einsum("BKGLS,BKGLH->BKSH", weights, grad_BKGLH),
+        None,
+        grad_bias,
+    )
+
+
+weigh.defvjp(_weigh_forward, _weigh_backward)

@@ -1,0 +1,45 @@
+"""Which key each query may see.
+
+Letters: B batch · L query length · S key length.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Mask:
+    """Which key each query may see, as facts that any kernel can use; `dense` spells them out.
+
+    Queries and keys of different segments never see each other (segment 0 is padding); without
+    segments a row is one document. Causal is by place in the row. With a cache the queries stand
+    behind its `seen` tokens.
+    """
+
+    query_segments_BL: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
+    seen: jax.Array | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=True)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    """Causal: a query sees itself and window − 1 keys before it; else: window // 2 on either side."""
+
+    def dense(self, length: int, size: int) -> jax.Array | None:
+        """(1 or B, L, S), True where query l may look at key s; None where every query sees every key."""
+        mask = None
+        if self.causal or self.window is not None:
+            query_L = jnp.arange(length, dtype=jnp.int32) + (0 if self.seen is None else self.seen)
+            behind_LS = query_L[:, None] - jnp.arange(size, dtype=jnp.int32)[None, :]
+            if self.causal:
+                mask = behind_LS >= 0
+                if self.window is not None:
+                    mask &= behind_LS < self.window
+            else:
+                assert self.window is not None
+                mask = jnp.abs(behind_LS) <= self.window // 2
+            mask = mask[None]
+        if self.key_segments_BS is not None:
+            query = jnp.ones((1, length), jnp.int32) if self.query_segments_BL is None else self.query_segments_BL
+            same = query[:, :, None] == self.key_segments_BS[:, None, :]
+            mask = same if mask is None else mask & same
+        return mask

@@ -1,0 +1,104 @@
+"""What a folder may say wrong, one line each; other heads; which family a model of ours can be written as."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.config import build
+from jaxlm.hub import family_for, load_folder, save_folder
+from jaxlm.model import Model, TransformerConfig
+from jaxlm.parallel import ParallelConfig, make_mesh
+
+SMALL = {"vocab_size": 40, "positions": 16, "layers": 2, "width": 16, "heads": 4}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(ParallelConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small Llama that we wrote."""
+    model = Model(build(TransformerConfig, {"preset": "llama-1m", **SMALL, "kv_heads": 2, "mlp_width": 24}))
+    return save_folder(tmp_path / "llama", model, model.init(jax.random.key(0)), like={"eos_token_id": 3})
+
+
+def edit(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"model_type": "lama"}, ["model_type 'lama'", "did you mean 'llama'", "bert", "t5"]),
+        ({"model_type": None}, ["model_type 'None'", "allowed"]),
+        ({"hidden_act": "softsign"}, ["hidden_act", "softsign", "silu"]),
+        ({"attention_bias": True}, ["attention_bias True", "False"]),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["longrope"]),
+        ({"rms_norm_eps": float("nan")}, ["config.json", "NaN", "no number"]),
+        ({"hidden_size": "wide"}, ["config.json", "hidden_size"]),
+        ({"num_hidden_layers": 3}, ["missing", "model.layers.2.input_layernorm.weight"]),
+    ],
+)
+def test_a_wrong_config_gives_one_line(folder, mesh, changes, parts):
+    edit(folder, **changes)
+    with pytest.raises(ValueError) as caught:
+        load_folder(str(folder), mesh)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_config_that_is_no_json(folder, mesh):
+    (folder / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        load_folder(str(folder), mesh)
+
+
+def test_another_head_takes_the_body_and_starts_anew(folder, mesh, capsys):
+    params = load_folder(str(folder), mesh, head="sequence", labels=5).params
+    body = load_folder(str(folder), mesh).params["transformer"]
+    jax.tree.map(np.testing.assert_array_equal, params["transformer"], body)
+    assert params["head"]["out"]["kernel"].shape == (16, 5) and np.any(np.asarray(params["head"]["out"]["kernel"]))
+    assert "head/out/kernel" in capsys.readouterr().out
+    again = load_folder(str(folder), mesh, head="sequence", labels=5).params
+    np.testing.assert_array_equal(again["head"]["out"]["kernel"], params["head"]["out"]["kernel"])
+    with pytest.raises(ValueError, match="head of llama"):
+        load_folder(str(folder), mesh, head="masked_lm")
+
+
+def test_label_names_and_special_ids_are_kept(mesh, tmp_path):
+    config = build(
+        TransformerConfig,
+        {"preset": "bert-tiny", **SMALL, "head": {"kind": "sequence", "labels": 3, "activation": "tanh", "norm": False}},
+    )
+    model = Model(config)
+    named = {"id2label": {"0": "bad", "1": "so", "2": "good"}, "label2id": {"bad": 0, "so": 1, "good": 2}, "pad_token_id": 7}
+    save_folder(tmp_path / "a", model, model.init(jax.random.key(0)), like=named)
+    loaded = load_folder(str(tmp_path / "a"), mesh)
+    save_folder(tmp_path / "b", loaded.model, loaded.params, like=loaded.theirs)
+    written = json.loads((tmp_path / "b/config.json").read_text())
+    assert {
+        key: {str(k): v for k, v in value.items()} if key == "id2label" else value for key, value in written.items() if key in named
+    } == named
+
+
+@pytest.mark.parametrize(
+    "preset, family",
+    [("gpt2-small", "gpt2"), ("llama-1m", "llama"), ("bert-tiny", "bert"), ("roberta-base", "roberta"), ("t5-small", "t5")],
+)
+def test_presets_are_written_as_their_family(preset, family):
+    sizes = {key: value for key, value in SMALL.items() if key != "positions"}
+    found, theirs = family_for(build(TransformerConfig, {"preset": preset, **sizes, "kv_heads": None}))
+    assert found.name == family and theirs["model_type"] == family
+
+
+def test_what_no_family_can_say_is_refused_with_its_name():
+    config = dataclasses.replace(build(TransformerConfig, {"preset": "llama-1m", **SMALL, "kv_heads": None}), activation="relu2")
+    with pytest.raises(ValueError, match="nearest: llama models cannot have .*relu2"):
+        family_for(config)
