@@ -130,6 +130,7 @@ def export(words: Sequence[str]) -> int:
     folder = save_folder(
         pathlib.Path(target), trained.model, trained.params, tokenizer=trained.tokenizer_folder, like=trained.json(),
         family=options.family, dtype=options.dtype, title=trained.name, max_shard_bytes=int(options.max_shard_gb * 1e9),
+        source=trained.source,
     )  # fmt: skip
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     return 0

@@ -25,8 +25,10 @@ class Trained:
     mesh: jax.sharding.Mesh
     name: str
     tokenizer_folder: pathlib.Path
+    source: pathlib.Path | None = None
+    """The Hugging Face folder that it was loaded from."""
     theirs: Mapping[str, Any] | None = None
-    """The `config.json` of a Hugging Face folder."""
+    """That folder's `config.json`."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -46,7 +48,7 @@ def load_model(argument: str) -> Trained:
     folder = locate(argument)
     if is_hugging_face(folder):
         model, params, folder, theirs = load_folder(str(folder), mesh)
-        return Trained(model, params, mesh, folder.name, folder, theirs)
+        return Trained(model, params, mesh, folder.name, folder, folder, theirs)
     model = Model(model_config(argument))
     checkpoints = Checkpoints(folder / "checkpoints")
     step = checkpoints.best()

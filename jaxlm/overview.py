@@ -75,10 +75,10 @@ class Difference:
     """Share of places for which both think the same the most likely."""
 
     def lines(self) -> list[str]:
-        found = [f"tokens compared               {self.tokens:,}", f"largest difference of logits  {self.largest:.3g}"]
+        found = [f"tokens compared                {self.tokens:,}", f"largest difference of outputs  {self.largest:.3g}"]
         if self.kl is not None and self.agreement is not None:
-            found.append(f"KL(A ‖ B), nats               {self.kl[0]:.3g} in the mean, {self.kl[1]:.3g} at most")
-            found.append(f"same most likely class        {100 * self.agreement:.2f}%")
+            found.append(f"KL(A ‖ B), nats                {self.kl[0]:.3g} in the mean, {self.kl[1]:.3g} at most")
+            found.append(f"same most likely class         {100 * self.agreement:.2f}%")
         return found
 
 

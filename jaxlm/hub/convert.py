@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxlm.config import unknown
 from jaxlm.hub.decoders import DECODERS
 from jaxlm.hub.encoders import ENCODERS
 from jaxlm.hub.family import Family, complete
-from jaxlm.hub.files import Tensors, find, load, save
+from jaxlm.hub.files import Carried, Tensors, find, load, save
 from jaxlm.hub.seq2seq import SEQ2SEQ
 from jaxlm.hub.tensors import Table
 from jaxlm.model import Model, Params, TransformerConfig
@@ -112,11 +113,12 @@ def family_for(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
 def save_folder(
     folder: pathlib.Path, model: Model, params: Params, *, tokenizer: pathlib.Path | None = None,
     like: Mapping[str, Any] | None = None, family: str | None = None, dtype: str = "float32", title: str = "",
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = 5_000_000_000, source: pathlib.Path | None = None,
 ) -> pathlib.Path:  # fmt: skip
     """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
     generation config and model card. `like` is another `config.json`, from which the ids of special tokens and the
-    names of labels are taken."""
+    names of labels are taken; `source` the folder that the model was loaded from, if it was: what of it has no place
+    among our parameters (an encoder's pooler) is taken over."""
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     chosen, theirs = family_for(model.config) if family is None else (FAMILIES[family], FAMILIES[family].json(model.config))
@@ -131,7 +133,17 @@ def save_folder(
         folder, table_of(chosen, model.config), params, model.axes,
         dtype=dtype, config=theirs, generation_config=generation, tokenizer=tokenizer,
         card=_card(title or folder.name, chosen, model, dtype), max_shard_bytes=max_shard_bytes,
+        carried=_carried(chosen, model.config, source),
     )  # fmt: skip
+
+
+def _carried(family: Family, config: TransformerConfig, source: pathlib.Path | None) -> list[Carried]:
+    patterns = family.heads[config.head.kind].carried
+    if source is None or not patterns:
+        return []
+    stored = Tensors(source)
+    found = [name for name in stored.index if any(re.search(pattern, name) for pattern in patterns)]
+    return [Carried(family.prefix + name.removeprefix(family.prefix), name, stored) for name in found]
 
 
 def _card(title: str, family: Family, model: Model, dtype: str) -> str:

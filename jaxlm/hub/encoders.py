@@ -85,7 +85,7 @@ BERT = Family(
         "choice": Head("BertForMultipleChoice", _CLS, _labels("classifier", "bert.pooler.dense")),
         "token": Head("BertForTokenClassification", _PLAIN, _labels("classifier")),
         "span": Head("BertForQuestionAnswering", _PLAIN, _labels("qa_outputs")),
-        "embedding": Head("BertModel", _MEAN),
+        "embedding": Head("BertModel", _MEAN, carried=(r"(^|\.)pooler\.",)),
     },
     ignored=(r"embeddings\.position_ids", r"cls\.predictions\.decoder\.", r"cls\.seq_relationship\.", r"pooler\."),
     renames=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
@@ -110,7 +110,7 @@ ROBERTA = Family(
         "choice": Head("RobertaForMultipleChoice", _CLS, _labels("classifier", "roberta.pooler.dense")),
         "token": Head("RobertaForTokenClassification", _PLAIN, _labels("classifier")),
         "span": Head("RobertaForQuestionAnswering", _PLAIN, _labels("qa_outputs")),
-        "embedding": Head("RobertaModel", _MEAN),
+        "embedding": Head("RobertaModel", _MEAN, carried=(r"(^|\.)pooler\.",)),
     },
     ignored=(r"embeddings\.position_ids", r"lm_head\.decoder\.", r"pooler\."),
 )
@@ -217,7 +217,7 @@ ALBERT = Family(
         "choice": Head("AlbertForMultipleChoice", _CLS, _labels("classifier", "albert.pooler")),
         "token": Head("AlbertForTokenClassification", _PLAIN, _labels("classifier")),
         "span": Head("AlbertForQuestionAnswering", _PLAIN, _labels("qa_outputs")),
-        "embedding": Head("AlbertModel", _MEAN),
+        "embedding": Head("AlbertModel", _MEAN, carried=(r"(^|\.)pooler\.",)),
     },
     ignored=(r"embeddings\.position_ids", r"predictions\.decoder\.", r"pooler\.", r"sop_classifier\."),
 )  # fmt: skip

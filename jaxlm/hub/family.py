@@ -35,6 +35,8 @@ class Head:
     tensors: Tensors = dataclasses.field(default_factory=dict)
     prefix: str = ""
     """Stands before the names of all tensors but the head's own."""
+    carried: tuple[str, ...] = ()
+    """Regular expressions of tensors that we read nothing from, and take over when a folder is written again."""
 
 
 @dataclasses.dataclass(frozen=True)

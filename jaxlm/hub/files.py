@@ -299,9 +299,10 @@ def _roomy(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def save(
     folder: pathlib.Path | str, table: Table, params: Any, axes: Any, *, dtype: str = "float32", config: Mapping[str, Any],
     generation_config: Mapping[str, Any] | None = None, tokenizer: pathlib.Path | str | None = None,
-    card: str = "", max_shard_bytes: int = 5_000_000_000,
+    card: str = "", max_shard_bytes: int = 5_000_000_000, carried: Sequence["Carried"] = (),
 ) -> pathlib.Path:  # fmt: skip
-    """Write a folder that `from_pretrained` opens; returns it. `card` is the README, `tokenizer` a folder.
+    """Write a folder that `from_pretrained` opens; returns it. `card` is the README, `tokenizer` a folder, `carried`
+    are tensors taken over from another folder.
 
     Tensors are fetched and written one by one: the host holds one layer of one leaf, never a whole file. The folder
     appears only when it is complete. With several processes all must call this; the first one writes.
@@ -316,7 +317,8 @@ def save(
     fetch = _Fetch(flatten(params))
     rows = resolve(table, {path: leaf.shape for path, leaf in fetch.leaves.items()}, flatten(axes))
     kind = DTYPES[codes[dtype]]
-    files = _split(_in_layer_order(rows, table), kind.itemsize, max_shard_bytes)
+    items = [*_in_layer_order(rows, table), *((tensor.name, tensor, {}) for tensor in carried)]
+    files = _split(items, kind.itemsize, max_shard_bytes)
     if jax.process_index() > 0:
         for _, row, at in (item for items in files.values() for item in items):
             row.write(at, fetch, kind)
@@ -326,7 +328,7 @@ def save(
     partial.mkdir()
     try:
         total = sum(map(len, files.values()))
-        size = sum(math.prod(leaf.shape) for leaf in fetch.leaves.values()) * kind.itemsize
+        size = sum(math.prod(row.shape) for _, row, _ in items) * kind.itemsize
         with _progress(f"writing {folder.name}", total, size) as advance:
             for file, items in files.items():
                 _write_file(partial / file, items, fetch, kind, codes[dtype], advance)
@@ -359,12 +361,28 @@ def copy_tokenizer(source: pathlib.Path | str, target: pathlib.Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-Item = tuple[str, Tensor, dict[str, int]]
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """A tensor that our model has no parameter for (a pooler that nothing here reads), taken over as it is."""
+
+    name: str
+    stored: str
+    source: Tensors
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.index[self.stored].shape
+
+    def write(self, at: Mapping[str, int], fetch: Any, dtype: np.dtype) -> np.ndarray:
+        return self.source.read(self.stored, tuple(slice(0, length) for length in self.shape)).astype(dtype)
+
+
+Item = tuple[str, Tensor | Carried, dict[str, int]]
 
 
 def _in_layer_order(rows: Iterable[Tensor], table: Table) -> list[Item]:
     """What to write: tensors without layers first, then all of the first layer, …; rows keep their order within."""
-    items = [(name, row, at) for row in rows for name, at in row.names() if not table.lacks(name)]
+    items: list[Item] = [(name, row, at) for row in rows for name, at in row.names() if not table.lacks(name)]
     return sorted(items, key=lambda item: item[2].get("X", -1))
 
 

@@ -100,5 +100,5 @@ def test_presets_are_written_as_their_family(preset, family):
 
 def test_what_no_family_can_say_is_refused_with_its_name():
     config = dataclasses.replace(build(TransformerConfig, {"preset": "llama-1m", **SMALL, "kv_heads": None}), activation="relu2")
-    with pytest.raises(ValueError, match="nearest: llama models cannot have .*relu2"):
+    with pytest.raises(ValueError, match=r"nearest: llama models cannot have .*relu2"):
         family_for(config)
