@@ -223,6 +223,8 @@ class TransformerConfig:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}: allowed: {', '.join(map(str, fits))}")
         if self.position == "rotary" and self.rotary_width % 2:
             raise ValueError(f"rotary positions need an even width, given {self.rotary_width} (head width × rope.fraction)")
+        if self.position == "rotary" and self.rope.scaling == "dynamic" and self.rotary_width < 4:
+            raise ValueError(f"dynamic scaling needs a rotary width of at least 4, given {self.rotary_width}")
         if self.position == "sinusoidal" and self.width % 2:
             raise ValueError(f"sinusoidal positions need an even width, given {self.width}")
         if not 0 <= self.dropout < 1:

@@ -14,18 +14,27 @@ from jaxlm.model.config import RotaryConfig, TransformerConfig
 from jaxlm.model.layers import Angles, parameter
 
 
-def rotary_angles(positions_BL: jax.Array, config: TransformerConfig, theta: float) -> Angles:
-    """cos and sin of the rotary angles, (B, L, 1, rotary_width/2) each, float32 (Su et al. 2021, "RoFormer", eq. 34)."""
+def rotary_angles(positions_BL: jax.Array, config: TransformerConfig, theta: float, segments_BL: jax.Array | None = None) -> Angles:
+    """cos and sin of the rotary angles, (B, L, 1, rotary_width/2) each, float32 (Su et al. 2021, "RoFormer", eq. 34).
+
+    Dynamic scaling goes by the length of each text, told apart by `segments_BL`: unlike in `transformers`, where the
+    longest of a batch decides for all, a text is then computed the same whatever stands beside it.
+    """
     rope, width = config.rope, config.rotary_width
     trained = rope.original_positions or config.positions
     if rope.scaling == "dynamic":
         # The base grows with the text at hand (NTK-aware, by bloc97 2023; the form of `transformers`).
-        longest = jnp.maximum(jnp.max(positions_BL) + 1, trained).astype(jnp.float32)
-        base = theta * (rope.factor * longest / trained - (rope.factor - 1)) ** (width / (width - 2))
-        frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        if segments_BL is None:
+            last_BL = jnp.max(positions_BL, axis=1, keepdims=True)
+        else:
+            same_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
+            last_BL = jnp.max(jnp.where(same_BLS, positions_BL[:, None, :], 0), axis=2)
+        length_BL = jnp.maximum(last_BL + 1, trained).astype(jnp.float32)
+        base_BL = theta * (rope.factor * length_BL / trained - (rope.factor - 1)) ** (width / (width - 2))
+        frequencies = base_BL[:, :, None, None] ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)[None, None, None, :]
     else:
-        frequencies = jnp.asarray(rotary_frequencies(rope, width, theta, trained), jnp.float32)
-    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+        frequencies = jnp.asarray(rotary_frequencies(rope, width, theta, trained), jnp.float32)[None, None, None, :]
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
     magnitude = 1.0
     if rope.scaling == "yarn":
         magnitude = rope.magnitude if rope.magnitude is not None else 0.1 * math.log(max(rope.factor, 1.0)) + 1

@@ -164,8 +164,8 @@ class Stack(nn.Module):
         if segments_BL is not None:
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
         if c.position == "rotary":
-            angles = rotary_angles(positions_BL, c, c.rope.theta)
-            local = rotary_angles(positions_BL, c, c.rope.local_theta) if c.rope.local_theta else angles
+            angles = rotary_angles(positions_BL, c, c.rope.theta, segments_BL)
+            local = rotary_angles(positions_BL, c, c.rope.local_theta, segments_BL) if c.rope.local_theta else angles
             context = dataclasses.replace(context, angles=(angles, local))
         elif c.position == "relative":
             bias_BNLS = RelativeBias(c, self.causal, name="relative_bias")(distances(length, size, seen))

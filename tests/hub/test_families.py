@@ -65,7 +65,9 @@ def test_hidden_states_logits_and_all_gradients_are_torchs(case, mesh, tmp_path)
     theirs.save_pretrained(tmp_path / "theirs")
     model, params, folder, config = load_folder(str(tmp_path / "theirs"), mesh)
     apply = jax.jit(lambda p, b: (model.apply(p, b)[0], model.apply(p, b, method="hidden")))
-    for lengths in ([11, 7, 4], [16, 9, 2]):
+    # In torch the longest text of a batch decides for all how dynamic positions are stretched, here each for itself.
+    even = case == "llama-dynamic"
+    for lengths in ([11, 11], [16, 16]) if even else ([11, 7, 4], [16, 9, 2]):
         batch, kwargs = inputs(theirs, model.config, lengths)
         out = theirs(**kwargs, output_hidden_states=True)
         states = out.decoder_hidden_states[-1] if "decoder" in batch else out.hidden_states[-1]
@@ -74,7 +76,7 @@ def test_hidden_states_logits_and_all_gradients_are_torchs(case, mesh, tmp_path)
         np.testing.assert_allclose(np.asarray(hidden)[kept], states.detach().numpy()[kept], atol=1e-4)
         np.testing.assert_allclose(np.asarray(logits)[kept], out.logits.detach().numpy()[kept], atol=1e-4)
 
-    batch, kwargs = inputs(theirs, model.config, [16, 9, 2])
+    batch, kwargs = inputs(theirs, model.config, [16, 16, 16] if even else [16, 9, 2])
     loss = torch_loss(theirs(**kwargs).logits, batch)
     loss.backward()
     # The routers' balance loss is not part of torch's loss here.

@@ -82,6 +82,25 @@ def test_dynamic_stretches_only_beyond_the_trained_context():
     assert not np.allclose(angles_of(range(33), dynamic)[1], angles_of(range(33), RotaryConfig())[1], atol=1e-3)
 
 
+def test_dynamic_stretches_each_row_by_itself():
+    """A text within the trained context beside one beyond it, padded beyond it, or packed before one beyond it."""
+    rope = SCALINGS["dynamic"]
+    config = dataclasses.replace(CONFIG, rope=rope)
+    positions_BL = jnp.stack([jnp.minimum(jnp.arange(48), 20), jnp.arange(48)]).astype(jnp.int32)
+    together = rotary_angles(positions_BL, config, rope.theta)
+    np.testing.assert_allclose(together[1][0], angles_of(positions_BL[0], rope)[1][0], atol=1e-5)
+    positions_BL = jnp.asarray([[*range(20), *range(48), *range(12)]], jnp.int32)
+    segments_BL = jnp.asarray([[1] * 20 + [2] * 48 + [0] * 12], jnp.int32)
+    packed = rotary_angles(positions_BL, config, rope.theta, segments_BL)[1][0]
+    for n, start in ((20, 0), (48, 20)):
+        np.testing.assert_allclose(packed[start : start + n], angles_of(range(n), rope)[1][0], atol=1e-5)
+
+
+def test_dynamic_needs_more_than_one_pair():
+    with pytest.raises(ValueError, match="dynamic"):
+        dataclasses.replace(CONFIG, head_width=2, rope=SCALINGS["dynamic"])
+
+
 def test_distances_count_on_behind_a_cache():
     np.testing.assert_array_equal(distances(2, 4, None), [[0, 1, 2, 3], [-1, 0, 1, 2]])
     np.testing.assert_array_equal(distances(2, 4, jnp.int32(2)), [[-2, -1, 0, 1], [-3, -2, -1, 0]])

@@ -137,7 +137,7 @@ SEVERAL = {
 
 @pytest.fixture(scope="module", params=SEVERAL)
 def paired(request):
-    """Two pairs alone, then both packed, and a row beside of which each token stands once. The packed decoder's row holds
+    """Two pairs alone; then both packed, beside a row of which each token stands once. The packed decoder's row holds
     its texts in the other order, so that only their segments say what belongs together."""
     model = changed(PAIR, vocab_size=48, tie_embeddings=False, **SEVERAL[request.param])
     params, logits = drawn(model), compiled(model, "__call__")
