@@ -42,7 +42,7 @@ KEYS: dict[str, Any] = {
     "decoder_attention_heads": 4, "decoder_ffn_dim": 1024, "scale_embedding": True,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
-    "modernbert": {"layer_types": ["full_attention", "sliding_attention"]},
+    "modernbert": {"layer_types": ["full_attention", "sliding_attention"], "mlp_dropout": 0.0},
     "gpt2": {"activation_function": "gelu_new"},
     "gpt_neox": {"rotary_pct": 0.25},
     "llama": {"tie_word_embeddings": False},
@@ -51,6 +51,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma2": {"hidden_activation": "gelu_pytorch_tanh"},
     "t5": {"feed_forward_proj": "relu"},
     "mt5": {"feed_forward_proj": "gated-gelu"},
+    "marian": {"dropout": 0.0},
 }
 
 
@@ -100,7 +101,7 @@ def compile_step(family: Family, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         step = make_train_step(model, objective, optimizer, schedule, mesh, seed=0)
         shapes = state_shapes(model, optimizer)
         lowered = step.lower(shapes, batch_of(model.config))
-        compiled = lowered.compile()
+        stablehlo, compiled = lowered.as_text(), lowered.compile()
     except Exception as error:
         return {"family": family.name, "error": f"{type(error).__name__}: {error}"[:2000], "seconds": time.monotonic() - began}
     memory = compiled.memory_analysis()
@@ -110,7 +111,8 @@ def compile_step(family: Family, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
         "argument_bytes": memory.argument_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes, "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        "products": products(lowered.as_text()),
+        "biased": model.config.position == "relative",
+        "products": products(stablehlo), "pallas": stablehlo.count("custom_call @tpu_custom_call"),
         "collectives": sum(compiled.as_text().count(f" {kind}(") for kind in ("all-reduce", "all-gather", "reduce-scatter")),
     }  # fmt: skip
 
@@ -152,10 +154,15 @@ def test_every_familys_train_step_compiles_for_tpus(tmp_path):
         # Norms, biases of the model's width and T5's buckets are held whole; positions and types are split by fsdp alone.
         assert row["argument_bytes"] < 1.2 * row["state_bytes"] / shares, row
         assert row["alias_bytes"] > 0.95 * row["state_bytes"] / shares, row
-        # The router is meant to; under dropout autodiff multiplies the float32 gradient of attention's scores with q and k.
-        known = {"f32 × f32": row["experts"], "bf16 × f32": row["dropout"]}
-        others = [kind for kind in row["products"] if kind != "bf16 × bf16" and not known.get(kind)]
-        assert row["products"].get("bf16 × bf16", 0) > 10 and not others, row
+        # Splash attention, which knows neither dropout nor bias: forward, and backward for queries and for keys.
+        attentions, rest = divmod(row["pallas"], 3)
+        assert rest == 0 and (attentions == 0) == (row["dropout"] or row["biased"]), row
+        # The router computes in float32, and so does Pallas where it sums output · gradient. Under dropout autodiff multiplies
+        # the float32 gradient of the scores with queries and keys.
+        known = {"f32 × f32": 3 * row["experts"] + attentions}
+        assert row["products"].pop("bf16 × bf16") > 10, row
+        assert row["dropout"] or row["products"] == {kind: number for kind, number in known.items() if number}, row
+        assert row["products"].keys() <= {"f32 × f32", "bf16 × f32"}, row
         assert row["collectives"] > 0 and row["temp_bytes"] > 0, row
 
 
