@@ -25,25 +25,21 @@ def xla(
     mask_BLS = mask.dense(L, S)
     mask_BKGLS = None if mask_BLS is None else mask_BLS[:, None, None, :, :]
     bias_BKGLS = None if bias_BNLS is None else bias_BNLS.reshape(bias_BNLS.shape[0], K, N // K, *bias_BNLS.shape[2:])
+    rate, kept_BKGLS = 0.0, None
     if drop is not None:
-        weights_BKGLS = _weights(softcap, q_BKGLH, k_BKSH, mask_BKGLS, bias_BKGLS)
         rate, key = drop
-        kept = jax.random.bernoulli(key, 1 - rate, weights_BKGLS.shape)
-        weights_BKGLS = jnp.where(kept, weights_BKGLS / (1 - rate), 0)
-        mixed_BKGLH = jnp.einsum("BKGLS,BKSH->BKGLH", weights_BKGLS, v_BKSH)
-    else:
-        # Blocks of queries, each against the keys up to its own end; under 64 rows they cost more than they save.
-        square = mask.causal and mask.seen is None
-        blocks = max(1, min(4, L // 64)) if square else 1
-        parts, start = [], 0
-        for i in range(blocks):
-            rows = slice(start, L * (i + 1) // blocks)
-            keys = slice(0, rows.stop if square else S)
-            shown = None if mask_BKGLS is None else mask_BKGLS[:, :, :, rows, keys]
-            bias = None if bias_BKGLS is None else bias_BKGLS[:, :, :, rows, keys]
-            parts.append(weigh(softcap, q_BKGLH[:, :, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], shown, bias))
-            start = rows.stop
-        mixed_BKGLH = jnp.concatenate(parts, axis=3) if blocks > 1 else parts[0]
+        kept_BKGLS = jax.random.bernoulli(key, 1 - rate, (B, K, N // K, L, S))
+    # Blocks of queries, each against the keys up to its own end; under 64 rows they cost more than they save.
+    square = mask.causal and mask.seen is None
+    blocks = max(1, min(4, L // 64)) if square else 1
+    parts, start = [], 0
+    for i in range(blocks):
+        rows = slice(start, L * (i + 1) // blocks)
+        keys = slice(0, rows.stop if square else S)
+        own = [None if x is None else x[:, :, :, rows, keys] for x in (mask_BKGLS, bias_BKGLS, kept_BKGLS)]
+        parts.append(weigh(softcap, rate, q_BKGLH[:, :, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], *own))
+        start = rows.stop
+    mixed_BKGLH = jnp.concatenate(parts, axis=3) if blocks > 1 else parts[0]
     return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
 
 
@@ -61,30 +57,39 @@ def _weights(softcap: float | None, q: jax.Array, k: jax.Array, mask: jax.Array 
     return jax.nn.softmax(scores_BKGLS, axis=-1).astype(q.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weigh(
-    softcap: float | None, q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
-    mask_BKGLS: jax.Array | None, bias_BKGLS: jax.Array | None,
+    softcap: float | None, rate: float, q_BKGLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array,
+    mask_BKGLS: jax.Array | None, bias_BKGLS: jax.Array | None, kept_BKGLS: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
-    """The products and the softmax. The gradient is written out: softmax's needs Σ p·dp, which is the row sum
-    of output · gradient (Dao et al. 2022, "FlashAttention", §B.2), over H numbers instead of S."""
-    return _weigh_forward(softcap, q_BKGLH, k_BKSH, v_BKSH, mask_BKGLS, bias_BKGLS)[0]
+    """The products and the softmax; `kept_BKGLS` are the weights that dropout at `rate` leaves.
+
+    The gradient is written out: softmax's needs Σ p·dp, which is the row sum of output · gradient (Dao et al. 2022,
+    "FlashAttention", §B.2), over H numbers instead of S.
+    """
+    return _weigh_forward(softcap, rate, q_BKGLH, k_BKSH, v_BKSH, mask_BKGLS, bias_BKGLS, kept_BKGLS)[0]
+
+
+def _kept(rate: float, x: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """What is left after dropout, the rest made larger for it."""
+    return x if kept is None else jnp.where(kept, x / (1 - rate), 0)
 
 
 def _weigh_forward(
-    softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None
-) -> tuple[jax.Array, Any]:
+    softcap: float | None, rate: float, q: jax.Array, k: jax.Array, v: jax.Array,
+    mask: jax.Array | None, bias: jax.Array | None, kept: jax.Array | None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     weights = _weights(softcap, q, k, mask, bias)
-    mixed = jnp.einsum("BKGLS,BKSH->BKGLH", weights, v)
+    mixed = jnp.einsum("BKGLS,BKSH->BKGLH", _kept(rate, weights, kept), v)
     # Of the bias only its shape is needed, but residuals are arrays.
-    return mixed, (q, k, v, weights, mixed, bias)
+    return mixed, (q, k, v, weights, mixed, bias, kept)
 
 
-def _weigh_backward(softcap: float | None, saved: Any, grad_BKGLH: jax.Array) -> tuple[Any, ...]:
-    q, k, v, weights, mixed, bias = saved
+def _weigh_backward(softcap: float | None, rate: float, saved: Any, grad_BKGLH: jax.Array) -> tuple[Any, ...]:
+    q, k, v, weights, mixed, bias, kept = saved
     along = jnp.sum((grad_BKGLH * mixed).astype(jnp.float32), axis=-1, keepdims=True)
     grad_BKGLS = jnp.einsum("BKGLH,BKSH->BKGLS", grad_BKGLH, v, preferred_element_type=jnp.float32)
-    grad_BKGLS = weights.astype(jnp.float32) * (grad_BKGLS - along)
+    grad_BKGLS = weights.astype(jnp.float32) * (_kept(rate, grad_BKGLS, kept) - along)
     grad_bias = None
     if bias is not None:
         over = [axis for axis in range(5) if bias.shape[axis] == 1 and grad_BKGLS.shape[axis] > 1]
@@ -96,9 +101,10 @@ def _weigh_backward(softcap: float | None, saved: Any, grad_BKGLH: jax.Array) ->
     return (
         jnp.einsum("BKGLS,BKSH->BKGLH", grad_BKGLS, k),
         jnp.einsum("BKGLS,BKGLH->BKSH", grad_BKGLS, q),
-        jnp.einsum("BKGLS,BKGLH->BKSH", weights, grad_BKGLH),
+        jnp.einsum("BKGLS,BKGLH->BKSH", _kept(rate, weights, kept), grad_BKGLH),
         None,
         grad_bias,
+        None,
     )
 
 

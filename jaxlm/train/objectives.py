@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 
 Sums = tuple[jax.Array, jax.Array, Mapping[str, jax.Array]]
-Objective = Callable[[Callable[..., Any], Any, Mapping[str, jax.Array], jax.Array | None], Sums]
+Objective = Callable[[Callable[..., Any], Any, Mapping[str, Any], jax.Array | None], Sums]
 
 
 def causal(chunk: int, z_loss: float = 0.0) -> Objective:
-    """Next-token cross-entropy in nats, plus z-loss; `chunk` positions of logits at a time.
+    """Cross-entropy of the vocabulary in nats, plus z-loss, of an encoder-decoder its decoder's; `chunk` positions of
+    logits at a time.
 
     An rng turns dropout on. The metric `nll` is the cross-entropy sum without the z-loss.
     """
 
-    def objective(apply: Callable[..., Any], params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None) -> Sums:
+    def objective(apply: Callable[..., Any], params: Any, batch: Mapping[str, Any], rng: jax.Array | None) -> Sums:
         loss, nll = apply(params, batch, method="loss", train=rng is not None, rng=rng, chunk=chunk, z_loss=z_loss)
-        return loss, jnp.sum(batch["weights_BL"]), {"nll": nll}
+        return loss, jnp.sum(batch.get("decoder", batch)["weights_BL"]), {"nll": nll}
 
     return objective

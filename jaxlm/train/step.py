@@ -13,7 +13,7 @@ from jaxlm.model import Model
 from jaxlm.parallel import batch_sharding, stored_shardings
 from jaxlm.train.objectives import Objective
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 
 
 @flax.struct.dataclass
@@ -82,7 +82,7 @@ def make_train_step(
         if accumulate == 1:
             return gradient(params, batch, rng)
         # Every device keeps its rows: part i takes each accumulate-th row, not a run of neighbours.
-        parts = {name: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
 
         def add(total: Any, indexed: Any) -> tuple[Any, None]:
             i, part = indexed

@@ -157,12 +157,10 @@ def test_every_familys_train_step_compiles_for_tpus(tmp_path):
         # Splash attention, which knows neither dropout nor bias: forward, and backward for queries and for keys.
         attentions, rest = divmod(row["pallas"], 3)
         assert rest == 0 and (attentions == 0) == (row["dropout"] or row["biased"]), row
-        # The router computes in float32, and so does Pallas where it sums output · gradient. Under dropout autodiff multiplies
-        # the float32 gradient of the scores with queries and keys.
+        # The router computes in float32, and so does Pallas where it sums output · gradient.
         known = {"f32 × f32": 3 * row["experts"] + attentions}
         assert row["products"].pop("bf16 × bf16") > 10, row
-        assert row["dropout"] or row["products"] == {kind: number for kind, number in known.items() if number}, row
-        assert row["products"].keys() <= {"f32 × f32", "bf16 × f32"}, row
+        assert row["products"] == {kind: number for kind, number in known.items() if number}, row
         assert row["collectives"] > 0 and row["temp_bytes"] > 0, row
 
 

@@ -112,7 +112,7 @@ def sees(case: Case, rows: int = 3) -> np.ndarray:
     return shown
 
 
-def oracle(case: Case, shown_BLS, q_BLNH, k_BSKH, v_BSKH, bias_BNLS):
+def oracle(case: Case, shown_BLS, q_BLNH, k_BSKH, v_BSKH, bias_BNLS, kept_BNLS=None):
     k_BSNH, v_BSNH = (jnp.repeat(x, case.N // case.K, axis=2) for x in (k_BSKH, v_BSKH))
     scale = case.H**-0.5 if case.scale is None else case.scale
     scores_BNLS = scale * jnp.einsum("BLNH,BSNH->BNLS", q_BLNH, k_BSNH)
@@ -122,6 +122,8 @@ def oracle(case: Case, shown_BLS, q_BLNH, k_BSKH, v_BSKH, bias_BNLS):
         scores_BNLS = scores_BNLS + bias_BNLS
     weights_BNLS = jnp.where(shown_BLS[:, None], jnp.exp(scores_BNLS), 0)
     weights_BNLS = weights_BNLS / jnp.sum(weights_BNLS, axis=-1, keepdims=True)
+    if kept_BNLS is not None:
+        weights_BNLS = weights_BNLS * kept_BNLS
     return jnp.einsum("BNLS,BSNH->BLNH", weights_BNLS, v_BSNH)
 
 
@@ -137,10 +139,10 @@ def scored(run, inputs, cotangent):
     return (y, *grads)
 
 
-def check(case: Case, run, atol: float = 2e-5):
+def check(case: Case, run, atol: float = 2e-5, kept_BNLS=None):
     inputs, cotangent = tensors(case)
     with jax.numpy_rank_promotion("allow"):
-        theirs = scored(functools.partial(oracle, case, sees(case)), inputs, cotangent)
+        theirs = scored(functools.partial(oracle, case, sees(case), kept_BNLS=kept_BNLS), inputs, cotangent)
     ours = scored(run, inputs, cotangent)
     for name, a, b in zip(("values", "q", "k", "v", "bias"), ours, theirs, strict=False):
         np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4, err_msg=name)
@@ -160,6 +162,16 @@ def test_xla_in_blocks_of_queries():
     """From 128 queries on, a causal mask is computed in blocks that leave out the keys behind them."""
     case = Case(L=150, S=150, N=2, K=1, bias=1, softcap=2.0, segments=True)
     check(case, lambda q, k, v, bias: xla(q, k, v, mask_of(case), scale_of(case), case.softcap, bias, None))
+
+
+@pytest.mark.parametrize("length", [50, 150])
+def test_dropout_keeps_its_gradient(length):
+    """Dropped weights count for nothing, forward and backward, the kept ones are made larger; in blocks too."""
+    case, key, rate = Case(L=length, S=length, N=4, K=2, bias=1, softcap=2.0, segments=True), jax.random.key(3), 0.3
+    kept = jax.random.bernoulli(key, 1 - rate, (3, 2, 2, length, length)).reshape(3, 4, length, length)
+    assert 0.6 < float(kept.mean()) < 0.8
+    run = lambda q, k, v, bias: xla(q, k, v, mask_of(case), scale_of(case), case.softcap, bias, (rate, key))  # noqa: E731
+    check(case, run, kept_BNLS=kept.astype(np.float32) / (1 - rate))
 
 
 @pytest.mark.parametrize("name", CASES)

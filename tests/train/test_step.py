@@ -120,3 +120,30 @@ def test_schedules(kind, after):
     schedule = make_schedule(OptimConfig(learning_rate=1.0, schedule=kind, warmup=20, final=0.1), 100)
     np.testing.assert_allclose([schedule(step) for step in (0, 10, 20)], [1 / 21, 11 / 21, 1.0], rtol=1e-5)
     np.testing.assert_allclose([schedule(step) for step in after], list(after.values()), rtol=1e-5)
+
+
+def test_an_encoder_decoder_takes_the_same_steps_in_parts():
+    """The nested batch through the step, whole and in two parts: the same losses, and it learns."""
+    config = TransformerConfig(
+        architecture="encoder_decoder", vocab_size=64, positions=16, layers=1, width=32, heads=4, position="relative",
+        relative_buckets=8, norm="rmsnorm", bias=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    side = {"tokens_BL": rng.integers(0, 64, (4, 8)).astype(np.int32), "segments_BL": np.ones((4, 8), np.int32)}
+    target = rng.integers(0, 64, (4, 8)).astype(np.int32)
+    weights = np.triu(np.ones((4, 8), np.float32))  # rows of unequal weight
+    batch = {"encoder": side, "decoder": {**side, "targets_BL": target, "weights_BL": weights}}
+    mesh, model = make_mesh(ParallelConfig(), jax.devices()[:1]), Model(config)
+    settings = OptimConfig(learning_rate=1e-2, warmup=1)
+    schedule = make_schedule(settings, 20)
+    optimizer = make_optimizer(settings, schedule)
+    losses = []
+    for accumulate in (1, 2):
+        state = init_state(model, optimizer, 0, mesh)
+        step = make_train_step(model, causal(8), optimizer, schedule, mesh, seed=0, accumulate=accumulate)
+        losses.append([])
+        for _ in range(5):
+            state, metrics = step(state, batch)
+            losses[-1].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.1
