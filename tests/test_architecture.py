@@ -34,7 +34,7 @@ ROOMS = {
     ],
     "data": ["tokenizer", "sources", "corpus", "cache", "packing", "pipeline"],
     "train": ["objectives", "optim", "step", "checkpoint", "loop"],
-    "hub": ["tensors", "files", "family", "encoders", "decoders", "seq2seq", "convert"],
+    "hub": ["tensors", "files", "loading", "saving", "family", "encoders", "decoders", "seq2seq", "convert"],
     "generate": ["sample", "decode"],
     "experiment": [],
     "models": [],

@@ -2,7 +2,9 @@
 
 from jaxlm.hub.convert import FAMILIES, family_for, family_of, is_hugging_face, load_folder, read_json, save_folder
 from jaxlm.hub.family import Family, Head
-from jaxlm.hub.files import Tensors, find, load, save
+from jaxlm.hub.files import Tensors, find
+from jaxlm.hub.loading import load
+from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table
 
 __all__ = [

@@ -14,7 +14,9 @@ from jaxlm.config import unknown
 from jaxlm.hub.decoders import DECODERS
 from jaxlm.hub.encoders import ENCODERS
 from jaxlm.hub.family import Family, complete
-from jaxlm.hub.files import Carried, Tensors, find, load, save
+from jaxlm.hub.files import Tensors, find
+from jaxlm.hub.loading import load
+from jaxlm.hub.saving import Carried, save
 from jaxlm.hub.seq2seq import SEQ2SEQ
 from jaxlm.hub.tensors import Table
 from jaxlm.model import Model, Params, TransformerConfig

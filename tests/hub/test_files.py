@@ -18,8 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxlm.hub import files
-from jaxlm.hub.files import Tensors, find, load, save
+from jaxlm.hub import files, saving
+from jaxlm.hub.files import Tensors, find
+from jaxlm.hub.loading import load
+from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table, flatten, nest, resolve
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
 
@@ -129,7 +131,7 @@ def test_shards_and_their_index(tmp_path):
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_write_json", lambda *args: 1 / 0)
+    monkeypatch.setattr(saving, "_write_json", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(tmp_path / "m")
     assert not list(tmp_path.iterdir())
