@@ -13,8 +13,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def prepare() -> None:
-    """Settle what must be settled before JAX or NumPy is imported: the platform, then malloc."""
+    """Settle what must be settled before JAX, NumPy or transformers is imported: the platform, then malloc."""
     choose_platform()
+    # transformers would tell everyone who has no PyTorch that it was not found.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     keep_freed_memory()
 
 
