@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes  # noqa: F401, which makes np.dtype know bfloat16
+import numpy as np
 
 from jaxlm import __version__
 from jaxlm.config import unknown
@@ -74,12 +76,14 @@ class Loaded(NamedTuple):
 
 
 def load_folder(
-    argument: str, mesh: jax.sharding.Mesh, *, head: str | None = None, labels: int | None = None, seed: int = 0, **changes: Any
-) -> Loaded:
+    argument: str, mesh: jax.sharding.Mesh, *, head: str | None = None, labels: int | None = None, seed: int = 0,
+    parameters: str = "float32", **changes: Any,
+) -> Loaded:  # fmt: skip
     """The model in a Hugging Face folder or hub id.
 
     `head` and `labels` ask for another head than the file's own: what its files lack is then initialised anew from
-    `seed`. `changes` are further fields of the config, as `dtype`. Raises ValueError in one line for whatever does
+    `seed`. `parameters` is the precision that they are held in (training wants float32), `changes` are further fields of
+    the config, as `dtype`, that of the computation. Raises ValueError in one line for whatever does
     not fit.
     """
     folder = find(argument)
@@ -94,7 +98,7 @@ def load_folder(
         own = {name for kind in family.heads.values() for name in kind.tensors} - family.table(config).keys()
         optional, ignored = (r"head/.*",), tuple(name.replace(".", r"\.") for name in own)
     params = load(
-        tensors, table_of(family, config), model.shapes, model.axes, shardings,
+        tensors, table_of(family, config), model.shapes, model.axes, shardings, np.dtype(parameters),
         ignored=ignored, optional=optional, fresh=lambda: model.init(jax.random.key(seed)) if optional else None,
     )  # fmt: skip
     return Loaded(model, params, folder, theirs)

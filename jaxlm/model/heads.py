@@ -28,7 +28,7 @@ def _logits(hidden_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None
     table_VD = table_VD.astype(hidden_BCD.dtype)
     logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
     if bias_V is not None:
-        logits_BCV = logits_BCV + bias_V[None, None, :]
+        logits_BCV = logits_BCV + bias_V.astype(jnp.float32)[None, None, :]
     return constrain(soft_cap(logits_BCV, cap), "BLV")
 
 

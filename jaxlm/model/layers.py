@@ -74,10 +74,11 @@ class Norm(nn.Module):
         split = len(self.axes) > 1
         start = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
         scale = parameter(self, "scale", self.axes, start, split)
-        scale = (scale + 1 if c.norm_offset else scale).reshape(-1)
+        scale = (scale + 1 if c.norm_offset else scale).reshape(-1).astype(jnp.float32)
         y = normalise(flat.astype(jnp.float32), c.norm_eps, centred) * _as_row(scale, flat)
         if centred and c.bias:
-            y = y + _as_row(parameter(self, "bias", self.axes, nn.initializers.zeros, split=False).reshape(-1), flat)
+            bias = parameter(self, "bias", self.axes, nn.initializers.zeros, split=False)
+            y = y + _as_row(bias.reshape(-1).astype(jnp.float32), flat)
         return y.astype(x.dtype).reshape(x.shape)
 
 

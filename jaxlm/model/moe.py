@@ -37,7 +37,7 @@ class Moe(nn.Module):
         logits_BLE = jnp.einsum(
             "BLD,DE->BLE",
             x_BLD.astype(jnp.float32),
-            _Matrix(c, "DE", name="router")(),
+            _Matrix(c, "DE", name="router")().astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
         probabilities_BLE = jax.nn.softmax(logits_BLE, axis=-1)

@@ -72,6 +72,14 @@ def test_another_head_takes_the_body_and_starts_anew(folder, mesh, capsys):
         load_folder(str(folder), mesh, head="masked_lm")
 
 
+def test_parameters_may_be_held_in_half_precision(folder, mesh):
+    full, half = load_folder(str(folder), mesh), load_folder(str(folder), mesh, parameters="bfloat16", dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+    ids = {"tokens_BL": np.arange(12, dtype=np.int32)[None]}
+    one, two = (np.asarray(side.model.apply(side.params, ids)[0]) for side in (full, half))
+    assert 0 < np.abs(one - two).max() < 0.05 * np.abs(one).max()
+
+
 def test_label_names_and_special_ids_are_kept(mesh, tmp_path):
     config = build(
         TransformerConfig,
