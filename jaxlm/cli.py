@@ -96,7 +96,8 @@ def generate(words: Sequence[str]) -> int:
     decoder = StreamDecoder(tokenizer)
     write = sys.stdout.write
     write(options.prompt)
-    for token in generator.stream(trained.params, prompt, options.max_tokens, sampling, seed=options.seed, stop=tokenizer.eos_id):
+    stop = {tokenizer.eos_id, *trained.stop_ids()}
+    for token in generator.stream(trained.params, prompt, options.max_tokens, sampling, seed=options.seed, stop=stop):
         write(decoder.push(token))
         sys.stdout.flush()
     write(decoder.flush() + "\n")
@@ -183,6 +184,8 @@ class DiffOptions:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}: it must be at least 1")
+        if self.file is not None and self.text is not None:
+            raise ValueError("give a text or a file, not both")
         if self.file and not pathlib.Path(self.file).is_file():
             raise ValueError(f"no file {self.file!r}")
 
@@ -194,7 +197,7 @@ def diff(words: Sequence[str]) -> int:
     from jaxlm.models import load_model
     from jaxlm.overview import compare
 
-    text = pathlib.Path(options.file).read_text(encoding="utf8") if options.file else options.text
+    text = pathlib.Path(options.file).read_text(encoding="utf8", errors="replace") if options.file else options.text
     found = compare(load_model(one), load_model(two), text, options.tokens)
     for line in found.lines():
         say(line)
@@ -260,9 +263,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a path that cannot be read or written
+        if debug or error.filename is None:
+            return _fault()
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except Exception:
-        import traceback
+        return _fault()
 
-        traceback.print_exc()
-        print("error: this is a fault of jaxlm, not of yours; please report it with the lines above", file=sys.stderr)
-        return 2
+
+def _fault() -> int:
+    import traceback
+
+    traceback.print_exc()
+    print("error: this is a fault of jaxlm, not of yours; please report it with the lines above", file=sys.stderr)
+    return 2

@@ -65,7 +65,7 @@ class ExperimentConfig:
             )
         if (self.model.architecture, self.model.head.kind) != ("decoder", "language_model"):
             raise ValueError(
-                f"model is an {self.model.architecture} with head {self.model.head.kind}: "
+                f"the model is of architecture {self.model.architecture} with head {self.model.head.kind}: "
                 "the training objective here is the next token, which needs a decoder with head language_model"
             )
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -199,7 +199,7 @@ class Run:
 
         def sample(params: Params) -> str:
             prompt = [tokenizer.bos_id, *tokenizer.encode(c.train.sample_prompt).tolist()]
-            new = generator.stream(params, prompt, c.train.sample_tokens, SAMPLING, seed=c.seed, stop=tokenizer.eos_id)
+            new = generator.stream(params, prompt, c.train.sample_tokens, SAMPLING, seed=c.seed, stop={tokenizer.eos_id})
             return c.train.sample_prompt + tokenizer.decode(list(new))
 
         began = time.monotonic()

@@ -22,7 +22,7 @@ def describe_model(config: TransformerConfig, length: int) -> list[str]:
         raise ValueError("the vocabulary's size comes from the tokenizer: give --vocab-size, or show the run that it makes")
     model = Model(config)
     shapes, axes = model.shapes, model.axes
-    lines = [f"{' × '.join(f'{layers} layers' for layers in config.stacks.values())}, {config.architecture}"]
+    lines = [", ".join(f"{name} of {layers} layer{'s' if layers > 1 else ''}" for name, layers in config.stacks.items())]
     lines += list(_tree(shapes, axes, ""))
     total, matrices = model.parameters(), config.matmul_parameters()
     exact, rough = config.train_flops_per_token(length), 6.0 * total
@@ -104,7 +104,7 @@ def compare(a: Trained, b: Trained, text: str | None, tokens: int) -> Difference
     distribution = a.model.config.head.kind in ("language_model", "masked_lm", "sequence", "token")
     largest, kls, same = 0.0, [], []
     for one, two in zip(first, second, strict=True):
-        largest = max(largest, float(np.abs(one - two).max()))
+        largest = float(np.maximum(largest, np.abs(one - two).max()))  # which keeps a NaN, as max does not
         if distribution:
             log_p, log_q = (np.asarray(jax.nn.log_softmax(scores, axis=-1)) for scores in (one, two))
             kls.append((np.exp(log_p) * (log_p - log_q)).sum(-1).ravel())

@@ -2,12 +2,12 @@
 
 from jaxlm.hub.convert import FAMILIES, family_for, family_of, is_hugging_face, load_folder, read_json, save_folder
 from jaxlm.hub.family import Family, Head
-from jaxlm.hub.files import Tensors, find
+from jaxlm.hub.files import Tensors, find, tensor_names
 from jaxlm.hub.loading import load
 from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table
 
 __all__ = [
     "FAMILIES", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face", "load", "load_folder",
-    "read_json", "save", "save_folder",
+    "read_json", "save", "save_folder", "tensor_names",
 ]  # fmt: skip

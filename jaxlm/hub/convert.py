@@ -124,7 +124,7 @@ def save_folder(
     """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
     generation config and model card. `like` is another `config.json`, from which the ids of special tokens and the
     names of labels are taken; `source` the folder that the model was loaded from, if it was: what of it has no place
-    among our parameters (an encoder's pooler) is taken over."""
+    among our parameters (an encoder's pooler) is taken over, and so are its settings for generation."""
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     chosen, theirs = family_for(model.config) if family is None else (FAMILIES[family], FAMILIES[family].json(model.config))
@@ -134,7 +134,11 @@ def save_folder(
         kept |= {key: like[key] for key in ("id2label", "label2id") if key in like}
     theirs |= {"dtype": dtype, "transformers_version": "5.0.0", **kept}
     generates = model.config.head.kind == "language_model"
-    generation = {"_from_model_config": True, **{k: v for k, v in theirs.items() if k.endswith("_token_id")}} if generates else None
+    generation: dict[str, Any] | None = (
+        {"_from_model_config": True, **{k: v for k, v in theirs.items() if k.endswith("_token_id")}} if generates else None
+    )
+    if generates and source is not None and (source / "generation_config.json").is_file():
+        generation = json.loads((source / "generation_config.json").read_text(encoding="utf8"))
     return save(
         folder, table_of(chosen, model.config), params, model.axes,
         dtype=dtype, config=theirs, generation_config=generation, tokenizer=tokenizer,

@@ -75,7 +75,7 @@ GPT2 = Family(
         "language_model": Head("GPT2LMHeadModel", {}, {"lm_head.weight": {"head/table": "V W"}}),
         "token": Head("GPT2ForTokenClassification", {"dense": False, "bias": True}, linear("classifier", "head/out", "C U")),
     },
-    ignored=(r"attn\.(masked_)?bias$", r"lm_head\.weight"),
+    ignored=(r"attn\.(masked_)?bias$",),
 )  # fmt: skip
 
 _NEOX_LAYER = "gpt_neox.layers.{x}."

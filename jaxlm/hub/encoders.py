@@ -53,8 +53,14 @@ def _labels(out: str, dense: str | None = None) -> Tensors:
     return {**rows, **linear(dense, "head/dense", "U D")} if dense else rows
 
 
-def _masked_fields(activation: str) -> Json:
+def _masked_fields(activation: str | None) -> Json:
+    """None: the activation of the model's MLPs."""
     return {"dense": True, "dense_bias": True, "activation": activation, "norm": True, "bias": True}
+
+
+def _untyped(config: TransformerConfig) -> list[str]:
+    """These families always have a table of token types."""
+    return [] if config.token_types else ["token_types 0"]
 
 
 def _positions(theirs: Json, names: Any) -> dict[str, Any]:
@@ -74,11 +80,12 @@ BERT = Family(
     activation="hidden_act",
     read=_positions,
     write=_same_dropout,
-    require={"is_decoder": False, "position_embedding_type": "absolute"},
+    require={"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    cannot=_untyped,
     tensors=_bert_like("bert."),
     heads={
         "masked_lm": Head(
-            "BertForMaskedLM", _masked_fields("gelu"),
+            "BertForMaskedLM", _masked_fields(None),
             _masked("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
         ),
         "sequence": Head("BertForSequenceClassification", _CLS, _labels("classifier", "bert.pooler.dense")),
@@ -100,7 +107,8 @@ ROBERTA = Family(
     activation="hidden_act",
     read=lambda theirs, names: {"positions": theirs["max_position_embeddings"] - 2},
     write=lambda config: {**_same_dropout(config), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    require={"is_decoder": False, "position_embedding_type": "absolute", "pad_token_id": 1},
+    require={"is_decoder": False, "position_embedding_type": "absolute", "pad_token_id": 1, "tie_word_embeddings": True},
+    cannot=_untyped,
     tensors=_bert_like("roberta."),
     heads={
         "masked_lm": Head(
@@ -139,6 +147,7 @@ DISTILBERT = Family(
     },
     activation="activation",
     write=lambda config: {"attention_dropout": config.dropout, "sinusoidal_pos_embds": False},
+    require={"tie_word_embeddings": True},
     tensors={
         **_embeddings("distilbert.embeddings."),
         **attention(f"{_DISTIL_LAYER}attention.", f"{_LAYER}/attention", "q_lin", "k_lin", "v_lin", "out_lin"),
@@ -148,7 +157,7 @@ DISTILBERT = Family(
         **norm(f"{_DISTIL_LAYER}output_layer_norm", f"{_LAYER}/mlp_norm"),
     },
     heads={
-        "masked_lm": Head("DistilBertForMaskedLM", _masked_fields("gelu"),
+        "masked_lm": Head("DistilBertForMaskedLM", _masked_fields(None),
                           _masked("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")),
         "sequence": Head("DistilBertForSequenceClassification", {**_CLS, "activation": "relu"},
                          _labels("classifier", "pre_classifier")),
@@ -169,11 +178,12 @@ ELECTRA = Family(
     activation="hidden_act",
     read=_positions,
     write=lambda config: {**_same_dropout(config), "embedding_size": config.W},
-    require={"is_decoder": False, "position_embedding_type": "absolute"},
+    require={"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    cannot=_untyped,
     tensors={**_bert_like("electra."), **linear("electra.embeddings_project", f"{_STACK}/embed_project", "D W")},
     heads={
         "detection": Head(
-            "ElectraForPreTraining", {"dense": True, "dense_bias": True, "activation": "gelu", "norm": False, "bias": True},
+            "ElectraForPreTraining", {**_masked_fields(None), "norm": False},
             _labels("discriminator_predictions.dense_prediction", "discriminator_predictions.dense"),
         ),
         "masked_lm": Head(
@@ -200,7 +210,9 @@ ALBERT = Family(
     activation="hidden_act",
     read=_positions,
     write=lambda config: {**_same_dropout(config), "embedding_size": config.W, "num_hidden_groups": 1, "inner_group_num": 1},
-    require={"num_hidden_groups": 1, "inner_group_num": 1, "position_embedding_type": "absolute"},
+    require={"num_hidden_groups": 1, "inner_group_num": 1, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    # Its embeddings are always projected.
+    cannot=lambda config: [*_untyped(config), *([] if config.factored else [f"embedding_width {config.W}, that of the model"])],
     tensors={
         **_embeddings("albert.embeddings."),
         **linear("albert.encoder.embedding_hidden_mapping_in", f"{_STACK}/embed_project", "D W"),
@@ -211,7 +223,7 @@ ALBERT = Family(
         **norm(f"{_ALBERT_LAYER}full_layer_layer_norm", f"{_LAYER}/mlp_norm"),
     },
     heads={
-        "masked_lm": Head("AlbertForMaskedLM", _masked_fields("gelu_tanh"),
+        "masked_lm": Head("AlbertForMaskedLM", _masked_fields(None),
                           _masked("predictions.dense", "predictions.LayerNorm", "predictions.bias")),
         "sequence": Head("AlbertForSequenceClassification", _CLS, _labels("classifier", "albert.pooler")),
         "choice": Head("AlbertForMultipleChoice", _CLS, _labels("classifier", "albert.pooler")),
@@ -225,6 +237,9 @@ ALBERT = Family(
 
 def _read_modernbert(theirs: Json, names: Any) -> dict[str, Any]:
     ropes = theirs.get("rope_parameters") or {}
+    for kind, given in ropes.items():
+        if given.get("rope_type", "default") != "default":
+            raise ValueError(f"modernbert config: rope_type {given['rope_type']!r} of {kind} is not supported: only 'default' is")
     theta = ropes.get("full_attention", {}).get("rope_theta") or theirs.get("global_rope_theta", 160_000.0)
     local = ropes.get("sliding_attention", {}).get("rope_theta") or theirs.get("local_rope_theta", 10_000.0)
     every = theirs.get("global_attn_every_n_layers", 3)
@@ -273,7 +288,10 @@ MODERNBERT = Family(
     activation="hidden_activation",
     read=_read_modernbert,
     write=_write_modernbert,
-    require={"attention_bias": False, "mlp_bias": False, "norm_bias": False, "decoder_bias": True, "classifier_activation": "gelu"},
+    require={
+        "attention_bias": False, "mlp_bias": False, "norm_bias": False, "decoder_bias": True, "classifier_activation": "gelu",
+        "tie_word_embeddings": True,
+    },
     tensors={
         **table("model.embeddings.tok_embeddings", "transformer/embed"),
         **norm("model.embeddings.norm", f"{_STACK}/embed_norm", "W"),

@@ -12,10 +12,9 @@ Tensors = dict[str, dict[str, str]]
 """Name of theirs → path of ours → pattern (`tensors.py` says how to read one)."""
 
 # Choices of how to compute and train, which no family knows of.
-OURS = (
-    "preset", "vocab_multiple", "kernel", "init", "unroll", "remat", "dtype", "moe.router_z_loss",
-    "relative_buckets", "relative_distance", "window", "dropout",
-)  # fmt: skip
+OURS = frozenset((
+    "preset", "vocab_multiple", "kernel", "init", "init_std", "unroll", "remat", "dtype", "moe.router_z_loss", "dropout",
+))  # fmt: skip
 
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -61,6 +60,8 @@ class Family:
     require: Json = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    cannot: Callable[[TransformerConfig], Collection[str]] = lambda config: ()
+    """Fields that its `config.json` can say but its class in `transformers` cannot be."""
     missing: tuple[str, ...] = ()
     """Regular expressions of tensors that its files lack though our parameters have a place for them."""
     activation: str = ""
@@ -88,6 +89,8 @@ class Family:
             _put(tree, field, value)
         count = labels or theirs.get("num_labels") or len(theirs.get("id2label") or ()) or 2
         fields = {"kind": kind, **self.heads[kind].fields, **tree.pop("head", {})}
+        if fields.get("activation", "") is None:
+            fields["activation"] = tree["activation"]
         if kind in ("sequence", "token"):
             fields["labels"] = count
         return build(TransformerConfig, {**tree, "head": fields})
@@ -103,11 +106,12 @@ class Family:
         """Our kind of head for the class that a `config.json` names; without one, the first that the family has."""
         named = (theirs.get("architectures") or [None])[0]
         found = [kind for kind, head in self.heads.items() if head.architecture == named]
-        if found:
-            return found[0]
-        if named and named.endswith("ForPreTraining") and "masked_lm" in self.heads:
-            return "masked_lm"
-        return "embedding" if named and named.endswith("Model") and "embedding" in self.heads else next(iter(self.heads))
+        if found or named is None:
+            return found[0] if found else next(iter(self.heads))
+        # Classes that only older versions had, and BERT's with both its pretraining heads.
+        if named.endswith(("LMHeadModel", "ForPreTraining")):
+            return "masked_lm" if "masked_lm" in self.heads else "language_model"
+        raise unknown(f"architecture of {self.name}", named, [head.architecture for head in self.heads.values()])
 
     def json(self, config: TransformerConfig) -> dict[str, Any]:
         """Their `config.json` of our config. Raises ValueError, naming the fields, where the family cannot say it."""
@@ -118,30 +122,34 @@ class Family:
 
     def translate(self, config: TransformerConfig) -> tuple[dict[str, Any], list[str]]:
         """Their `config.json`, and the fields of ours that it does not say: those that, read again, differ."""
-        if config.head.kind not in self.heads:
-            return {}, [f"head.kind {config.head.kind}"]
+        lost = list(self.cannot(config))
+        head = self.heads.get(config.head.kind)
+        if head is None:
+            lost.append(f"head.kind {config.head.kind}")
+        spelled = {ours: name for name, ours in reversed((GATED if config.gated else PLAIN).items())}
+        if self.activation and config.activation not in spelled:
+            lost.append(f"activation {config.activation}")
         flat = _flat(config)
         # Without these, transformers would take the ids of the family's first checkpoint.
         theirs: dict[str, Any] = {"model_type": self.name, **dict.fromkeys(SPECIAL)}
-        theirs["architectures"] = [self.heads[config.head.kind].architecture]
         theirs |= {key: flat[field] for field, key in self.keys.items() if field in flat}
         if self.activation:
-            spelled = {ours: name for name, ours in reversed((GATED if config.gated else PLAIN).items())}
-            if config.activation not in spelled:
-                return {}, [f"activation {config.activation}"]
-            theirs[self.activation] = spelled[config.activation]
+            theirs[self.activation] = spelled.get(config.activation)
+        if head is not None:
+            theirs["architectures"] = [head.architecture]
         if config.head.kind in ("sequence", "token"):
             theirs["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.head.labels)}
             theirs["label2id"] = {f"LABEL_{i}": i for i in range(config.head.labels)}
         theirs |= self.write(config)
+        if head is None or theirs.get(self.activation, "") is None:
+            return theirs, lost
         names = () if config.tie_embeddings else ("lm_head.weight",)
         try:
             again = _flat(self.config(complete(theirs), names, labels=config.head.labels))
         except ValueError as error:
-            return theirs, [str(error)]
-        return theirs, [
-            f"{field} {flat[field]}" for field in flat if again.get(field) != flat[field] and not field.startswith(OURS)
-        ]
+            return theirs, [*lost, str(error)]
+        lost += [f"{field} {flat[field]}" for field in flat if again.get(field) != flat[field] and field not in OURS]
+        return theirs, lost
 
     def table(self, config: TransformerConfig) -> Tensors:
         """Every tensor that a model of this family may have, by its full name."""
@@ -175,8 +183,13 @@ def _flat(config: TransformerConfig) -> dict[str, Any]:
     tree["layer_pattern"] = "".join("L" if local else "G" for local in config.local(max(config.stacks.values())))
     if config.head.kind not in ("sequence", "token"):
         tree["head"]["labels"] = None
+    # What plays no part is not compared.
     if config.position != "rotary":
         tree["rope"] = None
+    if config.position != "relative":
+        tree["relative_buckets"] = tree["relative_distance"] = None
+    if "L" not in tree["layer_pattern"]:
+        tree["window"] = None
     if not config.moe.experts:
         tree["moe"] = None
     return dict(_leaves(tree))
@@ -277,6 +290,9 @@ _KINDS = {"full_attention": "G", "sliding_attention": "L"}
 def read_layers(theirs: Json, default: str) -> dict[str, Any]:
     """Our `layer_pattern`, from `layer_types` or the family's default, as short as it repeats."""
     types = theirs.get("layer_types")
+    for kind in types or ():
+        if kind not in _KINDS:
+            raise unknown("layer_types", kind, _KINDS)
     pattern = "".join(_KINDS[kind] for kind in types) if types else default
     for length in range(1, len(pattern)):
         if all(pattern[i] == pattern[i % length] for i in range(len(pattern))):

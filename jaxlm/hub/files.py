@@ -38,10 +38,10 @@ LARGE = 1 << 30
 # --- finding ---------------------------------------------------------------------------------
 
 
-def find(argument: str) -> pathlib.Path:
+def find(argument: str, weights: bool = True) -> pathlib.Path:
     """The folder of a model: a folder as it is, else a hub id, downloaded or from the cache.
 
-    Only configs, tokenizers and safetensors are fetched, no code and no pickles. Raises ValueError, in one line,
+    Only configs, tokenizers and (with `weights`) safetensors are fetched, no code and no pickles. Raises ValueError, in one line,
     for what is neither.
     """
     path = pathlib.Path(expand(argument))
@@ -59,7 +59,7 @@ def find(argument: str) -> pathlib.Path:
         # A repository's top level only: folders below hold other formats of the same weights.
         folder = huggingface_hub.snapshot_download(
             argument,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+            allow_patterns=["*.json", *(["*.safetensors"] if weights else []), "*.txt", "*.model", "*.spm", "*.jinja"],
             ignore_patterns=["*/*", "consolidated*"],
         )
     except Exception as error:  # not found, not allowed, no network: the hub's client raises a dozen kinds
@@ -96,6 +96,14 @@ class Tensors:
         with stored.file.open("rb") as file:
             _fill(out, file, stored.offset, stored.shape, slices)
         return out
+
+
+def tensor_names(folder: pathlib.Path) -> list[str]:
+    """Names of the tensors, as far as they can be told: of a folder that is all config, none."""
+    index = folder / INDEX
+    if index.is_file():
+        return list(json.loads(index.read_text(encoding="utf8"))["weight_map"])
+    return list(Tensors(folder).index) if (folder / WEIGHTS).is_file() else []
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -18,7 +18,7 @@ from jaxlm.hub.tensors import Index, Table, Tensor, flatten, resolve
 
 # What makes a tokenizer folder; the last is jaxlm's own card.
 TOKENIZER = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.spm",
     "chat_template*", "additional_chat_templates", "jaxlm_tokenizer.json",
 )  # fmt: skip
 

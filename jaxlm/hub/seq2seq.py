@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
+from jaxlm.config import unknown
 from jaxlm.hub.family import GATED, PLAIN, Family, Head, Json, Tensors, attention, linear, norm, table
 from jaxlm.model import TransformerConfig
 
@@ -41,7 +42,10 @@ def _ungated(tensors: Tensors) -> Tensors:
 def _read_t5(theirs: Json, names: Collection[str]) -> dict[str, Any]:
     gate, _, kind = theirs["feed_forward_proj"].rpartition("-")
     # Their "gated-gelu" means the tanh approximation.
-    activation = "geglu_tanh" if (gate, kind) == ("gated", "gelu") else (GATED if gate else PLAIN)[kind]
+    names_of = GATED if gate else PLAIN
+    if kind not in names_of:
+        raise unknown("t5 config: feed_forward_proj", theirs["feed_forward_proj"], names_of)
+    activation = "geglu_tanh" if (gate, kind) == ("gated", "gelu") else names_of[kind]
     # v1.0 scales the last hidden states and shares the table with the head; the files of later versions hold a head.
     scales = theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True))
     return {
@@ -84,7 +88,8 @@ T5 = Family(  # Raffel et al. 2020; v1.1: Shazeer 2020
         "sequence": Head("T5ForSequenceClassification", _SEQUENCE, _CLASSIFIER, prefix="transformer."),
         "embedding": Head("T5Model", {"dense": False, "pool": "mean"}),
     },
-    ignored=(r"(encoder|decoder)\.embed_tokens\.weight",),
+    # The first files hold a bias of the attention to the encoder, which nothing ever read.
+    ignored=(r"(encoder|decoder)\.embed_tokens\.weight", r"EncDecAttention\.relative_attention_bias"),
 )  # fmt: skip
 
 MT5 = Family(  # Xue et al. 2021
@@ -151,7 +156,7 @@ _BART_TENSORS: Tensors = {
     **_bart_layers("decoder", _DECODER),
 }
 _BART_LM: Tensors = {"final_logits_bias": {"head/bias": "1 V"}, **_LM}
-_BART_IGNORED = (r"(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight")
+_BART_IGNORED = (r"(encoder|decoder)\.embed_tokens\.weight", r"(encoder|decoder)\.version$")
 
 BART = Family(  # Lewis et al. 2020
     name="bart", prefix="model.",

@@ -1,6 +1,6 @@
 """Sizes and choices of a Transformer.
 
-One `TransformerConfig` describes every family: a family is a preset of it (`families.py`), never a second
+One `TransformerConfig` describes every family: a family is a preset of it (`presets.py`), never a second
 implementation.
 """
 
@@ -240,7 +240,9 @@ class TransformerConfig:
         if self.token_types < 0 or self.position_offset < 0:
             raise ValueError("token_types and position_offset must not be negative")
         if self.architecture != "encoder_decoder" and self.decoder_layers is not None:
-            raise ValueError(f"decoder_layers {self.decoder_layers} belongs to an encoder_decoder: this is an {self.architecture}")
+            raise ValueError(
+                f"decoder_layers {self.decoder_layers} belongs to architecture encoder_decoder: this is {self.architecture}"
+            )
         if self.architecture == "encoder" and self.head.kind == "language_model":
             raise ValueError("head.kind language_model needs a decoder: an encoder takes masked_lm, or a head over labels")
         if self.parallel and self.norm_position != "pre":

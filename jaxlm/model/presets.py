@@ -28,8 +28,9 @@ def _llama(
     }  # fmt: skip
 
 
-# The Llama 3 sizes follow Dubey et al. 2024, "The Llama 3 Herd of Models", table 3, and for 1B and 3B
-# the released Llama 3.2 configs; those below 1B are ours, in the same proportions, vocabulary by the tokenizer.
+# The Llama 3 sizes follow Dubey et al. 2024, "The Llama 3 Herd of Models", table 3, and for 1B and 3B the sizes of
+# the released Llama 3.2 (without its context stretched to 131,072); those below 1B are ours, in the same proportions,
+# vocabulary by the tokenizer.
 _LLAMA3: Preset = {"vocab_size": 128_256, "positions": 8192, "theta": 500_000.0}
 
 
@@ -84,8 +85,8 @@ PRESETS: dict[str, Preset] = {
     "roberta-base": _roberta(12, 768, 12),
     "roberta-large": _roberta(24, 1024, 16),
     "xlm-roberta-base": _roberta(12, 768, 12, 250_002),
-    "t5-small": _t5(8, 512, 6, 1024),
-    "t5-base": _t5(12, 768, 12, 2048),
-    "t5-large": _t5(24, 1024, 16, 2816),
-    "t5-xl": _t5(24, 2048, 32, 5120),
+    "t5-v1.1-small": _t5(8, 512, 6, 1024),
+    "t5-v1.1-base": _t5(12, 768, 12, 2048),
+    "t5-v1.1-large": _t5(24, 1024, 16, 2816),
+    "t5-v1.1-xl": _t5(24, 2048, 32, 5120),
 }

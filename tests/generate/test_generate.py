@@ -90,7 +90,7 @@ def test_stops_at_the_end_of_text(setup):
     _, params, generator = setup
     full = list(generator.stream(params, [3, 1, 4], 10, GREEDY))
     stop = full[4]
-    assert list(generator.stream(params, [3, 1, 4], 10, GREEDY, stop=stop)) == full[: full.index(stop)]
+    assert list(generator.stream(params, [3, 1, 4], 10, GREEDY, stop={stop, 39})) == full[: full.index(stop)]
 
 
 def test_an_empty_prompt_is_refused(setup):
@@ -100,9 +100,21 @@ def test_an_empty_prompt_is_refused(setup):
 
 
 def test_prompt_lengths_share_compilations(setup):
-    """Lengths 5 to 8 are padded to 8: one prefill, one decode."""
+    """Lengths 5 to 8 are padded to 8, and 8 to 16 tokens have a cache of 16 places: one prefill, one decode."""
     model, params, _ = setup
     generator = Generator(model, make_mesh(ParallelConfig(), jax.devices()[:1]), 33)
     for length in (5, 6, 8):
-        list(generator.stream(params, [1] * length, 3, GREEDY))
+        list(generator.stream(params, [1] * length, 4, GREEDY))
     assert generator._prefill._cache_size() == 1 and generator._decode._cache_size() == 1
+
+
+def test_the_cache_is_as_long_as_the_text_can_become(setup, monkeypatch):
+    """A context of thousands costs only who fills it."""
+    from jaxlm.generate import decode
+
+    model, params, _ = setup
+    sizes, real = [], decode.empty_cache
+    monkeypatch.setattr(decode, "empty_cache", lambda config, batch, size: sizes.append(size) or real(config, batch, size))
+    for length, tokens in ((1, 3), (3, 4), (4, 100)):
+        list(Generator(model, make_mesh(ParallelConfig(), jax.devices()[:1]), 33).stream(params, [1] * length, tokens, GREEDY))
+    assert sizes[:3] == [4, 8, 16] and set(sizes[3:]) <= {16}

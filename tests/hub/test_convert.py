@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm.config import build
 from jaxlm.hub import family_for, load_folder, save_folder
+from jaxlm.hub.family import read_layers
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh
 
@@ -40,6 +41,7 @@ def edit(folder, **changes):
         ({"hidden_act": "softsign"}, ["hidden_act", "softsign", "silu"]),
         ({"attention_bias": True}, ["attention_bias True", "False"]),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["longrope"]),
+        ({"architectures": ["LlamaForDreaming"]}, ["architecture of llama 'LlamaForDreaming'", "LlamaForCausalLM"]),
         ({"rms_norm_eps": float("nan")}, ["config.json", "NaN", "no number"]),
         ({"hidden_size": "wide"}, ["config.json", "hidden_size"]),
         ({"num_hidden_layers": 3}, ["missing", "model.layers.2.input_layernorm.weight"]),
@@ -98,12 +100,55 @@ def test_label_names_and_special_ids_are_kept(mesh, tmp_path):
 
 @pytest.mark.parametrize(
     "preset, family",
-    [("gpt2-small", "gpt2"), ("llama-1m", "llama"), ("bert-tiny", "bert"), ("roberta-base", "roberta"), ("t5-small", "t5")],
+    [("gpt2-small", "gpt2"), ("llama-1m", "llama"), ("bert-tiny", "bert"), ("roberta-base", "roberta"), ("t5-v1.1-small", "t5")],
 )
 def test_presets_are_written_as_their_family(preset, family):
     sizes = {key: value for key, value in SMALL.items() if key != "positions"}
     found, theirs = family_for(build(TransformerConfig, {"preset": preset, **sizes, "kv_heads": None}))
     assert found.name == family and theirs["model_type"] == family
+
+
+@pytest.mark.parametrize(
+    "preset, changes, parts",
+    [
+        # Read again the config would be the same, but the class in torch always has these tensors.
+        ("bert-tiny", {"share_layers": True}, ["embedding_width 16"]),
+        ("bert-tiny", {"token_types": 0, "norm_eps": 1e-5}, ["token_types 0"]),
+        ("bert-tiny", {"tie_embeddings": False}, ["tie_word_embeddings"]),
+        ("llama-1m", {"norm_position": "post"}, ["norm_position post"]),
+    ],
+)
+def test_what_torch_could_not_run_is_refused(preset, changes, parts):
+    config = dataclasses.replace(build(TransformerConfig, {"preset": preset, **SMALL, "kv_heads": None}), **changes)
+    with pytest.raises(ValueError) as caught:
+        family_for(config)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_kinds_of_layer_are_named():
+    with pytest.raises(ValueError, match="layer_types 'chunked_attention'"):
+        read_layers({"layer_types": ["full_attention", "chunked_attention"]}, "GG")
+    assert read_layers({"layer_types": ["sliding_attention", "full_attention"] * 3}, "G") == {"layer_pattern": "LG"}
+
+
+def test_the_nearest_family_is_the_one_that_lacks_least():
+    """An encoder without token types is DistilBERT's, if its epsilon is."""
+    config = dataclasses.replace(build(TransformerConfig, {"preset": "bert-tiny", **SMALL}), token_types=0)
+    assert family_for(config)[0].name == "distilbert"
+
+
+def test_names_and_leftovers_of_older_files(mesh, tmp_path):
+    """T5's first files hold a bias that nothing reads and an older class name: both are let pass, as in torch."""
+    from safetensors.numpy import load_file, save_file
+
+    model = Model(build(TransformerConfig, {"preset": "t5-v1.1-small", "vocab_size": 40, "layers": 1, "width": 16, "heads": 2}))
+    folder = save_folder(tmp_path / "t5", model, model.init(jax.random.key(0)))
+    tensors = load_file(folder / "model.safetensors")
+    extra = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    save_file({**tensors, extra: np.zeros((32, 2), np.float32)}, folder / "model.safetensors")
+    edit(folder, architectures=["T5WithLMHeadModel"])
+    assert load_folder(str(folder), mesh).model.config.head.kind == "language_model"
 
 
 def test_what_no_family_can_say_is_refused_with_its_name():

@@ -527,7 +527,9 @@ if sys.argv[3] == "prepared":
     assert jaxlm.host.prepare() is None
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxlm.hub.files import Tensors, load, save
+from jaxlm.hub.files import Tensors
+from jaxlm.hub.loading import load
+from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table, nest
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
 

@@ -176,24 +176,33 @@ def test_paraphrases_are_nearer_and_rankings_are_torchs(loaded, torch_states, en
     np.testing.assert_array_equal(rankings(ours(loaded.model, loaded.params, rows)), rankings(theirs))
 
 
-def test_the_way_back_is_byte_equal_but_for_the_pooler(minilm, loaded, tmp_path):
-    """load → save gives every tensor byte for byte. The pooler, which a mean does not use, and the buffer of position ids are
-    left out; torch finds all that it needs, and computes the same."""
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_way_back_is_byte_equal(minilm, loaded, tmp_path, carried):
+    """load → save gives every tensor byte for byte, but for the buffer of position ids; torch finds all that it needs and
+    computes the same. The pooler, which a mean does not use, is taken over from the folder where that is known."""
     import torch
     import transformers
 
-    save_folder(tmp_path / "ours", loaded.model, loaded.params, family="bert", like=loaded.theirs, tokenizer=minilm)
+    save_folder(
+        tmp_path / "ours",
+        loaded.model,
+        loaded.params,
+        family="bert",
+        like=loaded.theirs,
+        tokenizer=minilm,
+        source=minilm if carried else None,
+    )
     before, after = Tensors(minilm), Tensors(tmp_path / "ours")
     bare = {name.removeprefix("bert."): name for name in after.index}
-    left_out = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
+    left_out = {"embeddings.position_ids"} | (set() if carried else {"pooler.dense.weight", "pooler.dense.bias"})
     assert bare.keys() == before.index.keys() - left_out
     for name, written in bare.items():
         whole = tuple(slice(0, size) for size in before.index[name].shape)
         assert before.index[name].shape == after.index[written].shape, name
         assert before.read(name, whole).tobytes() == after.read(written, whole).tobytes(), name
 
-    theirs = transformers.BertModel.from_pretrained(minilm, add_pooling_layer=False).eval()
-    again, report = transformers.BertModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False, output_loading_info=True)
+    theirs = transformers.BertModel.from_pretrained(minilm, add_pooling_layer=carried).eval()
+    again, report = transformers.BertModel.from_pretrained(tmp_path / "ours", add_pooling_layer=carried, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     inputs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")(
         ["The way back.", "Is it long?"], return_tensors="pt", padding=True

@@ -20,14 +20,19 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 # Name of the case → class of transformers, config. Windows and caps are small enough to bite.
 CASES = {
     "bert": ("BertForMaskedLM", {**BASE, **NO_DROPOUT}),
+    "bert-relu": ("BertForMaskedLM", {**BASE, **NO_DROPOUT, "hidden_act": "relu"}),
     "roberta": ("RobertaForMaskedLM", {**BASE, **NO_DROPOUT, "max_position_embeddings": 34, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRobertaForMaskedLM", {**BASE, **NO_DROPOUT, "max_position_embeddings": 34, "type_vocab_size": 1}),
     "distilbert": ("DistilBertForMaskedLM", {"vocab_size": 61, "dim": 24, "n_layers": 3, "n_heads": 4, "hidden_dim": 40,
                    "max_position_embeddings": 32, "dropout": 0.0, "attention_dropout": 0.0}),
+    "distilbert-relu": ("DistilBertForMaskedLM", {"vocab_size": 61, "dim": 24, "n_layers": 1, "n_heads": 4, "hidden_dim": 40,
+                        "max_position_embeddings": 32, "dropout": 0.0, "attention_dropout": 0.0, "activation": "relu"}),
     "modernbert": ("ModernBertForMaskedLM", {**BASE, "num_hidden_layers": 5, "local_attention": 8, "pad_token_id": 0,
                    "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}),
-    "electra": ("ElectraForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16}),
+    # The generator's head is GELU whatever the blocks are; the discriminator's is as they are.
+    "electra": ("ElectraForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16, "hidden_act": "relu"}),
     "albert": ("AlbertForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16}),
+    "albert-gelu": ("AlbertForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16, "hidden_act": "gelu"}),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 61, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0,
              "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "gpt_neox": ("GPTNeoXForCausalLM", {**BASE, "rotary_pct": 0.67}),

@@ -150,7 +150,7 @@ def test_dropout_needs_training_and_a_key():
         ("bert-large", 335_174_458),
         ("roberta-base", 124_697_433),
         ("xlm-roberta-base", 278_295_186),
-        ("t5-base", 247_577_856),
+        ("t5-v1.1-base", 247_577_856),
     ],
 )
 def test_published_parameter_counts(preset, count):
