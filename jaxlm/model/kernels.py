@@ -88,7 +88,11 @@ def _say(kernel: Kernel, why: str) -> None:
 def platform() -> str:
     """cpu, gpu or tpu: of the mesh that is set, which when compiling ahead of time is not this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    found = jax.default_backend() if device is None else device.platform
+    if device is None:
+        found = jax.default_backend()
+    else:  # JAX 0.10.0 knows the kind of an abstract device only: "cpu", "TPU v5 lite", "NVIDIA H100"
+        kind = device.device_kind
+        found = getattr(device, "platform", "tpu" if kind.startswith("TPU") else "cpu" if kind == "cpu" else "gpu")
     return "gpu" if found in ("cuda", "rocm") else found
 
 
