@@ -25,7 +25,9 @@ def header(file: pathlib.Path) -> dict[str, str]:
 def clone(tmp_path_factory):
     """A copy of what a clone would hold, with a small text to train on and the commands on the path."""
     place = tmp_path_factory.mktemp("clone") / "jaxlm"
-    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__", "*.egg-info", ".*_cache"))
+    shutil.copytree(
+        ROOT, place, ignore=shutil.ignore_patterns(".git", "runs", "exported", ".venv", "__pycache__", "*.egg-info", ".*_cache")
+    )
     (place / "my-texts").mkdir()
     for name, text in topics.items():
         (place / "my-texts" / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf8")
