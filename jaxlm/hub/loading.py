@@ -1,6 +1,9 @@
 """A Hugging Face folder → parameters, each read straight into its sharding."""
 
+import collections
+import concurrent.futures
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,9 +106,21 @@ def _place(row: Tensor, part: Part, sharding: jax.sharding.Sharding, read: Any, 
         devices.setdefault(tuple((span.start, span.stop) for span in whole(index, part.shape)), []).append(device)
     shards = {key: _roomy([stop - start for start, stop in key], dtype) for key in devices}
     cover = tuple(slice(min(start for start, _ in ends), max(stop for _, stop in ends)) for ends in zip(*shards, strict=True))
-    for where, block in blocks(row, part, cover, read):
+
+    def spread(where: Index, block: np.ndarray) -> None:
         for key, shard in shards.items():
             paste(shard, tuple(slice(*ends) for ends in key), block, where)
+
+    # Copying into another order takes longer than reading, and NumPy lets go of Python's lock for it.
+    workers = min(4, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+        for where, block in blocks(row, part, cover, read):
+            waiting.append(pool.submit(spread, where, block))
+            if len(waiting) > workers:  # so few blocks are in memory at a time
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
     arrays = []
     for key in list(shards):
         shard = shards.pop(key)  # freed as soon as it is copied, so that a leaf is never in memory twice
