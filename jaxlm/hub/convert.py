@@ -90,6 +90,8 @@ def load_folder(
     theirs = read_json(folder)
     family, tensors = family_of(theirs), Tensors(folder)
     config = dataclasses.replace(family.config(theirs, tensors.index, head, labels), **changes)
+    if config.head.kind == "embedding":
+        config = dataclasses.replace(config, head=dataclasses.replace(config.head, pool=_pooling(folder) or config.head.pool))
     model = Model(config)
     shardings = stored_shardings(model.axes, model.shapes, mesh)
     optional: tuple[str, ...] = ()
@@ -102,6 +104,22 @@ def load_folder(
         ignored=ignored, optional=optional, fresh=lambda: model.init(jax.random.key(seed)) if optional else None,
     )  # fmt: skip
     return Loaded(model, params, folder, theirs)
+
+
+# How sentence-transformers says which hidden state stands for a text.
+_POOLS = {"cls_token": "first", "mean_tokens": "mean", "lasttoken": "last"}
+
+
+def _pooling(folder: pathlib.Path) -> Any:
+    """The pooling of an embedding model as sentence-transformers wrote it beside the weights, if it did."""
+    file = folder / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    said = json.loads(file.read_text(encoding="utf8"))
+    on = [name.removeprefix("pooling_mode_") for name, value in said.items() if name.startswith("pooling_mode_") and value]
+    if len(on) != 1 or on[0] not in _POOLS:
+        raise ValueError(f"{file}: pooling {' and '.join(on) or 'none'} is not supported: one of {', '.join(_POOLS)} is")
+    return _POOLS[on[0]]
 
 
 def family_for(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:

@@ -56,11 +56,11 @@ def find(argument: str, weights: bool = True) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        # A repository's top level only: folders below hold other formats of the same weights.
+        # A repository's top level only: folders below hold other formats of the same weights; but for 1_Pooling.
         folder = huggingface_hub.snapshot_download(
             argument,
             allow_patterns=["*.json", *(["*.safetensors"] if weights else []), "*.txt", "*.model", "*.spm", "*.jinja"],
-            ignore_patterns=["*/*", "consolidated*"],
+            ignore_patterns=["[!1]*/*", "consolidated*"],
         )
     except Exception as error:  # not found, not allowed, no network: the hub's client raises a dozen kinds
         why = " ".join(str(error).split())[:90]

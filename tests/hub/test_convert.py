@@ -155,3 +155,20 @@ def test_what_no_family_can_say_is_refused_with_its_name():
     config = dataclasses.replace(build(TransformerConfig, {"preset": "llama-1m", **SMALL, "kv_heads": None}), activation="relu2")
     with pytest.raises(ValueError, match=r"nearest: llama models cannot have .*relu2"):
         family_for(config)
+
+
+def test_pooling_is_that_of_the_folder(mesh, tmp_path):
+    """sentence-transformers writes beside the weights which hidden state stands for a text."""
+    config = build(
+        TransformerConfig, {"preset": "bert-tiny", **SMALL, "head": {"kind": "embedding", "dense": False, "pool": "mean"}}
+    )
+    model = Model(dataclasses.replace(config, head=dataclasses.replace(config.head, activation="tanh", norm=False)))
+    folder = save_folder(tmp_path / "bert", model, model.init(jax.random.key(0)))
+    assert load_folder(str(folder), mesh).model.config.head.pool == "mean"
+    (folder / "1_Pooling").mkdir()
+    file = folder / "1_Pooling" / "config.json"
+    file.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    assert load_folder(str(folder), mesh).model.config.head.pool == "first"
+    file.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ValueError, match="max_tokens is not supported"):
+        load_folder(str(folder), mesh)
