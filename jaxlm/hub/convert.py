@@ -152,11 +152,11 @@ def save_folder(
         kept |= {key: like[key] for key in ("id2label", "label2id") if key in like}
     theirs |= {"dtype": dtype, "transformers_version": "5.0.0", **kept}
     generates = model.config.head.kind == "language_model"
-    generation: dict[str, Any] | None = (
-        {"_from_model_config": True, **{k: v for k, v in theirs.items() if k.endswith("_token_id")}} if generates else None
-    )
+    generation: dict[str, Any] | None = None
     if generates and source is not None and (source / "generation_config.json").is_file():
         generation = json.loads((source / "generation_config.json").read_text(encoding="utf8"))
+    elif generates:
+        generation = {"_from_model_config": True, **{k: v for k, v in theirs.items() if k.endswith("_token_id")}}
     return save(
         folder, table_of(chosen, model.config), params, model.axes,
         dtype=dtype, config=theirs, generation_config=generation, tokenizer=tokenizer,

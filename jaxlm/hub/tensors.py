@@ -231,14 +231,6 @@ def copy(out: np.ndarray, values: np.ndarray) -> None:
     copy(out[(*before, slice(half, None))], values[(*before, slice(half, None))])
 
 
-def read_leaf(tensor: Tensor, part: Part, index: Index, read: Reader, dtype: Any) -> np.ndarray:
-    """The leaf at `index`, reading no more than that (and what lies between, along merged axes)."""
-    out = np.empty([_length(span) for span in index], dtype)
-    for where, block in blocks(tensor, part, index, read):
-        paste(out, index, block, where)
-    return out
-
-
 def whole(index: Sequence[slice], shape: Sequence[int]) -> Index:
     """Slices with start and stop, as JAX's shardings leave them out."""
     spans = tuple(slice(*span.indices(size)) for span, size in zip(index, shape, strict=True))

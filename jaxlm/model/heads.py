@@ -131,8 +131,8 @@ class VocabularyHead(nn.Module):
                 self.norm = Norm(c, c.norm, "W")
         if not c.tie_embeddings:
             self.table = parameter(self, "table", "VW", nn.initializers.normal(c.init_std))
-        if c.logit_bias or (masked and c.head.bias):
-            self.bias = parameter(self, "bias", "V", nn.initializers.zeros)
+        biased = c.logit_bias or (masked and c.head.bias)
+        self.bias = parameter(self, "bias", "V", nn.initializers.zeros) if biased else None
 
     def __call__(self, hidden_BLD: jax.Array, embed_VW: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """(B, L, W) features, the table and the bias."""
@@ -143,8 +143,7 @@ class VocabularyHead(nn.Module):
             x = self.norm(x) if c.head.norm else x
         if c.logit_scale and c.tie_embeddings:
             x = x * jnp.asarray(c.width**-0.5, x.dtype)
-        biased = c.logit_bias or (c.head.kind == "masked_lm" and c.head.bias)
-        return x, embed_VW if c.tie_embeddings else self.table, self.bias if biased else None
+        return x, embed_VW if c.tie_embeddings else self.table, self.bias
 
 
 class LanguageModel(nn.Module):
