@@ -103,7 +103,7 @@ def jaxlm_step(shape):
     from jaxlm.config import build
     from jaxlm.model import Model, TransformerConfig
     from jaxlm.parallel import ParallelConfig, make_mesh, place_batch
-    from jaxlm.train import OptimConfig, causal, init_state, make_optimizer, make_schedule, make_train_step
+    from jaxlm.train import OptimConfig, init_state, make_optimizer, make_schedule, make_train_step, objectives
 
     weights, inputs, targets = initial_weights(shape)
     sizes = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocab_size": shape.vocab}
@@ -121,7 +121,7 @@ def jaxlm_step(shape):
         state = init_state(model, optimizer, 0, mesh)
         state = state.replace(params=jax.tree.map(jax.device_put, jaxlm_params(shape, weights), model_shardings(state)))
         chunk = max(1, 512 // shape.batch)
-        update = make_train_step(model, causal(chunk), optimizer, schedule, mesh, seed=0)
+        update = make_train_step(model, objectives.tokens(chunk), optimizer, schedule, mesh, seed=0)
         batch = place_batch(batch, mesh)
 
     def step(state):

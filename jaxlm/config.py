@@ -15,7 +15,7 @@ import pathlib
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
@@ -132,10 +132,17 @@ def override(tree: dict, origins: dict[str, str], flags: Mapping[str, Text]) -> 
 # --- building --------------------------------------------------------------------------------
 
 
-def load(cls: type[T], file: pathlib.Path | str | None = None, flags: Mapping[str, Text] | None = None) -> Loaded:
-    """Build `cls` from a YAML file under overrides; every mistake is a one-line ValueError."""
+def load(
+    cls: type[T], file: pathlib.Path | str | None = None, flags: Mapping[str, Text] | None = None,
+    complete: Callable[[dict, dict[str, str]], None] = lambda tree, origins: None,
+) -> Loaded:  # fmt: skip
+    """Build `cls` from a YAML file under overrides; every mistake is a one-line ValueError.
+
+    `complete(tree, origins)` may fill in what follows from other values, before anything is built.
+    """
     tree, origins = read_yaml(pathlib.Path(file)) if file else ({}, {})
     override(tree, origins, flags or {})
+    complete(tree, origins)
     value = build(cls, tree, origins)
     return Loaded(value, {leaf: origins.get(leaf, "default") for leaf in flatten(to_dict(value))})
 
@@ -331,9 +338,10 @@ def _spell(kind: Any) -> str:
 
 def _field_docs(cls: type) -> dict[str, str]:
     """The string literal below each annotated field: Python drops it, so it is read from the source."""
+    inherited = {name: text for base in cls.__bases__ if dataclasses.is_dataclass(base) for name, text in _field_docs(base).items()}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {}
+    docs = inherited
     for field, text in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             docs[typing.cast(ast.Name, field.target).id] = " ".join(str(text.value.value).split())

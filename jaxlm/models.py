@@ -10,11 +10,18 @@ import jax
 
 from jaxlm import config as configs
 from jaxlm.data import Tokenizer, load_tokenizer
-from jaxlm.experiment import ExperimentConfig, with_vocabulary
-from jaxlm.hub import family_of, find, is_hugging_face, load_folder, read_json, tensor_names
-from jaxlm.model import Model, Params, TransformerConfig
+from jaxlm.hub import find, is_hugging_face, load_parameters, read_config, read_json
+from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
-from jaxlm.train import Checkpoints
+from jaxlm.tasks import TASKS, Task, TaskConfig
+from jaxlm.train import Checkpoints, TuneConfig, Tuning
+
+LABELS = "labels.json"  # in a run's folder: the names of its labels
+
+# The task that a head is for, where no run says which.
+_OF_HEAD = {
+    "sequence": "classification", "token": "tagging", "span": "extractive_qa", "choice": "multiple_choice", "embedding": "embedding",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Trained:
     mesh: jax.sharding.Mesh
     name: str
     tokenizer_folder: pathlib.Path
+    run: pathlib.Path | None = None
+    """The folder of the run that trained it."""
     source: pathlib.Path | None = None
     """The Hugging Face folder that it was loaded from."""
     theirs: Mapping[str, Any] | None = None
@@ -45,27 +54,118 @@ class Trained:
         found = said.get("eos_token_id", self.theirs.get("eos_token_id"))
         return [] if found is None else found if isinstance(found, list) else [found]
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes of a head over labels, where they are known."""
+        if self.run is not None:
+            return read_labels(self.run)
+        named = (self.theirs or {}).get("id2label") or {}
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+
+    def task(self, kind: str | None = None, length: int | None = None) -> Task:
+        """The task that it was trained for, or `kind` of a Hugging Face model, as far as its head is one's."""
+        head, architecture = self.model.config.head.kind, self.model.config.architecture
+        positions = self.model.config.positions
+        if self.run is not None:
+            tree = configs.read_yaml(self.run / "config.yaml")[0]
+            config = configs.build(TaskConfig, tree.get("task", {}))
+            length = length or tree["data"]["length"]
+        else:
+            named = kind or ("text_to_text" if architecture == "encoder_decoder" else _OF_HEAD.get(head))
+            if named is None:
+                raise ValueError(f"{self.name} has head {head}, which is for no task over rows: fine-tune it first")
+            if named == "classification" and self.model.config.head.labels == 1:
+                named = "regression"
+            config = TaskConfig(kind=named)  # type: ignore[arg-type]
+        if kind and kind != config.kind:
+            raise ValueError(f"{self.name} was trained for task {config.kind}, not for {kind}")
+        if config.pretraining:
+            raise ValueError(f"{self.name} was pretrained ({config.kind}): fine-tune it for a task first")
+        return TASKS[config.kind](
+            config, self.tokenizer, min(length or positions, positions), labels=self.labels, architecture=architecture,
+            start_id=start_id(self.theirs, self.tokenizer),
+        )  # fmt: skip
+
     def json(self) -> Mapping[str, Any]:
-        """A `config.json` with the ids of special tokens: its own, or those of a run's tokenizer."""
+        """A `config.json` with the ids of special tokens: its own, or those of a run's tokenizer, and its label names."""
         if self.theirs is not None:
             return self.theirs
-        return {"eos_token_id": self.tokenizer.eos_id, "bos_token_id": self.tokenizer.bos_id}
+        tokenizer = self.tokenizer
+        said: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+        if "pad" in tokenizer.special:
+            said["pad_token_id"] = tokenizer.special["pad"]
+        if self.model.config.architecture == "encoder_decoder":
+            said["decoder_start_token_id"] = start_id(said, tokenizer)
+        if self.labels:
+            said["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
+            said["label2id"] = {name: i for i, name in enumerate(self.labels)}
+        return said
 
 
-def load_model(argument: str) -> Trained:
-    """A run folder's checkpoint with the lowest held-out loss, or a Hugging Face model; on one device."""
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+def start_id(theirs: Mapping[str, Any] | None, tokenizer: Tokenizer) -> int:
+    """What a decoder that reads an encoder begins with: as its `config.json` says, else padding as T5's does."""
+    said = (theirs or {}).get("decoder_start_token_id")
+    return int(said) if said is not None else tokenizer.special.get("pad", tokenizer.bos_id)
+
+
+def read_labels(run: pathlib.Path) -> tuple[str, ...]:
+    """The names of a run's labels; empty where it has none."""
+    file = run / LABELS
+    return tuple(json.loads(file.read_text(encoding="utf8"))) if file.is_file() else ()
+
+
+def load_model(argument: str, mesh: jax.sharding.Mesh | None = None) -> Trained:
+    """A run folder's checkpoint with the best score, or a Hugging Face model; on one device unless a mesh is given."""
+    mesh = mesh or make_mesh(ParallelConfig(), jax.devices()[:1])
     folder = locate(argument)
     if is_hugging_face(folder):
-        model, params, folder, theirs = load_folder(str(folder), mesh)
-        return Trained(model, params, mesh, folder.name, folder, folder, theirs)
-    model = Model(model_config(argument))
+        model = Model(read_config(folder))
+        params = load_parameters(folder, model, mesh)
+        return Trained(model, params, mesh, folder.name, folder, source=folder, theirs=read_json(folder))
+    model, params = _restore(folder, mesh)
+    return Trained(model, params, mesh, folder.name, folder / "tokenizer", run=folder)
+
+
+def _restore(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Model, Params]:
+    """A run's model and its best parameters, adapters merged; of a pair of models the one that is kept."""
+    tree = configs.read_yaml(folder / "config.yaml")[0]
+    task = configs.build(TaskConfig, tree.get("task", {}))
+    model: Any = Model(model_config(str(folder)))
+    if task.kind == "replaced":
+        model = Detection(model.config, task.generator)
+    tuning = Tuning(configs.build(TuneConfig, tree.get("tune", {})), model)
     checkpoints = Checkpoints(folder / "checkpoints")
     step = checkpoints.best()
     if step is None:
-        raise ValueError(f"{argument} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")
-    params = checkpoints.restore_params(step, model.shapes, stored_shardings(model.axes, model.shapes, mesh))
-    return Trained(model, params, mesh, folder.name, folder / "tokenizer")
+        raise ValueError(f"{folder} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")
+    trained = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
+    params = tuning.restore(trained, lambda: start_parameters(tree["model"].get("init_from"), model, mesh, tree["seed"]))
+    return (model.discriminator, params["discriminator"]) if task.kind == "replaced" else (model, params)
+
+
+def start_parameters(argument: str | None, model: Any, mesh: jax.sharding.Mesh, seed: int) -> Params:
+    """The parameters that a run begins with: a pretrained model's under a fresh head, or all of them fresh."""
+    if argument is None:
+        shardings = stored_shardings(model.axes, model.shapes, mesh)
+        return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
+    folder = locate(argument)
+    if is_hugging_face(folder):
+        return load_parameters(folder, model, mesh, seed=seed)
+    found, params = _restore(folder, mesh)
+    if found.shapes == model.shapes:
+        return params
+    body = model.shapes["transformer"]
+    if params["transformer"].keys() != body.keys() or jax.tree.map(lambda x: x.shape, params["transformer"]) != jax.tree.map(
+        lambda x: x.shape, body
+    ):
+        raise ValueError(f"the model of {argument} has other sizes than this run's: leave out the model's options but init_from")
+    axes = {name: axes for name, axes in model.axes.items() if name != "transformer"}
+    shapes = {name: shape for name, shape in model.shapes.items() if name != "transformer"}
+
+    def rest() -> Params:
+        return {name: leaf for name, leaf in model.init(jax.random.key(seed)).items() if name != "transformer"}
+
+    return {**jax.jit(rest, out_shardings=stored_shardings(axes, shapes, mesh))(), "transformer": params["transformer"]}
 
 
 def model_config(argument: str) -> TransformerConfig:
@@ -73,12 +173,39 @@ def model_config(argument: str) -> TransformerConfig:
     if argument in TransformerConfig.PRESETS:
         return configs.build(TransformerConfig, {"preset": argument})
     if argument.endswith((".yaml", ".yml")):
-        return configs.load(ExperimentConfig, argument).value.model
+        return section(configs.read_yaml(pathlib.Path(argument))[0])
     folder = locate(argument, weights=False)
     if is_hugging_face(folder):
-        theirs = read_json(folder)
-        return family_of(theirs).config(theirs, tensor_names(folder))
-    return with_vocabulary(configs.load(ExperimentConfig, folder / "config.yaml").value.model, load_tokenizer(folder / "tokenizer"))
+        return read_config(folder)
+    config = with_vocabulary(section(configs.read_yaml(folder / "config.yaml")[0]), load_tokenizer(folder / "tokenizer"))
+    labels = read_labels(folder)
+    return with_labels(config, len(labels)) if labels else config
+
+
+def section(tree: Mapping[str, Any]) -> TransformerConfig:
+    """The model of a run's config, where init_from, if there is one, is already laid under it or names a model."""
+    given = dict(tree.get("model") or {})
+    source = given.pop("init_from", None)
+    if source is not None and "width" not in given:
+        given = configs.lay(configs.to_dict(model_config(str(source))), given)
+    return configs.build(TransformerConfig, given)
+
+
+def with_labels(config: TransformerConfig, labels: int) -> TransformerConfig:
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, labels=labels))
+
+
+def with_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> TransformerConfig:
+    """Fill in the vocabulary size from the tokenizer, or check the one given against it."""
+    if config.vocab_size is None:
+        multiple = config.vocab_multiple
+        return dataclasses.replace(config, vocab_size=-(-tokenizer.vocab_size // multiple) * multiple)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} entries: "
+            "leave it empty to take the tokenizer's"
+        )
+    return config
 
 
 def locate(argument: str, weights: bool = True) -> pathlib.Path:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from jaxlm.data.rows import RowsConfig
 from jaxlm.data.sources import SourceConfig
 from jaxlm.data.tokenizer import Tokenizer, TokenizerConfig
 
@@ -53,8 +54,18 @@ class DataConfig:
     """Folder of tokenised corpora; empty: $JAXLM_CACHE, else ~/.cache/jaxlm."""
     prefetch: int = 4
     """Batches made ahead while the device computes."""
+    train: str | None = None
+    """Rows of a task: a file, folder or glob (tsv, csv, jsonl, json, parquet, conll), parallel texts `train.{en,de}.txt`, a
+    `datasets` folder, hf:ID, tfds:NAME, or embedded:modules."""
+    validation: str | None = None
+    """Rows to evaluate on; empty: holdout.fraction of those of train."""
+    rows: RowsConfig = RowsConfig()
+    grouped: bool = True
+    """Rows of similar length share a batch, so that little of it is padding."""
 
     def __post_init__(self) -> None:
+        if self.validation and not self.train:
+            raise ValueError(f"data validation {self.validation!r} is for rows: give data train too")
         if not self.sources:
             raise ValueError("data sources is empty: give at least one, such as {kind: embedded}")
         for name in ("length", "batch_size", "prefetch"):

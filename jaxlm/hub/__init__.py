@@ -1,6 +1,16 @@
 """Hugging Face folders in and out, every family by one declaration."""
 
-from jaxlm.hub.convert import FAMILIES, family_for, family_of, is_hugging_face, load_folder, read_json, save_folder
+from jaxlm.hub.convert import (
+    FAMILIES,
+    family_for,
+    family_of,
+    is_hugging_face,
+    load_folder,
+    load_parameters,
+    read_config,
+    read_json,
+    save_folder,
+)
 from jaxlm.hub.family import Family, Head
 from jaxlm.hub.files import Tensors, find, tensor_names
 from jaxlm.hub.loading import load
@@ -9,5 +19,5 @@ from jaxlm.hub.tensors import Table
 
 __all__ = [
     "FAMILIES", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face", "load", "load_folder",
-    "read_json", "save", "save_folder", "tensor_names",
+    "load_parameters", "read_config", "read_json", "save", "save_folder", "tensor_names",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from jaxlm.config import unknown
 from jaxlm.hub.decoders import DECODERS
 from jaxlm.hub.encoders import ENCODERS
 from jaxlm.hub.family import Family, complete
-from jaxlm.hub.files import Tensors, find
+from jaxlm.hub.files import Tensors, find, tensor_names
 from jaxlm.hub.loading import load
 from jaxlm.hub.saving import Carried, save
 from jaxlm.hub.seq2seq import SEQ2SEQ
@@ -87,23 +87,37 @@ def load_folder(
     not fit.
     """
     folder = find(argument)
+    model = Model(dataclasses.replace(read_config(folder, head, labels), **changes))
+    params = load_parameters(folder, model, mesh, seed=seed, parameters=parameters)
+    return Loaded(model, params, folder, read_json(folder))
+
+
+def read_config(folder: pathlib.Path, head: str | None = None, labels: int | None = None) -> TransformerConfig:
+    """Our config of the model in a folder, with another head on request."""
     theirs = read_json(folder)
-    family, tensors = family_of(theirs), Tensors(folder)
-    config = dataclasses.replace(family.config(theirs, tensors.index, head, labels), **changes)
+    config = family_of(theirs).config(theirs, tensor_names(folder), head, labels)
     if config.head.kind == "embedding":
         config = dataclasses.replace(config, head=dataclasses.replace(config.head, pool=_pooling(folder) or config.head.pool))
-    model = Model(config)
+    return config
+
+
+def load_parameters(
+    folder: pathlib.Path, model: Model, mesh: jax.sharding.Mesh, *, seed: int = 0, parameters: str = "float32"
+) -> Params:
+    """The parameters of `model` from a folder's files; a head that those do not hold is initialised anew from `seed`."""
+    theirs, tensors = read_json(folder), Tensors(folder)
+    family, config = family_of(theirs), model.config
     shardings = stored_shardings(model.axes, model.shapes, mesh)
+    held = family.config(theirs, tensors.index)
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    if head is not None and (head != family.head_of(theirs) or labels is not None):
+    if (held.head.kind, held.outputs) != (config.head.kind, config.outputs):
         own = {name for kind in family.heads.values() for name in kind.tensors} - family.table(config).keys()
         optional, ignored = (r"head/.*",), tuple(name.replace(".", r"\.") for name in own)
-    params = load(
+    return load(
         tensors, table_of(family, config), model.shapes, model.axes, shardings, np.dtype(parameters),
         ignored=ignored, optional=optional, fresh=lambda: model.init(jax.random.key(seed)) if optional else None,
     )  # fmt: skip
-    return Loaded(model, params, folder, theirs)
 
 
 # How sentence-transformers says which hidden state stands for a text.

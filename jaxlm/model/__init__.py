@@ -2,10 +2,11 @@
 
 from jaxlm.model.cache import Cache, empty_cache
 from jaxlm.model.config import HeadConfig, MoeConfig, RotaryConfig, TransformerConfig
+from jaxlm.model.detection import Detection
 from jaxlm.model.functions import Model, Params
 from jaxlm.model.heads import linear_cross_entropy
 
 __all__ = [
-    "Cache", "HeadConfig", "Model", "MoeConfig", "Params", "RotaryConfig", "TransformerConfig", "empty_cache",
+    "Cache", "Detection", "HeadConfig", "Model", "MoeConfig", "Params", "RotaryConfig", "TransformerConfig", "empty_cache",
     "linear_cross_entropy",
 ]  # fmt: skip

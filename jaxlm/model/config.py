@@ -94,6 +94,14 @@ class HeadConfig:
     """A norm after it."""
     bias: bool = True
     """The output has a bias."""
+    pair: bool = False
+    """A masked_lm also tells whether the second text of a pair follows the first."""
+
+    def __post_init__(self) -> None:
+        if self.labels < 1:
+            raise ValueError(f"labels is {self.labels}: it must be at least 1")
+        if self.pair and self.kind != "masked_lm":
+            raise ValueError(f"pair belongs to a masked_lm head: this is {self.kind}")
 
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh"]

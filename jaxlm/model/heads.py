@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxlm.model.cache import Cache
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import Linear, Norm, activate, parameter
-from jaxlm.model.transformer import Batch, Transformer
+from jaxlm.model.transformer import Batch, Output, Transformer
 from jaxlm.parallel.rules import constrain
 
 
@@ -46,12 +46,15 @@ def _over_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: An
     return carry, jax.tree.map(lambda y: y[None], ys)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def linear_cross_entropy(
     hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, targets_BL: jax.Array, weights_BL: jax.Array,
-    chunk: int, z_loss: float, cap: float | None,
+    chunk: int, z_loss: float, cap: float | None, smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Sum over tokens of weight · (cross-entropy + z_loss · log²Z), and of weight · cross-entropy, in nats.
+
+    In the first sum the target is (1 − smoothing) on the token and `smoothing` spread evenly over the vocabulary
+    (Szegedy et al. 2016, §7), in the second it is the token alone.
 
     Logits exist for `chunk` positions of each row at a time, in float32, and never for the whole
     batch. Under differentiation the gradients are computed together with the logits, so that those are
@@ -62,11 +65,11 @@ def linear_cross_entropy(
 
     def step(sums: Any, part: Any) -> tuple[Any, None]:
         hidden_BCD, targets_BC, weights_BC = part
-        nll_BC, lse_BC = _losses(_logits(hidden_BCD, table_VD, bias_V, cap), targets_BC)
-        return _add(sums, nll_BC, lse_BC, weights_BC), None
+        logits_BCV = _logits(hidden_BCD, table_VD, bias_V, cap)
+        return _add(sums, logits_BCV, *_losses(logits_BCV, targets_BC), weights_BC, z_loss, smoothing), None
 
-    (loss, z), _ = _over_chunks(step, (jnp.zeros(()), jnp.zeros(())), (hidden_BLD, targets_BL, weights_BL), chunk)
-    return loss + z_loss * z, loss
+    sums, _ = _over_chunks(step, (jnp.zeros(()), jnp.zeros(())), (hidden_BLD, targets_BL, weights_BL), chunk)
+    return sums
 
 
 def _losses(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,11 +78,18 @@ def _losses(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ja
     return lse_BC - picked_BC, lse_BC
 
 
-def _add(sums: Any, nll_BC: jax.Array, lse_BC: jax.Array, weights_BC: jax.Array) -> Any:
-    return sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(jnp.square(lse_BC) * weights_BC)
+def _add(
+    sums: Any, logits_BCV: jax.Array, nll_BC: jax.Array, lse_BC: jax.Array, weights_BC: jax.Array, z_loss: float, smoothing: float
+) -> Any:
+    loss_BC = nll_BC
+    if smoothing:
+        loss_BC = (1 - smoothing) * nll_BC + smoothing * (lse_BC - jnp.mean(logits_BCV, axis=-1))
+    if z_loss:
+        loss_BC = loss_BC + z_loss * jnp.square(lse_BC)
+    return sums[0] + jnp.sum(loss_BC * weights_BC), sums[1] + jnp.sum(nll_BC * weights_BC)
 
 
-def _forward(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss, cap):  # type: ignore[no-untyped-def]
+def _forward(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss, cap, smoothing):  # type: ignore[no-untyped-def]
     def step(carry: Any, part: Any) -> tuple[Any, jax.Array]:
         sums, grad_VD, grad_V = carry
         hidden_BCD, targets_BC, weights_BC = part
@@ -88,7 +98,9 @@ def _forward(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss
         # d/dlogits of nll is softmax − onehot, of log²Z it is 2 · logZ · softmax.
         softmax_BCV = jnp.exp(logits_BCV - lse_BC[:, :, None])
         onehot_BCV = targets_BC[:, :, None] == jnp.arange(logits_BCV.shape[-1])[None, None, :]
-        grad_BCV = softmax_BCV * (1 + 2 * z_loss * lse_BC[:, :, None]) - onehot_BCV.astype(jnp.float32)
+        grad_BCV = softmax_BCV * (1 + 2 * z_loss * lse_BC[:, :, None]) - (1 - smoothing) * onehot_BCV.astype(jnp.float32)
+        if smoothing:
+            grad_BCV = grad_BCV - smoothing / logits_BCV.shape[-1]
         grad_BCV = grad_BCV * weights_BC[:, :, None]
         if cap is not None:
             grad_BCV = grad_BCV * (1 - jnp.square(logits_BCV / cap))
@@ -97,16 +109,16 @@ def _forward(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss
         grad_BCV = constrain(grad_BCV.astype(hidden_BCD.dtype), "BLV")
         grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, table_VD.astype(hidden_BCD.dtype))
         grad_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (_add(sums, nll_BC, lse_BC, weights_BC), grad_VD, grad_V), grad_BCD
+        return (_add(sums, logits_BCV, nll_BC, lse_BC, weights_BC, z_loss, smoothing), grad_VD, grad_V), grad_BCD
 
     bias_grad = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
     carry = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(table_VD.shape, jnp.float32), bias_grad)
-    ((loss, z), grad_VD, grad_V), grad_XBCD = _over_chunks(step, carry, (hidden_BLD, targets_BL, weights_BL), chunk)
+    (sums, grad_VD, grad_V), grad_XBCD = _over_chunks(step, carry, (hidden_BLD, targets_BL, weights_BL), chunk)
     grad_BLD = jnp.moveaxis(grad_XBCD, 0, 1).reshape(hidden_BLD.shape)
-    return (loss + z_loss * z, loss), (grad_BLD, grad_VD.astype(table_VD.dtype), grad_V)
+    return sums, (grad_BLD, grad_VD.astype(table_VD.dtype), grad_V)
 
 
-def _backward(chunk, z_loss, cap, gradients, cotangents):  # type: ignore[no-untyped-def]
+def _backward(chunk, z_loss, cap, smoothing, gradients, cotangents):  # type: ignore[no-untyped-def]
     scale, _ = cotangents
     scaled = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients)
     return *scaled, None, None
@@ -155,6 +167,8 @@ class LanguageModel(nn.Module):
     def setup(self) -> None:
         self.transformer = Transformer(self.config, self.train)
         self.head = VocabularyHead(self.config)
+        if self.config.head.pair:
+            self.pair = PairHead(self.config)
 
     def hidden(self, batch: Batch) -> jax.Array:
         """The last hidden states (B, L, D)."""
@@ -164,22 +178,79 @@ class LanguageModel(nn.Module):
         """Float32 logits (B, L, V) and the cache."""
         output = self.transformer(batch, cache)
         parts = self.head(output.hidden_BLD, self.transformer.embed.table)
+        if self.config.head.pair and self.is_initializing():
+            self.pair(output.hidden_BLD[:, 0])
         return _logits(*parts, self.config.logit_softcap), output.cache
 
-    def loss(self, batch: Batch, *, chunk: int, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    def loss(self, batch: Batch, *, chunk: int, z_loss: float = 0.0, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
         """Sums over `targets_BL` weighted by `weights_BL` (of an encoder-decoder those of its decoder), as
         `linear_cross_entropy` gives them; to the first the routers' losses are added, at the same weight."""
+        return self._loss(batch, self.transformer(batch), chunk, z_loss, smoothing)
+
+    def loss_and_pair(
+        self, batch: Batch, *, chunk: int, z_loss: float = 0.0, smoothing: float = 0.0
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """`loss`, and float32 scores (B, 2): does the second text follow the first (0), or not (1)?"""
         output = self.transformer(batch)
+        return self._loss(batch, output, chunk, z_loss, smoothing), self.pair(output.hidden_BLD[:, 0])
+
+    def _loss(
+        self, batch: Batch, output: Output, chunk: int, z_loss: float, smoothing: float
+    ) -> tuple[jax.Array, jax.Array]:
         scored = batch["decoder"] if self.config.architecture == "encoder_decoder" else batch
         parts = self.head(output.hidden_BLD, self.transformer.embed.table)
-        length = output.hidden_BLD.shape[1]
-        chunk = max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
+        chunk = divisor(output.hidden_BLD.shape[1], chunk)
         loss, nll = linear_cross_entropy(
-            *parts, scored["targets_BL"], scored["weights_BL"], chunk, z_loss, self.config.logit_softcap
+            *parts, scored["targets_BL"], scored["weights_BL"], chunk, z_loss, self.config.logit_softcap, smoothing
         )
         if self.config.moe.experts:
             loss = loss + output.auxiliary * jnp.sum(scored["weights_BL"])
         return loss, nll
+
+    def log_likelihood(self, batch: Batch, *, chunk: int) -> jax.Array:
+        """(B,) float32: of each row the sum of weight · log p(target), in nats; logits exist for `chunk` positions at a
+        time and are computed again in the backward pass."""
+        output = self.transformer(batch)
+        scored = batch["decoder"] if self.config.architecture == "encoder_decoder" else batch
+        hidden_BLD, table_VD, bias_V = self.head(output.hidden_BLD, self.transformer.embed.table)
+
+        @jax.checkpoint
+        def step(sum_B: jax.Array, part: Any) -> tuple[jax.Array, None]:
+            hidden_BCD, targets_BC, weights_BC = part
+            nll_BC, _ = _losses(_logits(hidden_BCD, table_VD, bias_V, self.config.logit_softcap), targets_BC)
+            return sum_B - jnp.sum(nll_BC * weights_BC, axis=1), None
+
+        parts = (hidden_BLD, scored["targets_BL"], scored["weights_BL"])
+        zeros_B = jnp.zeros(hidden_BLD.shape[0], jnp.float32)
+        return _over_chunks(step, zeros_B, parts, divisor(hidden_BLD.shape[1], chunk))[0]
+
+    def draw(self, batch: Batch, *, chunk: int, key: jax.Array) -> jax.Array:
+        """(B, L) int32: at each position a token drawn from the model's own distribution."""
+        parts = self.head(self.transformer(batch).hidden_BLD, self.transformer.embed.table)
+        hidden_BLD, table_VD, bias_V = jax.tree.map(jax.lax.stop_gradient, parts)
+
+        def step(key: jax.Array, hidden_BCD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            key, own = jax.random.split(key)
+            return key, jax.random.categorical(own, _logits(hidden_BCD, table_VD, bias_V, self.config.logit_softcap))
+
+        _, drawn_XBC = _over_chunks(step, key, hidden_BLD, divisor(hidden_BLD.shape[1], chunk))
+        return jnp.moveaxis(drawn_XBC, 0, 1).reshape(hidden_BLD.shape[:2]).astype(jnp.int32)
+
+
+def divisor(length: int, chunk: int) -> int:
+    """The largest size up to `chunk` that divides the length."""
+    return max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
+
+
+class PairHead(nn.Module):
+    """The first token's hidden state → a dense layer and tanh → two scores (Devlin et al. 2019, §3.1, task 2)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        x_BU = jnp.tanh(Linear(self.config, "BD,DU->BU", bias=True, name="dense")(x_BD))
+        return Linear(self.config, "BU,UC->BC", bias=True, name="out")(x_BU).astype(jnp.float32)
 
 
 class LabelHead(nn.Module):

@@ -1,12 +1,12 @@
 """Training: objectives, the optimiser, the pure step, checkpoints and the loop."""
 
 from jaxlm.train.checkpoint import Checkpoints
-from jaxlm.train.loop import Outcome, TrainConfig, fit
-from jaxlm.train.objectives import Objective, causal
+from jaxlm.train.loop import LOWER, Outcome, TrainConfig, Work, fit, waited
+from jaxlm.train.objectives import Objective
 from jaxlm.train.optim import OptimConfig, make_optimizer, make_schedule
 from jaxlm.train.step import TrainState, init_state, make_eval_step, make_train_step, state_shapes, state_shardings
 
 __all__ = [
-    "Checkpoints", "Objective", "OptimConfig", "Outcome", "TrainConfig", "TrainState", "causal", "fit", "init_state",
-    "make_eval_step", "make_optimizer", "make_schedule", "make_train_step", "state_shapes", "state_shardings",
+    "LOWER", "Checkpoints", "Objective", "OptimConfig", "Outcome", "TrainConfig", "TrainState", "Work", "fit", "init_state",
+    "make_eval_step", "make_optimizer", "make_schedule", "make_train_step", "state_shapes", "state_shardings", "waited",
 ]  # fmt: skip

@@ -6,9 +6,10 @@ host dispatches step n, then reads the metrics of step n − 1, so that the devi
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -23,12 +24,18 @@ from jaxlm.train.step import TrainState
 class TrainConfig:
     """How long to train, and how often to look."""
 
-    steps: int = 1000
-    """Optimiser steps."""
+    steps: int | None = None
+    """Optimiser steps; empty: as many as data.epochs take."""
     accumulate: int = 1
     """Parts that a batch is taken in, one after the other, to save memory."""
-    eval_every: int = 200
-    """Steps between evaluations of the held-out text, each with a sample and a checkpoint."""
+    eval_every: int | None = None
+    """Steps between evaluations of what was held out, each with a checkpoint; empty: an epoch of rows, 200 steps of text."""
+    metric: str | None = None
+    """Score by which the best checkpoint is chosen; empty: the task's own."""
+    patience: int | None = None
+    """Evaluations without a better score after which training stops; empty: never."""
+    eval_rows: int | None = None
+    """Most held-out rows of an evaluation in training; empty: all."""
     log_every: int = 10
     """Steps between rows of metrics."""
     keep: int = 2
@@ -43,9 +50,10 @@ class TrainConfig:
     """Length of those samples in tokens; 0: none."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "eval_every", "log_every", "keep", "loss_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("steps", "accumulate", "eval_every", "patience", "eval_rows", "log_every", "keep", "loss_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         if self.z_loss < 0 or self.sample_tokens < 0:
             raise ValueError(f"z_loss ({self.z_loss}) and sample_tokens ({self.sample_tokens}) must not be negative")
 
@@ -62,11 +70,41 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `finished`, `interrupted` by a signal, or `exhausted` data."""
+    """How a run ended: `finished`, `stopped` because the score no longer rose, `interrupted` by a signal, or with
+    `exhausted` data."""
 
     state: TrainState
     step: int
-    ended: Literal["finished", "interrupted", "exhausted"]
+    ended: Literal["finished", "stopped", "interrupted", "exhausted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the loop is told of the task: how to evaluate, what to show, how fast that is."""
+
+    evaluate: Callable[[TrainState, Callable[[], bool]], dict[str, float] | None]
+    """The row of an evaluation, `loss` and `metric` among it, or None once its second argument, `stop()`, is true."""
+    metric: str
+    sample: Callable[[TrainState], str] | None = None
+    """A text to show after each evaluation."""
+    shown: tuple[str, ...] = ("loss",)
+    """Scores that a person sees."""
+    figures: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda values: {}
+    """Further numbers of a logged step, such as bits per byte."""
+    unit: str = "tokens"
+    """What the objective's weight counts."""
+    flops: float | None = None
+    """Of training, for one unit."""
+    peak_flops: float | None = None
+
+
+# The lower the better; of every other score the higher.
+LOWER = ("loss", "bits_per_byte", "perplexity", "mse", "mae", "ter", "brier", "ece")
+
+
+def better(metric: str, one: float, other: float) -> bool:
+    """Whether a score beats another."""
+    return one < other if metric in LOWER else one > other
 
 
 @contextlib.contextmanager
@@ -90,74 +128,70 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 class _Log:
     """Turns the metrics of logged steps into rows; speeds are over the steps since the last row."""
 
-    def __init__(self, record: Record, batches: Batches, bits: float, flops: float, peak: float | None):
-        self.record, self.batches, self.bits, self.flops, self.peak = record, batches, bits, flops, peak
+    def __init__(self, record: Record, batches: Batches, work: Work):
+        self.record, self.batches, self.work = record, batches, work
         self.restart()
 
     def restart(self) -> None:
         """Begin a new interval, leaving out what passed since the last row (an evaluation, a checkpoint)."""
-        self.began, self.waited, self.tokens, self.steps = time.monotonic(), self.batches.wait_seconds, 0.0, 0
+        self.began, self.waited, self.units, self.steps = time.monotonic(), self.batches.wait_seconds, 0.0, 0
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], write: bool) -> dict[str, str]:
         """Read one step's metrics; returns the figures to show where a row was written."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        self.tokens += values.pop("weight")
+        self.units += values.pop("weight")
         self.steps += 1
         if values["skipped"]:
             say(f"step {step}: loss or gradient not finite, update skipped")
         if not write:
             return {}
-        elapsed = max(time.monotonic() - self.began, 1e-9)
-        speed = self.tokens / elapsed
+        elapsed, work = max(time.monotonic() - self.began, 1e-9), self.work
+        speed = self.units / elapsed
         timing = {
-            "tokens_per_second": speed,
+            f"{work.unit}_per_second": speed,
             "step_seconds": elapsed / self.steps,
             "data_wait_seconds": (self.batches.wait_seconds - self.waited) / self.steps,
-            "model_flops_per_second": speed * self.flops,
-            **({"mfu": speed * self.flops / self.peak} if self.peak else {}),
+            **({"model_flops_per_second": speed * work.flops} if work.flops else {}),
+            **({"mfu": speed * work.flops / work.peak_flops} if work.flops and work.peak_flops else {}),
         }
-        bits = values["nll"] * self.bits
-        self.record.write("train", step, **values, bits_per_byte=bits, **timing)
+        figures = work.figures(values)
+        self.record.write("train", step, **values, **figures, **timing)
         self.restart()
-        return {"loss": f"{values['loss']:.3f}", "bits/byte": f"{bits:.3f}", "tokens/s": count(speed)}
+        shown = {name.replace("bits_per_byte", "bits/byte"): f"{value:.3f}" for name, value in figures.items()}
+        return {"loss": f"{values['loss']:.3f}", **shown, f"{work.unit}/s": count(speed)}
 
 
 def fit(
     config: TrainConfig,
+    steps: int,
+    eval_every: int,
     state: TrainState,
     start: int,
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     batches: Batches,
+    work: Work,
     *,
     mesh: jax.sharding.Mesh,
-    evaluate: Callable[[Any, Callable[[], bool]], dict[str, float] | None],
-    sample: Callable[[Any], str] | None,
     checkpoints: Checkpoints,
     record: Record,
-    bits_per_nat: float,
-    flops_per_token: float,
-    peak_flops: float | None,
 ) -> Outcome:
-    """Train from step `start` to `config.steps`.
-
-    `evaluate(params, stop)` gives the row of an evaluation, `loss` and `bits_per_byte` among it, or None
-    once `stop()` is true; `sample(params)` a text. `bits_per_nat` turns nats per token into bits per byte of the training text.
-    """
-    log = _Log(record, batches, bits_per_nat, flops_per_token, peak_flops)
+    """Train from step `start` to `steps`, evaluating every `eval_every`."""
+    log = _Log(record, batches, work)
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
     progress: Any = None
     step, ended = start, "finished"
 
-    with interruptible() as asked, bar("training", config.steps, "steps", start) as shown:
+    with interruptible() as asked, bar("training", steps, "steps", start) as shown:
 
         def look() -> dict[str, float] | None:
-            scores = evaluate(state.params, asked)
+            scores = work.evaluate(state, asked)
             if scores is None:
                 return None
             record.write("eval", step, **scores)
-            say(f"step {step:,}: held-out loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} bits per byte")
-            if sample:
-                text = sample(state.params)
+            told = ", ".join(f"{name.replace('_', ' ')} {scores[name]:.4f}" for name in work.shown if name in scores)
+            say(f"step {step:,}: held-out {told}")
+            if work.sample:
+                text = work.sample(state)
                 record.write("sample", step, text=text)
                 say(f"  {' '.join(text.split())[:300]}")
             return scores
@@ -168,10 +202,13 @@ def fit(
                 shown.advance(1, **log.add(*pending, write=pending[0] % config.log_every == 0))
                 pending = None
 
-        if start and (start % config.eval_every == 0 or start == config.steps) and not record.evaluated(start):
+        if start and (start % eval_every == 0 or start == steps) and not record.evaluated(start):
             look()  # the run was interrupted between this step and the end of its evaluation
             log.restart()
-        while step < config.steps and not asked():
+        while step < steps and not asked():
+            if waited(record.rows, work.metric) >= (config.patience or math.inf):
+                ended = "stopped"
+                break
             try:
                 batch, progress = next(batches)
             except StopIteration:
@@ -182,18 +219,28 @@ def fit(
             flush()
             step += 1
             pending = (step, metrics)
-            if step % config.eval_every == 0 and step < config.steps and not asked():
+            if step % eval_every == 0 and step < steps and not asked():
                 flush()
                 if scores := look():
                     checkpoints.save(step, state, progress, scores)
                 log.restart()
         flush()
-        due = ended == "exhausted" or step == config.steps
+        due = ended == "exhausted" or step == steps
         scores = look() if step > start and due and not asked() else None
-        if asked() and not record.evaluated(config.steps):
+        if asked() and not record.evaluated(steps) and ended != "stopped":
             ended = "interrupted"
             say(f"interrupted at step {step:,}: saving")
         if step > start:
             checkpoints.save(step, state, progress, scores)
     batches.close()
     return Outcome(state, step, ended)  # type: ignore[arg-type]
+
+
+def waited(rows: Sequence[Mapping[str, Any]], metric: str) -> int:
+    """Evaluations since the one with the best score, of the rows of a record."""
+    scores = [row[metric] for row in rows if row["kind"] == "eval" and row.get(metric) is not None]
+    best = 0
+    for i, score in enumerate(scores):
+        if better(metric, score, scores[best]):
+            best = i
+    return len(scores) - 1 - best if scores else 0

@@ -22,8 +22,7 @@ import pytest
 from jaxlm.hub import FAMILIES, Family
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh
-from jaxlm.train import OptimConfig, make_optimizer, make_schedule, make_train_step, state_shapes
-from jaxlm.train.objectives import Sums, causal
+from jaxlm.train import OptimConfig, make_optimizer, make_schedule, make_train_step, objectives, state_shapes
 
 TOPOLOGY, MESH = "v5e:2x4", ParallelConfig(data=2, fsdp=2, tensor=2)
 ROWS, LENGTH, CHUNK = 8, 256, 128
@@ -77,12 +76,6 @@ def batch_of(config: TransformerConfig) -> dict[str, Any]:
     return {**batch, **scored, **({"types_BL": whole} if config.token_types else {})}
 
 
-def translation(apply: Any, params: Any, batch: Any, rng: jax.Array | None) -> Sums:
-    """The objective of an encoder-decoder: `causal` on what the decoder is scored on."""
-    loss, nll = apply(params, batch, method="loss", train=rng is not None, rng=rng, chunk=CHUNK)
-    return loss, jnp.sum(batch["decoder"]["weights_BL"]), {"nll": nll}
-
-
 def products(stablehlo: str) -> dict[str, int]:
     """Matrix products by the type of their operands."""
     operands = re.findall(r"stablehlo\.dot_general .*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)", stablehlo)
@@ -97,8 +90,7 @@ def compile_step(family: Family, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         optim = OptimConfig()
         schedule = make_schedule(optim, 1000)
         optimizer = make_optimizer(optim, schedule)
-        objective = translation if model.config.architecture == "encoder_decoder" else causal(CHUNK)
-        step = make_train_step(model, objective, optimizer, schedule, mesh, seed=0)
+        step = make_train_step(model, objectives.tokens(CHUNK), optimizer, schedule, mesh, seed=0)
         shapes = state_shapes(model, optimizer)
         lowered = step.lower(shapes, batch_of(model.config))
         stablehlo, compiled = lowered.as_text(), lowered.compile()

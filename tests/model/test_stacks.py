@@ -420,14 +420,14 @@ def test_padding_does_not_count_for_the_experts():
 
 def test_a_train_step_moves_routers_and_experts():
     from jaxlm.parallel import ParallelConfig, make_mesh, place_batch
-    from jaxlm.train import OptimConfig, causal, init_state, make_optimizer, make_schedule, make_train_step
+    from jaxlm.train import OptimConfig, init_state, make_optimizer, make_schedule, make_train_step, objectives
 
     mesh, model = make_mesh(ParallelConfig(), jax.devices()[:1]), changed(DECODER, layers=1, moe=MOE, dropout=0.1)
     settings = OptimConfig(learning_rate=1e-2, warmup=1)
     schedule = make_schedule(settings, 4)
     optimizer = make_optimizer(settings, schedule)
     state = init_state(model, optimizer, 0, mesh)
-    step = make_train_step(model, causal(8), optimizer, schedule, mesh, seed=0)
+    step = make_train_step(model, objectives.tokens(8), optimizer, schedule, mesh, seed=0)
     before = jax.device_get(state.params)
     batch = place_batch(scored({"tokens_BL": tokens(4, 8)}), mesh)
     for _ in range(2):

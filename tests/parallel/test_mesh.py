@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, place_batch, settle, stored_shardings
 from jaxlm.parallel.rules import STORED, spec
-from jaxlm.train import OptimConfig, causal, init_state, make_eval_step, make_optimizer, make_schedule, make_train_step
+from jaxlm.train import OptimConfig, init_state, make_eval_step, make_optimizer, make_schedule, make_train_step, objectives
 
 MODEL = TransformerConfig(vocab_size=64, positions=16, layers=2, width=32, heads=4)
 LLAMA = dataclasses.replace(
@@ -69,7 +69,7 @@ def three_steps(config: TransformerConfig, parallel: ParallelConfig, devices: in
     mesh, model = make_mesh(parallel, jax.devices()[:devices]), Model(config)
     optim = OptimConfig(learning_rate=1e-2, warmup=2)
     schedule = make_schedule(optim, 10)
-    optimizer, objective = make_optimizer(optim, schedule), causal(8, 1e-3)
+    optimizer, objective = make_optimizer(optim, schedule), objectives.tokens(8, 1e-3)
     with jax.set_mesh(mesh):
         state = init_state(model, optimizer, 0, mesh)
         step = make_train_step(model, objective, optimizer, schedule, mesh, seed=0, accumulate=accumulate)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, place_batch
-from jaxlm.train import OptimConfig, causal, init_state, make_eval_step, make_optimizer, make_schedule, make_train_step
+from jaxlm.train import OptimConfig, init_state, make_eval_step, make_optimizer, make_schedule, make_train_step, objectives
 
 CONFIG = TransformerConfig(vocab_size=64, positions=16, layers=2, width=32, heads=4)
 
@@ -18,7 +18,7 @@ def build(config: TransformerConfig = CONFIG, **optim):
     schedule = make_schedule(settings, 20)
     optimizer = make_optimizer(settings, schedule)
     state = init_state(model, optimizer, 0, mesh)
-    step = make_train_step(model, causal(8), optimizer, schedule, mesh, seed=0)
+    step = make_train_step(model, objectives.tokens(8), optimizer, schedule, mesh, seed=0)
     return mesh, model, state, step
 
 
@@ -49,7 +49,7 @@ def test_golden_first_steps():
 def test_no_second_compilation_and_no_hidden_transfer():
     """Twenty steps with evaluations in between compile once each and move nothing to or from the host unasked."""
     mesh, model, state, step = build()
-    evaluate = make_eval_step(model, causal(8), mesh)
+    evaluate = make_eval_step(model, objectives.tokens(8), mesh)
     ready = list(batches(mesh, 20))
     for i, batch in enumerate(ready):
         with jax.transfer_guard("disallow" if i else "allow"):
@@ -140,7 +140,7 @@ def test_an_encoder_decoder_takes_the_same_steps_in_parts():
     losses = []
     for accumulate in (1, 2):
         state = init_state(model, optimizer, 0, mesh)
-        step = make_train_step(model, causal(8), optimizer, schedule, mesh, seed=0, accumulate=accumulate)
+        step = make_train_step(model, objectives.tokens(8), optimizer, schedule, mesh, seed=0, accumulate=accumulate)
         losses.append([])
         for _ in range(5):
             state, metrics = step(state, batch)

@@ -1,0 +1,196 @@
+"""What one run is: its config, what follows from other values, and what must fit together."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxlm import config as configs
+from jaxlm.data import DataConfig
+from jaxlm.hub import is_hugging_face, read_config
+from jaxlm.model import TransformerConfig
+from jaxlm.models import locate, model_config
+from jaxlm.parallel import ParallelConfig
+from jaxlm.tasks import TASKS, TaskConfig
+from jaxlm.train import OptimConfig, TrainConfig, TuneConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(TransformerConfig):
+    """The model of a run: its sizes, and where its parameters come from."""
+
+    init_from: str | None = None
+    """A run's folder, a Hugging Face folder or a hub id to start from; its sizes need not be given."""
+
+    def plain(self) -> TransformerConfig:
+        """The model alone."""
+        return TransformerConfig(**{name: getattr(self, name) for name in configs.fields_of(TransformerConfig)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One run, whole: what `config.yaml` in its folder says."""
+
+    name: str = "run"
+    """The run's folder is runs/NAME; by default the name of the config file."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Seeds the parameters, the order of the data and dropout."""
+    seeds: int = 1
+    """Runs with this many seeds, from seed on, each in its folder NAME-seedN; their scores are told with an interval."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    tune: TuneConfig = TuneConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        if self.data.length > self.model.positions:
+            raise ValueError(
+                f"data.length {self.data.length} is longer than model.positions {self.model.positions}: "
+                f"give data.length up to {self.model.positions}, or more positions"
+            )
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name is {self.name!r}: it must be the name of a folder, without a slash or a leading dot")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}: it must be at least 1")
+        if self.task.pretraining and self.data.train:
+            raise ValueError(
+                f"data.train {self.data.train!r} holds rows, which task {self.task.kind} does not read: "
+                f"give --task.kind, one of {', '.join(TASKS)}; or unlabelled text in data.sources"
+            )
+        if not self.task.pretraining and not self.data.train:
+            raise ValueError(f"task {self.task.kind} learns from rows: give --data.train FILE")
+        architectures, head = _NEEDS[self.task.kind]
+        if self.model.architecture not in architectures or self.model.head.kind != head:
+            raise ValueError(
+                f"the model is of architecture {self.model.architecture} with head {self.model.head.kind}: "
+                f"task {self.task.kind} needs {' or '.join(architectures)} with head {head}"
+            )
+        if self.task.corrupt.pairs != "none" and not self.model.head.pair:
+            raise ValueError(f"task.corrupt.pairs {self.task.corrupt.pairs} needs a head over pairs: add --model.head.pair true")
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return pathlib.Path(self.runs) / self.name
+
+
+_TEXT, _LABELS = ("decoder", "encoder_decoder"), ("encoder", "decoder")
+# Task → the architectures and the head that it is learned with.
+_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "causal": (("decoder",), "language_model"),
+    "masked": (("encoder",), "masked_lm"),
+    "replaced": (("encoder",), "detection"),
+    "span": (("encoder_decoder",), "language_model"),
+    "mixture": (("encoder_decoder",), "language_model"),
+    "prefix": (_TEXT, "language_model"),
+    "denoising": (("encoder_decoder",), "language_model"),
+    **{name: (_LABELS, str(task.head["kind"])) for name, task in TASKS.items()},
+    "text_to_text": (_TEXT, "language_model"),
+    "chat": (("decoder",), "language_model"),
+    "preference": (("decoder",), "language_model"),
+}
+
+# What may change between two starts of one run: how long, how often, on what; not what is learned from what.
+RESUMABLE = (
+    "train.steps", "train.eval_every", "train.log_every", "train.keep", "train.sample_prompt", "train.sample_tokens",
+    "train.patience", "train.eval_rows", "data.epochs", "data.cache", "data.prefetch", "parallel.data", "parallel.fsdp",
+    "parallel.tensor", "seeds",
+)  # fmt: skip
+
+
+def load_config(file: str | pathlib.Path, flags: Mapping[str, configs.Text]) -> configs.Loaded:
+    """The config of a run; its name defaults to the file's."""
+    loaded = configs.load(ExperimentConfig, file, flags, complete)
+    if loaded.origins["name"] == "default":
+        named = dataclasses.replace(loaded.value, name=pathlib.Path(file).stem)
+        return configs.Loaded(named, {**loaded.origins, "name": "the file's name"})
+    return loaded
+
+
+def complete(tree: dict[str, Any], origins: dict[str, str]) -> None:
+    """Fill in what follows: the head from the task; sizes and tokenizer from what the model starts from."""
+    task, model, data = (tree.get(name) or {} for name in ("task", "model", "data"))
+    if not all(isinstance(part, Mapping) for part in (task, model, data)):
+        return  # building says what is wrong
+    kind = str(task.get("kind", "causal"))
+    if kind not in _NEEDS:
+        return
+    head = {**(TASKS[kind].head if kind in TASKS else {}), "kind": _NEEDS[kind][1]}
+    source = model.get("init_from")
+    source = None if source is None or str(source).lower() in ("null", "none", "") else str(source)
+    if source is None:
+        start = {"head": _head(head, str(model.get("architecture") or _architecture(model)))}
+        origin = f"task {kind}"
+    elif configs.fields_of(ModelConfig).keys() <= model.keys():
+        return  # a run's own config.yaml, which is whole
+    else:
+        start, folder = _start(source, head)
+        origin = f"init_from {source}"
+        if "tokenizer" not in data:
+            tree["data"] = {**data, "tokenizer": {"kind": "huggingface", "path": str(folder)}}
+            origins |= {"data.tokenizer.kind": origin, "data.tokenizer.path": origin}
+    for leaf in configs.flatten(start):
+        origins.setdefault(f"model.{leaf}", origin)
+    tree["model"] = configs.lay(start, model)
+
+
+def _architecture(model: Mapping[str, Any]) -> str:
+    preset = TransformerConfig.PRESETS.get(str(model.get("preset")), {})
+    return str(preset.get("architecture", "decoder"))
+
+
+def _head(head: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The head of a task on a model of ours: an encoder's as BERT's, a decoder's as GPT-2's."""
+    if head["kind"] in ("sequence", "choice") and architecture == "decoder":
+        return {"pool": "last", "dense": False, "bias": False, **head}
+    if head["kind"] == "embedding":
+        return {"pool": "mean" if architecture == "encoder" else "last", "dense": False, **head}
+    if head["kind"] in ("masked_lm", "detection"):
+        return {"activation": "gelu", "norm": head["kind"] == "masked_lm", **head}
+    return {**head}
+
+
+def _start(source: str, head: Mapping[str, Any]) -> tuple[dict[str, Any], pathlib.Path]:
+    """The model section that starting from `source` means, and the folder of its tokenizer."""
+    folder = locate(source, weights=False)
+    if is_hugging_face(folder):
+        config = read_config(folder, str(head["kind"]), head.get("labels"))
+        tokenizer = folder
+    else:
+        config = model_config(source)
+        if config.head.kind != head["kind"]:
+            bare = configs.to_dict(type(config.head)())
+            fresh = configs.build(type(config.head), {**bare, **_head(head, config.architecture)})
+            config = dataclasses.replace(config, head=fresh)
+        tokenizer = folder / "tokenizer"
+    return {name: value for name, value in configs.to_dict(config).items() if name not in ("preset", "init_from")}, tokenizer
+
+
+def check_fits(config: ExperimentConfig, model: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
+    """Refuse sizes that the mesh does not divide, with what would be allowed."""
+    sizes = dict(mesh.shape)
+    ways = sizes["data"] * sizes["fsdp"]
+    rows = ways * config.train.accumulate
+    if config.data.batch_size % rows:
+        near = max(rows, round(config.data.batch_size / rows) * rows)
+        raise ValueError(
+            f"data.batch_size {config.data.batch_size} does not divide over {ways} device(s) (data × fsdp) "
+            f"in {config.train.accumulate} part(s) (train.accumulate): give a multiple of {rows}, such as {near}"
+        )
+    for axis, name, size in (
+        ("tensor", "model.heads", model.heads),
+        ("tensor", "model.mlp_width", model.F),
+        ("tensor", "model.vocab_size", model.V),
+        ("fsdp", "model.width", model.width),
+    ):
+        if size % sizes[axis]:
+            fits = [n for n in range(1, sizes[axis] + 1) if size % n == 0]
+            raise ValueError(
+                f"parallel.{axis} {sizes[axis]} does not divide {name} {size}: parallel.{axis} may be {', '.join(map(str, fits))}"
+            )

@@ -1,0 +1,184 @@
+"""Learning a task from rows."""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data import ExampleBatches, Table, Tokenizer, read_rows, split_rows, train_tokenizer
+from jaxlm.experiment.config import check_fits
+from jaxlm.experiment.job import Batches, Job
+from jaxlm.model import Model, Params, TransformerConfig
+from jaxlm.models import LABELS, read_labels, start_id, with_labels, with_vocabulary
+from jaxlm.report import bar, say
+from jaxlm.tasks import TASKS, Examples, Predictor, Task, told, write_predictions
+from jaxlm.train import Objective
+
+SHOWN_ROWS = 3
+
+
+class Finetuning(Job):
+    """A task over rows of a table, from a pretrained model or from nothing."""
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
+        def texts() -> Any:
+            for row in self.tables[0].rows:
+                yield from (value for value in row.values() if isinstance(value, str))
+
+        return train_tokenizer(self.config.data.tokenizer, texts())
+
+    @functools.cached_property
+    def _roles(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Required and optional columns; those of text_to_text hang on its template."""
+        kind = TASKS[self.config.task.kind]
+        return kind.roles(self.config.task, self.config.model.architecture)
+
+    @functools.cached_property
+    def tables(self) -> tuple[Table, Table]:
+        """Rows to train on, rows held out."""
+        data = self.config.data
+        assert data.train is not None, "the config was checked"
+        table = read_rows(data.train, data.rows, *self._roles)
+        if data.validation:
+            return table, read_rows(data.validation, data.rows, *self._roles, split="validation")
+        return split_rows(table, data.holdout.fraction)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        c = self.config
+        labels = read_labels(self.folder)
+        task = TASKS[c.task.kind](
+            c.task, self.tokenizer, c.data.length, labels=labels, architecture=c.model.architecture,
+            start_id=start_id(self._theirs, self.tokenizer),
+        )  # fmt: skip
+        task.learn(self.tables[0].rows)
+        if labels and tuple(labels) != task.labels:
+            raise ValueError(f"{self.folder} was trained with other labels ({', '.join(labels[:10])}): give --name NEW")
+        return task
+
+    @property
+    def _theirs(self) -> Mapping[str, Any] | None:
+        """The `config.json` of the Hugging Face model that the run starts from."""
+        from jaxlm.hub import is_hugging_face, read_json
+        from jaxlm.models import locate
+
+        source = self.config.model.init_from
+        folder = None if source is None else locate(source, weights=False)
+        return read_json(folder) if folder is not None and is_hugging_face(folder) else None
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        return self.task.metric
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        return self.task.unit
+
+    @property
+    def shown(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(dict.fromkeys(("loss", self.metric, "accuracy", "perplexity")))
+
+    @functools.cache  # noqa: B019, which is one job a process
+    def model(self) -> Model:
+        config = with_vocabulary(self.config.model.plain(), self.tokenizer)
+        if self.task.labels and "labels" not in self.task.head:
+            config = with_labels(config, len(self.task.labels))
+        check_fits(self.config, config, self.mesh)
+        return Model(config)
+
+    @functools.cached_property
+    def examples(self) -> tuple[Examples, Examples]:
+        """Those to train on, those held out; long texts that were cut are told."""
+        made = tuple(self.task.examples(table.rows, table.where) for table in self.tables)
+        if self.task.framer.truncated:
+            say(f"{self.task.framer.truncated:,} texts are longer than data.length {self.config.data.length} tokens and were cut")
+        return made[0], made[1]
+
+    def batches(self) -> Batches:
+        c = self.config
+        epochs = c.data.epochs if c.data.epochs is not None or c.train.steps is not None else 3.0
+        return ExampleBatches(
+            self.examples[0].items, c.data.batch_size, seed=c.seed, epochs=epochs, pad_id=self.task.pad_id, grouped=c.data.grouped
+        )
+
+    def objective(self) -> Objective:
+        return self.task.objective(self.config.train.loss_chunk)
+
+    def prepare(self, start: Callable[[], Params]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.task.labels:
+            (self.folder / LABELS).write_text(json.dumps(self.task.labels, ensure_ascii=False), encoding="utf8")
+        if hasattr(self.task, "refer"):
+            self._refer(start)
+
+    def _refer(self, start: Callable[[], Params]) -> None:
+        """What the model at the start makes of each example, computed once and kept in the run's folder."""
+        file = self.folder / "reference.npz"
+        names = ("chosen_B", "rejected_B")
+        if not file.is_file():
+            kept = {}
+            params = start()
+            for part, examples in zip(("train", "validation"), self.examples, strict=True):
+                with bar(f"reference ({part})", len(examples), "rows") as shown:
+                    passed = self.predictor.run(params, examples.items, loss=False, advance=shown.advance)
+                assert passed is not None, "nothing stops it"
+                kept |= {f"{part}_{name}": np.array([output[name] for output in passed.outputs]) for name in names}
+            np.savez(file, **kept)
+        held = np.load(file)
+        for part, examples in zip(("train", "validation"), self.examples, strict=True):
+            columns = [held[f"{part}_{name}"] for name in names]
+            self.task.refer(examples, [dict(zip(names, pair, strict=True)) for pair in zip(*columns, strict=True)])  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        return Predictor(self.task, self.model(), self.mesh, self.config.data.batch_size, self.config.train.loss_chunk)
+
+    @functools.cached_property
+    def _scored(self) -> tuple[list[Any], Examples]:
+        """Rows and examples of an evaluation in training."""
+        rows, most = self.tables[1].rows, self.config.train.eval_rows
+        if most is None or most >= len(rows):
+            return rows, self.examples[1]
+        return rows[:most], self.task.examples(rows[:most], self.tables[1].where[:most])
+
+    def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
+        rows, examples = self._scored
+        passed = self.predictor.run(params, examples.items, outputs=not self.task.generates, stop=stop)
+        if passed is None:
+            return None
+        scores = {"loss": passed.loss, **passed.means}
+        if self.task.generates:
+            return {**scores, "perplexity": math.exp(min(passed.means["nll"], 50.0))}
+        return {**scores, **self.task.scores(rows, self.task.read(rows, examples, passed.outputs))}
+
+    def sample(self, params: Params) -> str | None:
+        rows = self.tables[1].rows[:SHOWN_ROWS]
+        predictions = self.predictor.predict(params, rows)
+        assert predictions is not None, "nothing stops it"
+        given = [" | ".join(str(row.get(role, ""))[:200] for role in self.task.given) for row in rows]
+        return "\n".join(f"{text} → {self.task.show(row, p)}" for text, row, p in zip(given, rows, predictions, strict=True))
+
+    def flops(self, model: TransformerConfig) -> float | None:
+        return None
+
+    def summary(self) -> str:
+        train, held = self.tables
+        labels = f"; labels: {', '.join(self.task.labels[:8])}{' …' if len(self.task.labels) > 8 else ''}" if self.task.labels else ""
+        return f"{train.summary()} to train on; {held.summary()} held out{labels}"
+
+    def conclude(self, params: Callable[[], Params], rows: list[dict[str, Any]]) -> tuple[dict[str, str], str, dict[str, float]]:
+        held = self.tables[1].rows
+        with bar("predicting the held-out rows", len(held), "rows") as shown:
+            predictions = self.predictor.predict(params(), held, advance=shown.advance)
+        assert predictions is not None, "nothing stops it"
+        return told(write_predictions(self.folder, self.config.name, self.task, held, predictions)), "", {}
+
+    def commands(self) -> list[str]:
+        folder, role = self.config.folder, self.task.given[0]
+        text = str(self.tables[1].rows[0].get(role, ""))[:60].replace('"', "'").replace("\n", " ")
+        given = f'--text "{text}"' if len(self.task.given) == 1 and isinstance(self.tables[1].rows[0].get(role), str) else "--file FILE"
+        return [f"jaxlm predict {folder} {given}", f"jaxlm evaluate {folder} --data FILE", f"jaxlm export {folder} exported"]

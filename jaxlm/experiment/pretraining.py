@@ -1,0 +1,164 @@
+"""Learning from unlabelled text."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxlm.data import (
+    Corpora,
+    build_corpora,
+    eval_batches,
+    make_corruption,
+    train_batches,
+    xz_bits_per_byte,
+)
+from jaxlm.experiment.config import check_fits
+from jaxlm.experiment.job import Batches, Job
+from jaxlm.generate import Generator, SampleConfig
+from jaxlm.model import Detection, Model, Params, TransformerConfig
+from jaxlm.models import with_vocabulary
+from jaxlm.parallel import place_batch, settle
+from jaxlm.train import Objective, make_eval_step, objectives
+
+SAMPLING = SampleConfig(temperature=0.7, top_p=0.95)
+
+
+class Pretraining(Job):
+    """The objectives over text: the next token, masked or replaced tokens, spans, noise."""
+
+    @functools.cached_property
+    def corpora(self) -> Corpora:
+        return build_corpora(self.config.data)
+
+    @property
+    def tokenizer(self) -> Any:  # type: ignore[override]
+        return self.corpora.tokenizer
+
+    @property
+    def kind(self) -> str:
+        return self.config.task.kind
+
+    @property
+    def causal(self) -> bool:
+        """Every token is predicted from those before it, so that bits per byte are those of the text."""
+        return self.kind == "causal" and not self.config.task.corrupt.fim
+
+    @property
+    def shown(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("loss", "bits_per_byte") if self.causal else ("loss", "nll", "detection_accuracy")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.kind == "replaced"
+
+    @functools.cached_property
+    def corruption(self) -> Any:
+        c = self.config
+        if self.causal:
+            return None
+        return make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
+
+    @functools.cache  # noqa: B019, which is one job a process
+    def model(self) -> Any:
+        config = with_vocabulary(self.config.model.plain(), self.tokenizer)
+        check_fits(self.config, config, self.mesh)
+        return Detection(config, self.config.task.generator) if self.kind == "replaced" else Model(config)
+
+    def batches(self) -> Batches:
+        c = self.config
+        return train_batches(c.data, self.corpora, seed=c.seed, corruption=self.corruption)
+
+    def objective(self) -> Objective:
+        c = self.config
+        if self.kind == "replaced":
+            return objectives.replaced(c.train.loss_chunk, c.task.corrupt.rate, c.task.detection)
+        pair = c.task.corrupt.rate * c.data.length if c.task.corrupt.pairs != "none" else 0.0
+        return objectives.tokens(c.train.loss_chunk, c.train.z_loss, c.task.label_smoothing, pair)
+
+    @functools.cached_property
+    def _scored(self) -> Any:
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = -(-self.config.data.batch_size // ways) * ways  # of a training batch, up to what the mesh divides
+        return eval_batches(self.config.data, self.corpora, rows=rows, corruption=self.corruption)
+
+    @functools.cached_property
+    def _eval_step(self) -> Callable[..., Any]:
+        return make_eval_step(self.model(), self.objective(), self.mesh)
+
+    def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
+        sums: dict[str, float] = {}
+        for batch in self._scored:
+            if stop():
+                return None
+            part = jax.device_get(settle(self.mesh, self._eval_step(params, place_batch(batch, self.mesh))))
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in part.items()}
+        weight = sums.pop("weight")
+        scores = {name: value / weight for name, value in sums.items()}
+        if self.causal:
+            return {"loss": scores["nll"], "bits_per_byte": scores["nll"] * self.corpora.heldout_tokens_per_byte / math.log(2)}
+        return scores
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.model(), self.mesh, self.tokenizer.vocab_size)
+
+    def sample(self, params: Params) -> str | None:
+        c, tokenizer = self.config.train, self.tokenizer
+        if self.kind != "causal":
+            return None
+        prompt = [tokenizer.bos_id, *tokenizer.encode(c.sample_prompt).tolist()]
+        new = self._generator.stream(params, prompt, c.sample_tokens, SAMPLING, seed=self.config.seed, stop={tokenizer.eos_id})
+        return c.sample_prompt + tokenizer.decode(list(new))
+
+    def figures(self, values: Mapping[str, float]) -> dict[str, float]:
+        if not self.causal:
+            return {}
+        return {"bits_per_byte": values["nll"] * self.corpora.train_tokens_per_byte / math.log(2)}
+
+    def flops(self, model: TransformerConfig) -> float | None:
+        return model.train_flops_per_token(self.config.data.length) if self.causal else None
+
+    def summary(self) -> str:
+        return self.corpora.summary()
+
+    def conclude(self, params: Callable[[], Params], rows: list[dict[str, Any]]) -> tuple[dict[str, str], str, dict[str, float]]:
+        evals = [row for row in rows if row["kind"] == "eval"]
+        if not evals:
+            return {}, "", {}
+        told = {"held-out loss": f"{evals[-1]['loss']:.4f} nats per {'token' if self.causal else 'target'}"}
+        if not self.causal:
+            return told, "", {}
+        baselines = xz_baselines(self.corpora)
+        bits = evals[-1]["bits_per_byte"]
+        return {**told, "held-out bits per byte": f"{bits:.4f}"}, _verdict(bits, baselines), baselines
+
+    def commands(self) -> list[str]:
+        folder = self.config.folder
+        if self.kind == "causal":
+            return [f'jaxlm generate {folder} --prompt "{self.config.train.sample_prompt}"']
+        return [f"jaxlm train configs/finetune-stdlib.yaml --model.init-from {folder}"]
+
+
+# xz reads about 2 MB a second: beyond this size its figure is not worth the wait.
+_XZ_BYTES = 32 << 20
+
+
+def xz_baselines(corpora: Corpora) -> dict[str, float]:
+    """Bits per byte that `xz -9` takes for the held-out text, alone and after the training text."""
+    texts = corpora.heldout_text(), corpora.train_text() if corpora.train_bytes <= _XZ_BYTES else None
+    if corpora.heldout_bytes > _XZ_BYTES or texts[0] is None:
+        return {}
+    alone = {"xz -9": xz_bits_per_byte(texts[0])}
+    return alone if texts[1] is None else {**alone, "xz -9 after the training text": xz_bits_per_byte(texts[0], after=texts[1])}
+
+
+def _verdict(bits: float, baselines: Mapping[str, float]) -> str:
+    if not baselines:
+        return ""
+    shown = ", ".join(f"{name} takes {value:.3f}" for name, value in baselines.items())
+    beaten = [name for name, value in baselines.items() if bits < value]
+    end = f"the model beats {' and '.join(beaten)}" if beaten else "not there yet: train longer"
+    return f"Held-out text: {bits:.3f} bits per byte; for the same text {shown}: {end}."

@@ -1,0 +1,220 @@
+"""One run in its folder: a config → every built part, trained, saved and told. The only place that composes."""
+
+import functools
+import time
+from typing import Any
+
+import jax
+
+from jaxlm import config as configs
+from jaxlm.data import prefetch
+from jaxlm.experiment.config import RESUMABLE, ExperimentConfig
+from jaxlm.experiment.finetuning import Finetuning
+from jaxlm.experiment.job import Job
+from jaxlm.experiment.pretraining import Pretraining
+from jaxlm.model import Params
+from jaxlm.models import start_parameters
+from jaxlm.parallel import make_mesh, peak_flops, place_batch, stored_shardings
+from jaxlm.report import Page, Record, count, read_rows, say, seconds, write_page
+from jaxlm.train import (
+    LOWER,
+    Checkpoints,
+    TrainState,
+    Tuning,
+    Work,
+    fit,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    state_shapes,
+    state_shardings,
+    waited,
+)
+
+
+class Run:
+    """One run in its folder: built once from the config, then trained."""
+
+    def __init__(self, config: ExperimentConfig):
+        self.config, self.folder = config, config.folder
+        self.start = Checkpoints(self.folder / "checkpoints").latest() or 0
+        if self.start:
+            self._check_same()
+
+    def _check_same(self) -> None:
+        file = self.folder / "config.yaml"
+        changed = configs.diff(configs.read_yaml(file)[0], configs.to_dict(self.config)) if file.exists() else {}
+        changed = {leaf: pair for leaf, pair in changed.items() if leaf not in RESUMABLE}
+        if changed:
+            shown = ", ".join(f"{leaf} {old} → {new}" for leaf, (old, new) in changed.items())
+            raise ValueError(f"{self.folder} holds a run with another config ({shown}): give --name NEW, or delete the folder")
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return make_mesh(self.config.parallel)
+
+    @functools.cached_property
+    def job(self) -> Job:
+        """What depends on the task."""
+        return (Pretraining if self.config.task.pretraining else Finetuning)(self.config, self.mesh, self.folder)
+
+    @property
+    def metric(self) -> str:
+        return self.config.train.metric or self.job.metric
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints", self.config.train.keep, self.metric, higher=self.metric not in LOWER)
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        total = self.job.batches().total
+        return self.config.train.steps or total or 1000
+
+    @property
+    def eval_every(self) -> int:
+        per_epoch = getattr(self.job.batches(), "per_epoch", None)
+        return self.config.train.eval_every or per_epoch or 200
+
+    @property
+    def finished(self) -> bool:
+        """All steps are taken, or no better score was found for long enough, and the last evaluation is recorded."""
+        if not self.start:
+            return False
+        record = [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == "eval"]
+        if self.config.train.patience and waited(record, self.metric) >= self.config.train.patience:
+            return True
+        return self.start >= self.steps and [row["step"] for row in record[-1:]] == [self.start]
+
+    def train(self) -> str:
+        """Train to the end, or until interrupted; returns how it ended (see `Outcome`)."""
+        c, mesh, job = self.config, self.mesh, self.job
+        model = job.model()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(configs.dump(c), encoding="utf8")
+        job.tokenizer.save(self.folder / "tokenizer")
+        tuning = Tuning(c.tune, model)
+        self._introduce(model, tuning)
+
+        steps = self.steps
+        schedule = make_schedule(c.optim, steps)
+        optimizer = make_optimizer(c.optim, schedule)
+        source = job.batches()
+
+        @functools.cache
+        def begin() -> Params:
+            """The parameters that the run starts from."""
+            return start_parameters(c.model.init_from, model, mesh, c.seed)
+
+        began = time.monotonic()
+        with jax.set_mesh(mesh):
+            job.prepare(begin)
+            if self.start:
+                state, progress = self._resume(model, optimizer, tuning, begin)
+                say(f"resuming {self.folder} at step {self.start:,} of {steps:,}")
+            else:
+                params = begin() if c.model.init_from else None
+                state, progress = init_state(model, optimizer, c.seed, mesh, tuning, params), None
+            begin.cache_clear()
+            merged = jax.jit(tuning.merge)
+
+            def whole(state: TrainState) -> Params:
+                """All parameters, the averaged ones where there are."""
+                trained = state.params if state.average is None else state.average
+                return trained if tuning.everything else merged(trained, state.frozen)
+
+            work = Work(
+                evaluate=lambda state, stop: job.evaluate(whole(state), stop), metric=self.metric,
+                sample=(lambda state: job.sample(whole(state)) or "") if c.train.sample_tokens and self._samples else None,
+                shown=tuple(dict.fromkeys(("loss", self.metric, *job.shown))), figures=job.figures, unit=job.unit,
+                flops=job.flops(model.config), peak_flops=peak_flops(mesh),
+            )  # fmt: skip
+            record = Record(self.folder, self.start)
+            batches = prefetch(source.iterate(progress), lambda pair: (place_batch(pair[0], mesh), pair[1]), c.data.prefetch)
+            outcome = fit(
+                c.train, steps, self.eval_every, state, self.start,
+                make_train_step(
+                    model, job.objective(), optimizer, schedule, mesh, seed=c.seed, accumulate=c.train.accumulate,
+                    tuning=tuning, stochastic=job.stochastic,
+                ),
+                batches, work, mesh=mesh, checkpoints=self.checkpoints, record=record,
+            )  # fmt: skip
+            ended = outcome.state
+
+            def best() -> Params:
+                """The parameters of the best checkpoint."""
+                step = self.checkpoints.best()
+                if step is None or step == outcome.step:
+                    return whole(ended)
+                shardings = stored_shardings(tuning.axes, tuning.shapes, mesh)
+                trained = self.checkpoints.restore_params(step, tuning.shapes, shardings)
+                return trained if tuning.everything else merged(trained, ended.frozen)
+
+            self._conclude(outcome.ended, outcome.step, record.rows, time.monotonic() - began, best)
+        self.checkpoints.close()
+        record.close()
+        return outcome.ended
+
+    @property
+    def _samples(self) -> bool:
+        task = self.config.task
+        return not task.pretraining or task.kind == "causal"
+
+    def _resume(self, model: Any, optimizer: Any, tuning: Tuning, begin: Any) -> tuple[TrainState, Any]:
+        shapes = state_shapes(model, optimizer, tuning)
+        shardings = state_shardings(model, optimizer, self.mesh, tuning)
+        state, progress = self.checkpoints.restore(self.start, shapes, shardings)
+        if tuning.everything:
+            return state, progress
+        key = jax.random.key(self.config.seed)
+        frozen = jax.jit(lambda params: tuning.split(params, key)[1], out_shardings=shardings.frozen)(begin())
+        return state.replace(frozen=frozen), progress
+
+    def _introduce(self, model: Any, tuning: Tuning) -> None:
+        c = self.config
+        devices = self.mesh.devices
+        rows = f"{c.data.batch_size} × {c.data.length} tokens a step"
+        trained = "" if tuning.everything else f" ({count(tuning.trained_parameters)} of them trained)"
+        say(f"{self.folder}: {count(model.parameters())} parameters{trained}, {rows}, {self.steps:,} steps")
+        say(f"data: {self.job.summary()}")
+        axes = " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        say(f"devices: {devices.size} × {devices.flat[0].device_kind} ({axes})")
+
+    def _conclude(self, ended: str, step: int, rows: list[dict[str, Any]], took: float, best: Any) -> None:
+        """Write the page of the run and say what was reached and what to type next."""
+        c = self.config
+        # One who stops a run waits for it to end: what it is compared with can be had when it goes on.
+        told, verdict, baselines = ({}, "", {}) if ended == "interrupted" else self.job.conclude(best, rows)
+        commands = self.next_commands(step)
+        ends = {"exhausted": "the data is exhausted", "stopped": f"no better {self.metric} for {c.train.patience} evaluations"}
+        summary = {
+            "ended": ends.get(ended, ended) + f" at step {step:,} of {self.steps:,}",
+            "parameters": f"{self.job.model().parameters():,}",
+            "data": self.job.summary(),
+            "training time": f"{seconds(took)} (this start)",
+            **told,
+        }
+        write_page(self.folder, Page(c.name, summary, verdict, baselines, commands, configs.dump(c)), rows)
+        say()
+        if ended == "exhausted" and c.data.epochs:
+            say(f"the data is exhausted after {c.data.epochs:g} epoch(s), at step {step:,}: raise --data.epochs for more")
+        for name, value in summary.items():
+            say(f"{name + ':':<24}{value}")
+        if verdict:
+            say(verdict)
+        say(f"look at {self.folder}/report.html, curves.png{' and samples.md' if self._samples else ''}; next:")
+        for command in commands:
+            say(f"  {command}")
+
+    def next_commands(self, step: int) -> list[str]:
+        """What a person may type after a run."""
+        c, file = self.config, self.folder / "config.yaml"
+        longer = f"--data.epochs {2 * c.data.epochs:g}" if c.data.epochs else f"--train.steps {2 * max(step, self.steps)}"
+        return [
+            *self.job.commands(),
+            f"jaxlm train {file} {longer}",
+            f"jaxlm train {file} --name {c.name}-2 --optim.learning-rate {c.optim.learning_rate / 2:g}",
+            f"tensorboard --logdir {c.runs}",
+        ]

@@ -1,0 +1,16 @@
+"""Tasks over labelled rows: features, objectives, predictions, scores."""
+
+from jaxlm.tasks.comparing import Embedding, Preference, Reward
+from jaxlm.tasks.labelling import Classification, Multilabel, Regression, Tagging
+from jaxlm.tasks.predictor import Passed, Predictor
+from jaxlm.tasks.reading import ExtractiveQa, MultipleChoice
+from jaxlm.tasks.task import PRETRAINING, Examples, Prediction, Task, TaskConfig
+from jaxlm.tasks.writing import ChatTask, TextToText
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification, "multilabel": Multilabel, "regression": Regression, "tagging": Tagging,
+    "extractive_qa": ExtractiveQa, "multiple_choice": MultipleChoice, "text_to_text": TextToText, "chat": ChatTask,
+    "embedding": Embedding, "preference": Preference, "reward": Reward,
+}  # fmt: skip
+
+__all__ = ["PRETRAINING", "TASKS", "Examples", "Passed", "Prediction", "Predictor", "Task", "TaskConfig"]

@@ -1,0 +1,222 @@
+"""Labels of texts and of their words: one class, several classes, a number, a tag a word."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from jaxlm.tasks import metrics
+from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, balanced, label_ids, label_names
+from jaxlm.train import Objective, objectives
+
+
+def _texts(rows: Sequence[Row]) -> tuple[list[str], list[str] | None]:
+    pairs = [row["pair"] for row in rows if row.get("pair") is not None]
+    if pairs and len(pairs) != len(rows):
+        raise ValueError(f"{len(pairs)} of {len(rows)} rows have a second text: all must, or none")
+    return [row["text"] for row in rows], pairs or None
+
+
+class _OfTexts(Task):
+    """A prediction for a text or a pair of texts."""
+
+    required = ("text", "label")
+    optional = ("pair",)
+
+    def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        made = self.framed(*_texts(rows))
+        for example, targets in zip(made, self._targets(rows, where), strict=True):
+            example |= {"labels": targets, "weights": ONE} if not isinstance(targets, dict) else {**targets, "weights": ONE}
+        return Examples(made, np.arange(len(made)))
+
+    def _targets(self, rows: Sequence[Row], where: Sequence[str] | None) -> Sequence[Any]:
+        raise NotImplementedError
+
+
+class Classification(_OfTexts):
+    """One of several classes for a text or a pair of texts: sentiment, topic, intent, paraphrase, acceptability."""
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        names = [str(row["label"]) for row in rows]
+        self.labels = label_names(set(names), self.config)
+        if len(set(names)) < 2:
+            raise ValueError(f"all training rows have the label {names[0]!r}: two labels are the least to tell apart")
+        if self.config.class_weights == "balanced":
+            self.class_weights = balanced(label_ids(names, self.labels, None), len(self.labels))
+
+    def _targets(self, rows: Sequence[Row], where: Sequence[str] | None) -> Sequence[Any]:
+        if any("label" not in row for row in rows):
+            return [np.int32(0)] * len(rows)
+        return list(label_ids([str(row["label"]) for row in rows], self.labels, where))
+
+    def objective(self, chunk: int) -> Objective:
+        return objectives.classes(self.class_weights, self.config.label_smoothing)
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"probabilities_BC": jax.nn.softmax(objectives.scores_of(apply, params, batch))}
+
+    def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
+        made = []
+        for output in outputs:
+            given = output["probabilities_BC"]
+            best = int(np.argmax(given))
+            named = {name: float(p) for name, p in zip(self.labels, given, strict=True)}
+            made.append({"label": self.labels[best], "probability": float(given[best]), "probabilities": named})
+        return made
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        actual = label_ids([str(row["label"]) for row in rows], self.labels, None)
+        predicted = label_ids([p["label"] for p in predictions], self.labels, None)
+        probabilities = np.array([[p["probabilities"][name] for name in self.labels] for p in predictions])
+        return metrics.classification(predicted, actual, probabilities)
+
+    def confusion(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Sequence[str], np.ndarray] | None:
+        counts = np.zeros((len(self.labels), len(self.labels)), int)
+        for row, prediction in zip(rows, predictions, strict=True):
+            counts[self.labels.index(str(row["label"])), self.labels.index(prediction["label"])] += 1
+        return self.labels, counts
+
+    def wrong(self, row: Row, prediction: Prediction) -> tuple[float, str, str] | None:
+        expected = str(row["label"])
+        return None if expected == prediction["label"] else (prediction["probability"], expected, prediction["label"])
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        others = sorted(prediction["probabilities"].items(), key=lambda pair: -pair[1])[1:4]
+        rest = ", ".join(f"{name} {p:.3f}" for name, p in others)
+        return f"{prediction['label']} {prediction['probability']:.3f}" + (f"  ({rest})" if rest else "")
+
+
+class Multilabel(_OfTexts):
+    """Any number of classes for a text."""
+
+    required = ("text", "labels")
+    metric = "f1_micro"
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        self.labels = label_names({str(name) for row in rows for name in row["labels"]}, self.config)
+        if self.config.class_weights == "balanced":
+            yes_C = np.maximum(np.sum([self._vector(row) for row in rows], axis=0), 1)
+            self.class_weights = ((len(rows) - yes_C) / yes_C).tolist()  # of the rows that have it
+
+    def _vector(self, row: Row, where: str | None = None) -> np.ndarray:
+        vector_C = np.zeros(len(self.labels), np.float32)
+        names = [str(name) for name in row.get("labels", ())]
+        if names:
+            vector_C[label_ids(names, self.labels, [where] * len(names) if where else None)] = 1
+        return vector_C
+
+    def _targets(self, rows: Sequence[Row], where: Sequence[str] | None) -> Sequence[Any]:
+        return [{"labels_C": self._vector(row, where[i] if where else None)} for i, row in enumerate(rows)]
+
+    def objective(self, chunk: int) -> Objective:
+        return objectives.several_classes(self.class_weights)
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"probabilities_BC": jax.nn.sigmoid(objectives.scores_of(apply, params, batch))}
+
+    def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
+        made = []
+        for output in outputs:
+            named = {name: float(p) for name, p in zip(self.labels, output["probabilities_BC"], strict=True)}
+            made.append({"labels": [n for n, p in named.items() if p >= self.config.threshold], "probabilities": named})
+        return made
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        probabilities_BC = np.array([[p["probabilities"][name] for name in self.labels] for p in predictions])
+        return metrics.multilabel(probabilities_BC, np.array([self._vector(row) for row in rows]), self.config.threshold)
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        chosen = [f"{name} {prediction['probabilities'][name]:.3f}" for name in prediction["labels"]]
+        return ", ".join(chosen) or f"none (below {self.config.threshold:g})"
+
+
+class Regression(_OfTexts):
+    """A number for a text or a pair of texts."""
+
+    head: ClassVar[Mapping[str, Any]] = {"kind": "sequence", "labels": 1}
+    metric = "pearson"
+
+    def _targets(self, rows: Sequence[Row], where: Sequence[str] | None) -> Sequence[Any]:
+        made = []
+        for i, row in enumerate(rows):
+            try:
+                made.append(np.float32(row.get("label", 0)))
+            except ValueError:
+                place = where[i] if where else f"row {i}"
+                raise ValueError(f"{place}: label {row['label']!r} is no number, as task regression needs") from None
+        return made
+
+    def objective(self, chunk: int) -> Objective:
+        return objectives.squares()
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"value_B": objectives.scores_of(apply, params, batch)[:, 0]}
+
+    def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
+        return [{"value": float(output["value_B"])} for output in outputs]
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        return metrics.regression(np.array([p["value"] for p in predictions]), np.array([float(row["label"]) for row in rows]))
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        return f"{prediction['value']:.4f}"
+
+
+class Tagging(Task):
+    """A tag for each word, of names by BIO tags; the first token of a word stands for it (Devlin et al. 2019, §5.3)."""
+
+    head: ClassVar[Mapping[str, Any]] = {"kind": "token"}
+    required = ("tokens", "tags")
+    given = ("tokens",)
+    metric = "f1"
+    unit = "words"
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        self.labels = label_names({tag for row in rows for tag in row["tags"]}, self.config)
+
+    @property
+    def spans(self) -> bool:
+        """The tags name spans (B-…, I-…), else parts of speech or the like."""
+        return any(label.startswith("B-") for label in self.labels)
+
+    def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        items, about = [], []
+        for i, (row, framed) in enumerate(zip(rows, self.framer.words([row["tokens"] for row in rows]), strict=True)):
+            words = framed.words
+            first = (words >= 0) & (words != np.concatenate([[-1], words[:-1]]))
+            labels = np.zeros(len(words), np.int32)
+            if "tags" in row:
+                ids = label_ids(list(row["tags"]), self.labels, [where[i]] * len(row["tags"]) if where else None)
+                labels[first] = ids[words[first]]
+            ones = np.ones(len(words), np.int32)
+            items.append({"tokens": framed.ids, "segments": ones, "labels": labels, "weights": first.astype(np.float32)})
+            about.append((words[first], np.flatnonzero(first)))
+        return Examples(items, np.arange(len(items)), about)
+
+    def objective(self, chunk: int) -> Objective:
+        return objectives.classes(None, self.config.label_smoothing)
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"probabilities_BLC": jax.nn.softmax(objectives.scores_of(apply, params, batch))}
+
+    def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
+        """Words that were cut off get the tag O, or the first one where there is no O."""
+        made = []
+        for row, (words, places), output in zip(rows, examples.about, outputs, strict=True):
+            tags = ["O" if "O" in self.labels else self.labels[0]] * len(row["tokens"])
+            sure = [0.0] * len(tags)
+            for word, place in zip(words, places, strict=True):
+                given = output["probabilities_BLC"][place]
+                tags[word], sure[word] = self.labels[int(np.argmax(given))], float(np.max(given))
+            made.append({"tags": tags, "probabilities": sure})
+        return made
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        predicted, actual = [p["tags"] for p in predictions], [list(row["tags"]) for row in rows]
+        pairs = [(p, a) for ps, as_ in zip(predicted, actual, strict=True) for p, a in zip(ps, as_, strict=True)]
+        accuracy = {"accuracy": sum(p == a for p, a in pairs) / max(1, len(pairs))}
+        return {**metrics.spans(predicted, actual), **accuracy} if self.spans else {"f1": accuracy["accuracy"], **accuracy}
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        return " ".join(f"{word}/{tag}" if tag != "O" else word for word, tag in zip(row["tokens"], prediction["tags"], strict=True))

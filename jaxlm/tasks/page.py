@@ -1,0 +1,53 @@
+"""What predictions look like to a person: a file of them, and a page with scores, confusion and the worst errors."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from jaxlm.report import write_scores
+from jaxlm.tasks.calibration import reliability
+from jaxlm.tasks.intervals import Interval
+from jaxlm.tasks.task import Prediction, Row, Task
+
+WORST = 30
+
+
+def write_predictions(
+    folder: pathlib.Path, title: str, task: Task, rows: Sequence[Row], predictions: Sequence[Prediction]
+) -> dict[str, Interval]:
+    """Write `predictions.jsonl`, `scores.json` and `scores.html` into a folder; returns the scores with their intervals."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = task.intervals(rows, predictions)
+    lines = [json.dumps({**row, "prediction": p}, ensure_ascii=False) for row, p in zip(rows, predictions, strict=True)]
+    (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
+    numbers = {name: {"value": x.value, "low": x.low, "high": x.high} for name, x in found.items()}
+    (folder / "scores.json").write_text(json.dumps(numbers, indent=2), encoding="utf8")
+    wrong = [(task.wrong(row, p), row) for row, p in zip(rows, predictions, strict=True)]
+    worst = sorted(((how, row) for how, row in wrong if how is not None), key=lambda pair: -pair[0][0])[:WORST]
+    errors = [
+        {"text": text_of(task, row), "expected": expected, "predicted": predicted, "confidence": f"{score:.3f}"}
+        for (score, expected, predicted), row in worst
+    ]
+    write_scores(
+        folder, title, {"rows": f"{len(rows):,}", "task": task.config.kind},
+        {name: (x.value, x.low, x.high) for name, x in found.items()},
+        task.confusion(rows, predictions), errors, _reliability(rows, predictions),
+    )  # fmt: skip
+    return found
+
+
+def text_of(task: Task, row: Row) -> str:
+    """What a row gives the model, in a line."""
+    return " | ".join(str(row[role]) for role in task.given if role in row)
+
+
+def told(scores: Mapping[str, Interval]) -> dict[str, str]:
+    """Scores as a person reads them."""
+    return {name: f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})" for name, x in scores.items()}
+
+
+def _reliability(rows: Sequence[Row], predictions: Sequence[Prediction]):  # type: ignore[no-untyped-def]
+    if not predictions or "probability" not in predictions[0]:
+        return None
+    right = [str(row["label"]) == p["label"] for row, p in zip(rows, predictions, strict=True)]
+    return reliability([p["probability"] for p in predictions], right)

@@ -1,0 +1,103 @@
+"""A task's losses and predictions on the devices, for whole sets of rows."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.data import Example, in_order
+from jaxlm.generate import BatchGenerator
+from jaxlm.parallel import batch_sharding, place_batch, settle, stored_shardings
+from jaxlm.tasks.task import Examples, Outputs, Prediction, Row, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """What one pass over some examples gave."""
+
+    loss: float
+    """Mean of the objective; its other metrics' means beside it."""
+    means: Mapping[str, float]
+    outputs: Outputs
+    """Of each example, without the padding of its batch's length taken off."""
+
+
+def once(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` that computes the same call once: within one traced step the loss and the outputs ask for the same scores."""
+    known: dict[Any, Any] = {}
+
+    def call(params: Any, batch: Mapping[str, Any], **options: Any) -> Any:
+        key = (tuple(map(id, jax.tree.leaves(batch))), tuple(sorted((name, str(value)) for name, value in options.items())))
+        if key not in known:
+            known[key] = batch, apply(params, batch, **options)  # the batch is kept, so that its ids stay its own
+        return known[key][1]
+
+    return call
+
+
+class Predictor:
+    """One task and one model, compiled once for each shape of batch."""
+
+    def __init__(self, task: Task, model: Any, mesh: jax.sharding.Mesh, batch_size: int, chunk: int = 128):
+        self.task, self.model, self.mesh = task, model, mesh
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // ways) * ways
+        objective = task.objective(chunk)
+
+        def step(params: Any, batch: Mapping[str, Any], wanted: tuple[bool, bool]) -> tuple[Any, Any]:
+            apply = once(model.apply)
+            loss, weight, metrics = objective(apply, params, batch, None) if wanted[0] else (0.0, 0.0, {})
+            return {"loss": loss, "weight": weight, **metrics}, task.outputs(apply, params, batch) if wanted[1] else {}
+
+        params = stored_shardings(model.axes, model.shapes, mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._step = jax.jit(step, in_shardings=(params, batch_sharding(mesh)), out_shardings=whole, static_argnums=2)
+
+    def run(
+        self, params: Any, examples: Sequence[Example], *, loss: bool = True, outputs: bool = True,
+        stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda n: None,
+    ) -> Passed | None:  # fmt: skip
+        """One pass, or None once `stop()` is true."""
+        sums: dict[str, float] = {}
+        kept: Outputs = [{} for _ in examples]
+        with jax.set_mesh(self.mesh):
+            for numbers, batch in in_order(examples, self.batch_size, self.task.pad_id):
+                if stop():
+                    return None
+                part, given = jax.device_get(settle(self.mesh, self._step(params, place_batch(batch, self.mesh), (loss, outputs))))
+                sums = {name: sums.get(name, 0.0) + float(value) for name, value in part.items()}
+                for place, number in enumerate(numbers):
+                    kept[number] = {name: np.asarray(array[place]) for name, array in given.items()}
+                advance(len(numbers))
+        weight = max(sums.pop("weight", 0.0), 1e-9)
+        means = {name: value / weight for name, value in sums.items()}
+        return Passed(means.pop("loss", 0.0), means, kept)
+
+    def predict(
+        self, params: Any, rows: Sequence[Row], examples: Examples | None = None, *,
+        stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda n: None,
+    ) -> list[Prediction] | None:  # fmt: skip
+        """A prediction for each row, or None once `stop()` is true."""
+        if self.task.generates:
+            return self._write(params, rows, advance)
+        examples = self.task.examples(rows) if examples is None else examples
+        passed = self.run(params, examples.items, loss=False, stop=stop, advance=advance)
+        return None if passed is None else self.task.read(rows, examples, passed.outputs)
+
+    def _write(self, params: Any, rows: Sequence[Row], advance: Callable[[int], None]) -> list[Prediction]:
+        task: Any = self.task
+        tokenizer = task.tokenizer
+        generator = BatchGenerator(
+            self.model, self.mesh, tokenizer.vocab_size, pad_id=task.pad_id, start_id=task.start_id if self._seq2seq else None
+        )
+        written = generator(
+            params, task.prompts(rows), task.config.decode, task.stop_ids, batch_size=self.batch_size, advance=advance
+        )
+        return [task.written(tokens) for tokens in written]
+
+    @property
+    def _seq2seq(self) -> bool:
+        return self.model.config.architecture == "encoder_decoder"

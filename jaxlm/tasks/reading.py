@@ -1,0 +1,168 @@
+"""Reading: a span of a context that answers a question, and one of some choices."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from jaxlm.config import unknown
+from jaxlm.tasks import metrics
+from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task
+from jaxlm.train import Objective, objectives
+
+CANDIDATES = 20  # begins and ends of a window that are paired
+
+
+class ExtractiveQa(Task):
+    """The answer as a span of the context; a long context is read in overlapping windows, an answer that is not in a
+    window, or not there at all, is the first token (Devlin et al. 2019, §4.2 and §4.3)."""
+
+    head: ClassVar[Mapping[str, Any]] = {"kind": "span"}
+    required = ("question", "context", "answers")
+    optional = ("id",)
+    given = ("question", "context")
+    metric = "f1"
+
+    def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        items, number, about = [], [], []
+        stride = min(self.config.stride, self.length // 2)
+        cut = self.framer.windows([row["question"] for row in rows], [row["context"] for row in rows], stride)
+        for i, (row, windows) in enumerate(zip(rows, cut, strict=True)):
+            for framed in windows:
+                context = framed.sequence == 1
+                allowed = context.copy()
+                allowed[0] = True
+                begin, end = _place(row.get("answers"), framed.offsets, context)
+                ones = np.ones(len(framed.ids), np.int32)
+                items.append({
+                    "tokens": framed.ids, "segments": ones, "types": framed.types, "allowed": allowed.astype(np.int32),
+                    "begin": np.int32(begin), "end": np.int32(end), "weights": ONE,
+                })  # fmt: skip
+                number.append(i)
+                about.append((framed.offsets, context))
+        return Examples(items, np.array(number), about)
+
+    def objective(self, chunk: int) -> Objective:
+        return objectives.spans()
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        begin_BL, end_BL = objectives.span_scores(apply, params, batch)
+        return {"begin_BL": begin_BL, "end_BL": end_BL}
+
+    def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
+        """The best span over a row's windows. `no_answer` is how much better no answer scores than the best span; with
+        rows that may lack one it decides at 0."""
+        best: list[tuple[float, str]] = [(-np.inf, "")] * len(rows)
+        none = [np.inf] * len(rows)
+        for i, (offsets, context), output in zip(examples.row, examples.about, outputs, strict=True):
+            begin, end = output["begin_BL"][: len(context)], output["end_BL"][: len(context)]
+            none[i] = min(none[i], float(begin[0] + end[0]))
+            score, span = _best(begin, end, context, self.config.answer_length)
+            if score > best[i][0]:
+                best[i] = (score, rows[i]["context"][offsets[span[0], 0] : offsets[span[1], 1]])
+        return [{"answer": text, "score": score, "no_answer": none[i] - score} for i, (score, text) in enumerate(best)]
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        answers = [texts_of(row["answers"]) for row in rows]
+        if all(answers):
+            return metrics.squad([p["answer"] for p in predictions], answers)
+        given = ["" if p["no_answer"] > 0 else p["answer"] for p in predictions]
+        return metrics.squad(given, answers)
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        return f"{prediction['answer']!r} (score {prediction['score']:.2f}, no answer {prediction['no_answer']:+.2f})"
+
+
+def texts_of(answers: Any) -> list[str]:
+    """The texts of an `answers` field: SQuAD's dict, a list, or one text."""
+    given = answers.get("text", []) if isinstance(answers, Mapping) else answers
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _place(answers: Any, offsets: np.ndarray, context: np.ndarray) -> tuple[int, int]:
+    """First and last token of the first answer, (0, 0) where the window does not hold it whole."""
+    texts = texts_of(answers) if answers is not None else []
+    if not texts:
+        return 0, 0
+    start = answers["answer_start"][0]
+    stop = start + len(texts[0])
+    begins = np.flatnonzero(context & (offsets[:, 0] <= start) & (start < offsets[:, 1]))
+    ends = np.flatnonzero(context & (offsets[:, 0] < stop) & (stop <= offsets[:, 1]))
+    return (int(begins[0]), int(ends[-1])) if len(begins) and len(ends) else (0, 0)
+
+
+def _best(begin: np.ndarray, end: np.ndarray, context: np.ndarray, longest: int) -> tuple[float, tuple[int, int]]:
+    """The span of the context with the highest begin + end among the best of each."""
+    places = np.flatnonzero(context)
+    begins = places[np.argsort(-begin[places], kind="stable")[:CANDIDATES]]
+    ends = places[np.argsort(-end[places], kind="stable")[:CANDIDATES]]
+    apart = ends[None, :] - begins[:, None]
+    sums = np.where((apart >= 0) & (apart < longest), begin[begins][:, None] + end[ends][None, :], -np.inf)
+    i, j = np.unravel_index(np.argmax(sums), sums.shape)
+    return float(sums[i, j]), (int(begins[i]), int(ends[j]))
+
+
+class MultipleChoice(Task):
+    """One of some choices for a question, each read as its second text (Devlin et al. 2019, §4.4)."""
+
+    head: ClassVar[Mapping[str, Any]] = {"kind": "choice"}
+    required = ("question", "choices", "label")
+    optional = ("context",)
+    given = ("question", "choices")
+
+    def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        lead = [f"{row['context']} {row['question']}" if row.get("context") else row["question"] for row in rows]
+        flat = self.framed(
+            [text for text, row in zip(lead, rows, strict=True) for _ in row["choices"]],
+            [choice for row in rows for choice in row["choices"]],
+        )
+        most, at, items = max(len(row["choices"]) for row in rows), 0, []
+        for i, row in enumerate(rows):
+            options = flat[at : at + len(row["choices"])]
+            at += len(options)
+            there = np.zeros(most, np.float32)
+            there[: len(options)] = 1
+            label = self._number(row, where[i] if where else f"row {i}") if "label" in row else 0
+            example = {name: _rectangle([option[name] for option in options], most) for name in options[0]}
+            items.append({**example, "options_O": there, "labels": np.int32(label), "weights": ONE})
+        return Examples(items, np.arange(len(items)))
+
+    @staticmethod
+    def _number(row: Row, where: str) -> int:
+        """A label is the number of a choice from 0, or its text."""
+        choices, label = list(row["choices"]), row["label"]
+        if str(label) in choices:
+            return choices.index(str(label))
+        if str(label).isdigit() and int(label) < len(choices):
+            return int(label)
+        raise unknown(f"label ({where}) is neither a choice nor the number of one:", label, [*choices, *range(len(choices))])
+
+    def objective(self, chunk: int) -> Objective:
+        return objectives.choices()
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"probabilities_BO": jax.nn.softmax(objectives.option_scores(apply, params, batch))}
+
+    def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
+        made = []
+        for row, output in zip(rows, outputs, strict=True):
+            given = output["probabilities_BO"][: len(row["choices"])]
+            best = int(np.argmax(given))
+            made.append({"choice": best, "text": row["choices"][best], "probabilities": given.tolist()})
+        return made
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        right = [p["choice"] == self._number(row, "") for row, p in zip(rows, predictions, strict=True)]
+        return {"accuracy": float(np.mean(right))}
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        return f"{prediction['text']} {prediction['probabilities'][prediction['choice']]:.3f}"
+
+
+def _rectangle(rows: list[np.ndarray], most: int) -> np.ndarray:
+    """Rows of different length as one array (most, L), zeros where there is nothing."""
+    made = np.zeros((most, max(map(len, rows))), rows[0].dtype)
+    for i, row in enumerate(rows):
+        made[i, : len(row)] = row
+    return made

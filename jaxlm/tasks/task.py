@@ -1,0 +1,224 @@
+"""What a task is: how rows become examples, what is minimised, how predictions are read off, what is scored."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from jaxlm.config import unknown
+from jaxlm.data import CorruptConfig, Example, Framer, Tokenizer
+from jaxlm.generate import DecodeConfig
+from jaxlm.train import Objective
+
+PRETRAINING = ("causal", "masked", "replaced", "span", "mixture", "prefix", "denoising")
+Row = Mapping[str, Any]
+Prediction = dict[str, Any]
+"""Plain JSON: what was predicted for a row, with probabilities where there are any."""
+Outputs = list[dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is learned: an objective over unlabelled text, or a task over rows."""
+
+    kind: Literal[
+        "causal", "masked", "replaced", "span", "mixture", "prefix", "denoising",
+        "classification", "multilabel", "regression", "tagging", "extractive_qa", "multiple_choice",
+        "text_to_text", "chat", "embedding", "preference", "reward",
+    ] = "causal"  # fmt: skip
+    """Of text: the next token, masked tokens, replaced tokens, spans (T5), a mixture of spans (UL2), the text behind a
+    prefix, the text below noise (BART). Of rows: one class or several, a number, a tag for each word, a span of a
+    context, one of some choices, another text, the assistant's turns, vectors of similar texts, preferred answers by
+    DPO, a reward for answers."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes or tags in their order; empty: those of the training rows, sorted."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: a class counts inversely to its share of the training rows."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes, or over the vocabulary."""
+    threshold: float = 0.5
+    """Probability from which on a class of several is predicted."""
+    stride: int = 128
+    """Tokens that neighbouring windows of a long context share."""
+    answer_length: int = 30
+    """Most tokens of an extracted answer."""
+    template: str | None = None
+    """What text_to_text reads, made of a row's fields, such as "question: {question} context: {context}"; empty:
+    {source}."""
+    target_length: int = 128
+    """Most tokens of a target text."""
+    scores: Literal["auto", "translation", "summarisation", "answers"] = "auto"
+    """What text_to_text is scored with: BLEU, chrF and TER; ROUGE; exact match and F1. auto: answers where rows have
+    them, else translation."""
+    chat_template: str | None = None
+    """Jinja template of a conversation; empty: the tokenizer's own, or a plain one."""
+    packed: bool = True
+    """Several conversations share a row, without seeing each other."""
+    temperature: float = 0.05
+    """What cosines are divided by in embedding."""
+    preference: Literal["dpo", "ipo"] = "dpo"
+    """The loss over preferred answers."""
+    beta: float = 0.1
+    """How near preference stays to the reference."""
+    generator: float = 0.25
+    """Width of the generator of replaced tokens, as a share of the discriminator's."""
+    detection: float = 50.0
+    """Weight of the discriminator's loss beside the generator's."""
+    corrupt: CorruptConfig = CorruptConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("label_smoothing", "threshold"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        for name in ("temperature", "beta", "answer_length", "target_length", "generator", "detection"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
+        if self.stride < 0:
+            raise ValueError(f"stride is {self.stride}: it must not be negative")
+        doubled = [label for label in self.labels if self.labels.count(label) > 1]
+        if doubled:
+            raise ValueError(f"labels names {doubled[0]!r} twice")
+
+    @property
+    def pretraining(self) -> bool:
+        """The task is learned from unlabelled text."""
+        return self.kind in PRETRAINING
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The examples of some rows: a long context gives several."""
+
+    items: list[Example]
+    row: np.ndarray
+    """Which row each was made of."""
+    about: list[Any] = dataclasses.field(default_factory=list)
+    """What reading its prediction off needs."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class Task:
+    """A task over labelled rows. Subclasses say the rest; everything but `outputs` and `objective` runs on the host."""
+
+    head: ClassVar[Mapping[str, Any]] = {"kind": "sequence"}
+    """Fields of the model's head that the task needs."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Roles that every row has."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    given: ClassVar[tuple[str, ...]] = ("text",)
+    """Roles that a prediction needs; the first is what `--text` gives."""
+    metric: ClassVar[str] = "accuracy"
+    """The score by which checkpoints are compared, the higher the better unless it is the loss."""
+    unit: ClassVar[str] = "rows"
+    """What the weights of the objective count."""
+    generates: ClassVar[bool] = False
+    """Predictions are written token by token."""
+
+    def __init__(
+        self, config: TaskConfig, tokenizer: Tokenizer, length: int, *,
+        labels: Sequence[str] = (), architecture: str = "encoder", start_id: int | None = None,
+    ):  # fmt: skip
+        """`length` is that of the model's rows in tokens; `start_id` what a decoder that reads an encoder begins with."""
+        self.config, self.tokenizer, self.length, self.architecture = config, tokenizer, length, architecture
+        self.labels = tuple(labels or config.labels)
+        self.start_id = tokenizer.eos_id if start_id is None else start_id
+        self.framer = Framer(tokenizer, length)
+        self.class_weights: list[float] | None = None
+
+    @classmethod
+    def roles(cls, config: TaskConfig, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The roles that training rows must have, and those that they may have."""
+        return cls.required, cls.optional
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.special.get("pad", self.tokenizer.eos_id)
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        """What the training rows decide: names of labels, weights of classes."""
+
+    def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        """The examples of labelled rows; rows without what is to be predicted give examples without it."""
+        raise NotImplementedError
+
+    def objective(self, chunk: int) -> Objective:
+        raise NotImplementedError
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays with B first that predictions are read off; pure, on the device."""
+        raise NotImplementedError
+
+    def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
+        """A prediction for each row."""
+        raise NotImplementedError
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Name → score of the predictions."""
+        raise NotImplementedError
+
+    def intervals(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, Interval]:
+        """Name → score with its 95% bootstrap interval over the rows."""
+        return bootstrap_scores(lambda chosen: self.scores([rows[i] for i in chosen], [predictions[i] for i in chosen]), len(rows))
+
+    def confusion(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Sequence[str], np.ndarray] | None:
+        """(labels, counts of actual × predicted) where the task has one label a row."""
+        return None
+
+    def wrong(self, row: Row, prediction: Prediction) -> tuple[float, str, str] | None:
+        """(how wrong, expected, predicted) of a prediction that is not right, or None."""
+        return None
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        """One line of a prediction for a person."""
+        return json.dumps(prediction, ensure_ascii=False)
+
+    def framed(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
+        """Texts, or pairs of them, as the model reads them."""
+        made = []
+        for framed in self.framer.frame(texts, pairs):
+            example: Example = {"tokens": framed.ids, "segments": np.ones(len(framed.ids), np.int32)}
+            made.append(example | {"types": framed.types} if pairs is not None else example)
+        return made
+
+
+ONE = np.float32(1)
+
+
+def label_names(found: Collection[str], config: TaskConfig) -> tuple[str, ...]:
+    """The names of labels: the config's, which must cover those found, or the sorted ones; numbers by their value."""
+    if config.labels:
+        for name in sorted(found):
+            if name not in config.labels:
+                raise unknown("label", name, config.labels)
+        return config.labels
+    if len(found) < 2:
+        raise ValueError(f"the training rows have one label only, {next(iter(found), None)!r}: two are the least to tell apart")
+
+    def key(name: str) -> tuple[int, float, str]:
+        try:
+            return 0, float(name), name
+        except ValueError:
+            return 1, 0.0, name
+
+    return tuple(sorted(found, key=key))
+
+
+def label_ids(names: Sequence[str], labels: Sequence[str], where: Sequence[str] | None) -> np.ndarray:
+    """The number of each label. Raises ValueError for one that training did not have, with its place."""
+    number = {name: i for i, name in enumerate(labels)}
+    for i, name in enumerate(names):
+        if name not in number:
+            place = f"{where[i]}: " if where else ""
+            raise unknown(f"label ({place}it is not among those of the training rows):", name, labels[:20])
+    return np.array([number[name] for name in names], np.int32)
+
+
+def balanced(ids: np.ndarray, classes: int) -> list[float]:
+    """n / (classes · count) of each class (King and Zeng 2001); a class without a row counts once."""
+    counts = np.maximum(np.bincount(ids, minlength=classes), 1)
+    return (len(ids) / (classes * counts)).tolist()

@@ -1,0 +1,176 @@
+"""Writing: a text for a text (translation, summarisation, generative question answering), and the assistant's turns."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jaxlm.config import unknown
+from jaxlm.data import Chat, Example, Framer, check_messages, pack_chats
+from jaxlm.tasks import metrics
+from jaxlm.tasks.intervals import Interval
+from jaxlm.tasks.reading import texts_of
+from jaxlm.tasks.task import Examples, Prediction, Row, Task, TaskConfig
+from jaxlm.train import Objective, objectives
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+class _Written(Task):
+    """Predictions are written token by token: by an encoder-decoder, or by a decoder behind a prompt."""
+
+    head: ClassVar[Any] = {"kind": "language_model"}
+    metric = "loss"
+    unit = "tokens"
+    generates = True
+
+    def objective(self, chunk: int) -> Objective:
+        return objectives.tokens(chunk, smoothing=self.config.label_smoothing)
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Tokens that each row's prediction is written behind, or that the encoder reads."""
+        raise NotImplementedError
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a prediction."""
+        return frozenset({self.tokenizer.eos_id})
+
+    def written(self, tokens: Sequence[int]) -> Prediction:
+        return {"text": self.tokenizer.decode(list(tokens)).strip()}
+
+    def show(self, row: Row, prediction: Prediction) -> str:
+        return prediction["text"]
+
+
+def _template(config: TaskConfig, architecture: str) -> str:
+    return config.template or ("{source}" if architecture == "encoder_decoder" else "{source}\n")
+
+
+def _fields(template: str) -> list[str]:
+    fields = list(dict.fromkeys(_FIELD.findall(template)))
+    if not fields:
+        raise ValueError(f"task.template {template!r} names no field of a row: it needs one, such as {{source}}")
+    return fields
+
+
+def _answers(config: TaskConfig, fields: Sequence[str]) -> bool:
+    """Whether rows hold acceptable answers, not one target."""
+    return config.scores == "answers" or (config.scores == "auto" and "question" in fields)
+
+
+class TextToText(_Written):
+    """Another text for a text. The model reads `task.template`, filled with the row's fields."""
+
+    def __init__(self, config: TaskConfig, *args: Any, **options: Any):
+        super().__init__(config, *args, **options)
+        self.seq2seq = self.architecture == "encoder_decoder"
+        self.targets = Framer(self.tokenizer, config.target_length)
+        self.template = _template(config, self.architecture)
+        self.given = tuple(_fields(self.template))  # type: ignore[misc]
+        self.answers = _answers(config, self.given)
+
+    @classmethod
+    def roles(cls, config: TaskConfig, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        fields = _fields(_template(config, architecture))
+        return (*fields, "answers" if _answers(config, fields) else "target"), ()
+
+    def _target(self, row: Row) -> str | None:
+        if not self.answers:
+            return row.get("target")
+        found = texts_of(row["answers"]) if "answers" in row else None
+        return None if found is None else found[0] if found else ""
+
+    def _filled(self, row: Row) -> str:
+        return _FIELD.sub(lambda match: str(row[match[1]]), self.template)
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        texts = [self._filled(row) for row in rows]
+        if self.seq2seq:
+            return [framed.ids.tolist() for framed in self.framer.frame(texts)]
+        room = self.length - min(self.config.target_length, self.length // 2)
+        return [[self.tokenizer.bos_id, *ids[: room - 1].tolist()] for ids in self.tokenizer.encode_batch(texts)]
+
+    def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        targets = [self._target(row) for row in rows]
+        if any(target is None for target in targets):
+            raise ValueError("rows without a target have no loss: give the column of the target")
+        prompts = self.prompts(rows)
+        most = self.config.target_length
+        if self.seq2seq:
+            ends = [framed.ids for framed in self.targets.frame([str(target) for target in targets])]
+            items = [self._pair(np.array(prompt, np.int32), end) for prompt, end in zip(prompts, ends, strict=True)]
+        else:
+            encoded = self.tokenizer.encode_batch([str(target) for target in targets])
+            eos = np.array([self.tokenizer.eos_id], np.int32)
+            items = [self._row(prompt, np.concatenate([ids[: most - 1], eos])) for prompt, ids in zip(prompts, encoded, strict=True)]
+        return Examples(items, np.arange(len(items)))
+
+    def _pair(self, source: np.ndarray, target: np.ndarray) -> Example:
+        ones = np.ones(len(target), np.int32)
+        shifted = np.concatenate([np.array([self.start_id], np.int32), target[:-1]])
+        decoder = {"tokens": shifted, "targets": target, "weights": ones.astype(np.float32), "segments": ones}
+        return {"encoder": {"tokens": source, "segments": np.ones(len(source), np.int32)}, "decoder": decoder}
+
+    def _row(self, prompt: list[int], target: np.ndarray) -> Example:
+        whole = np.concatenate([np.array(prompt, np.int32), target])[: self.length + 1]
+        weights = (np.arange(1, len(whole)) >= len(prompt)).astype(np.float32)
+        return {"tokens": whole[:-1], "targets": whole[1:], "weights": weights, "segments": np.ones(len(whole) - 1, np.int32)}
+
+    @property
+    def _kind(self) -> str:
+        return "answers" if self.answers else "translation" if self.config.scores == "auto" else self.config.scores
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        texts = [p["text"] for p in predictions]
+        if self._kind == "answers":
+            return metrics.squad(texts, [texts_of(row["answers"]) for row in rows])
+        references = [row["target"] for row in rows]
+        if self._kind == "summarisation":
+            return metrics.summarisation(texts, references)
+        return metrics.translation(texts, references).values
+
+    def intervals(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, Interval]:
+        if self._kind == "answers":
+            return super().intervals(rows, predictions)
+        texts, references = [p["text"] for p in predictions], [row["target"] for row in rows]
+        return metrics.text_intervals(self._kind, texts, references)
+
+
+class ChatTask(_Written):
+    """The assistant's turns of conversations; nothing else is learned."""
+
+    required = ("messages",)
+    given = ("messages",)
+
+    def __init__(self, config: TaskConfig, *args: Any, **options: Any):
+        super().__init__(config, *args, **options)
+        self.chat = Chat(self.tokenizer, config.chat_template)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        return self.chat.stop_ids
+
+    def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        messages = [check_messages(row["messages"], where[i] if where else f"row {i}") for i, row in enumerate(rows)]
+        packed = pack_chats([self.chat.encode(turns) for turns in messages], self.length, self.pad_id, packed=self.config.packed)
+        return Examples([packed[i] for i in range(len(packed))], np.arange(len(packed)))
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Each conversation up to its last turn by the assistant."""
+        made = []
+        for row in rows:
+            turns = [{"role": "user", "content": row["messages"]}] if isinstance(row["messages"], str) else list(row["messages"])
+            while turns and turns[-1]["role"] == "assistant":
+                turns.pop()
+            made.append(self.chat.prompt(turns).tolist())
+        return made
+
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        last = [row["messages"][-1] for row in rows]
+        for turn in last:
+            if turn["role"] != "assistant":
+                raise unknown("role of the last message, which is what a reply is compared with:", turn["role"], ["assistant"])
+        return metrics.summarisation([p["text"] for p in predictions], [turn["content"] for turn in last])

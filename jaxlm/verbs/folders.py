@@ -1,0 +1,112 @@
+"""jaxlm export, jaxlm show and jaxlm diff."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxlm import config as configs
+from jaxlm.report.console import say
+from jaxlm.verbs.words import split_words
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """The flags of `jaxlm export`."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the written tensors."""
+    family: str | None = None
+    """The model_type to write; empty: the first that can describe the model."""
+    max_shard_gb: float = 5.0
+    """Largest file of tensors, in 10⁹ bytes."""
+
+    def __post_init__(self) -> None:
+        if self.max_shard_gb <= 0:
+            raise ValueError(f"max_shard_gb is {self.max_shard_gb}: it must be positive")
+
+
+def export(words: Sequence[str]) -> int:
+    """jaxlm export MODEL DIR [--dtype TYPE] [--family NAME] [--max-shard-gb N]: write a Hugging Face folder."""
+    (argument, target), flags = split_words(words, "MODEL", "DIR")
+    options = configs.load(ExportOptions, None, flags).value
+    from jaxlm.hub import save_folder
+    from jaxlm.models import load_model
+
+    trained = load_model(argument)
+    folder = save_folder(
+        pathlib.Path(target), trained.model, trained.params, tokenizer=trained.tokenizer_folder, like=trained.json(),
+        family=options.family, dtype=options.dtype, title=trained.name, max_shard_bytes=int(options.max_shard_gb * 1e9),
+        source=trained.source,
+    )  # fmt: skip
+    say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowOptions:
+    """The flags of `jaxlm show`."""
+
+    length: int | None = None
+    """Tokens of a text, for FLOPs and cache; empty: the model's positions."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary, where a preset or a config file leaves it to the tokenizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+
+
+def show(words: Sequence[str]) -> int:
+    """jaxlm show MODEL [--length N] [--vocab-size N]: modules, parameters, FLOPs, memory; of a preset or config file too."""
+    (argument,), flags = split_words(words, "MODEL")
+    options = configs.load(ShowOptions, None, flags).value
+    from jaxlm.models import model_config
+    from jaxlm.overview import describe_model
+
+    config = model_config(argument)
+    if options.vocab_size is not None:
+        config = dataclasses.replace(config, vocab_size=options.vocab_size)
+    for line in describe_model(config, options.length or config.positions):
+        say(line)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffOptions:
+    """The flags of `jaxlm diff`."""
+
+    text: str | None = None
+    """What both models read; empty: English that Python carries."""
+    file: str | None = None
+    """A text file to read instead."""
+    tokens: int = 2048
+    """Most tokens to compare."""
+    tolerance: float | None = None
+    """Fail (exit code 1) where a logit differs by more."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}: it must be at least 1")
+        if self.file is not None and self.text is not None:
+            raise ValueError("give a text or a file, not both")
+        if self.file and not pathlib.Path(self.file).is_file():
+            raise ValueError(f"no file {self.file!r}")
+
+
+def diff(words: Sequence[str]) -> int:
+    """jaxlm diff A B [--text TEXT] [--file FILE] [--tokens N] [--tolerance X]: how far the outputs of two models differ."""
+    (one, two), flags = split_words(words, "MODEL A", "MODEL B")
+    options = configs.load(DiffOptions, None, flags).value
+    from jaxlm.models import load_model
+    from jaxlm.overview import compare
+
+    text = pathlib.Path(options.file).read_text(encoding="utf8", errors="replace") if options.file else options.text
+    found = compare(load_model(one), load_model(two), text, options.tokens)
+    for line in found.lines():
+        say(line)
+    if options.tolerance is not None and not found.largest <= options.tolerance:
+        raise ValueError(f"{one} and {two} differ by up to {found.largest:.3g}: more than the tolerance {options.tolerance:g}")
+    return 0

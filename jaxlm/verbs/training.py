@@ -1,0 +1,41 @@
+"""jaxlm train and jaxlm config."""
+
+from collections.abc import Sequence
+
+from jaxlm import config as configs
+from jaxlm.report.console import say
+from jaxlm.verbs.words import split_words
+
+INTERRUPTED = 42
+DEFAULT_CONFIG = "configs/tiny.yaml"
+
+
+def train(words: Sequence[str]) -> int:
+    """jaxlm train [FILE] [--section.option VALUE …] [--name NAME]: train what FILE describes, or resume it."""
+    (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
+    from jaxlm.experiment import Run, load_config, train_seeds
+
+    config = load_config(file, flags).value
+    if config.seeds > 1:
+        return INTERRUPTED if train_seeds(config) == "interrupted" else 0
+    run = Run(config)
+    if run.finished:
+        say(f"{run.folder} is finished, at step {run.start:,}. To go on or use it:")
+        for command in run.next_commands(run.start):
+            say(f"  {command}")
+        return 0
+    return INTERRUPTED if run.train() == "interrupted" else 0
+
+
+def config(words: Sequence[str]) -> int:
+    """jaxlm config [FILE] [--section.option VALUE …]: print the resolved config and where each value came from."""
+    (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
+    from jaxlm.experiment import load_config
+
+    value, origins = load_config(file, flags)
+    leaves = configs.flatten(configs.to_dict(value))
+    wide = max(len(f"{name}: {leaf}") for name, leaf in leaves.items() if len(str(leaf)) < 60)
+    for name, leaf in leaves.items():
+        shown = "null" if leaf is None else leaf
+        say(f"{f'{name}: {shown}':<{min(wide, 80)}}  # {origins.get(name, 'default')}")
+    return 0

@@ -1,0 +1,54 @@
+"""jaxlm generate."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from jaxlm import config as configs
+from jaxlm.verbs.words import split_words
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """The flags of `jaxlm generate`."""
+
+    prompt: str = ""
+    """What the text begins with; empty: a new text."""
+    max_tokens: int = 200
+    """Most tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the most likely token."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens."""
+    top_p: float | None = None
+    """Draw among the fewest tokens that hold this probability."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: it must be at least 1")
+
+
+def generate(words: Sequence[str]) -> int:
+    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]: write text."""
+    (argument,), flags = split_words(words, "MODEL")
+    options = configs.load(GenerateOptions, None, flags).value
+    from jaxlm.data import StreamDecoder
+    from jaxlm.generate import Generator, SampleConfig
+    from jaxlm.models import load_model
+
+    sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
+    trained = load_model(argument)
+    tokenizer = trained.tokenizer
+    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    generator = Generator(trained.model, trained.mesh, tokenizer.vocab_size)
+    decoder = StreamDecoder(tokenizer)
+    write = sys.stdout.write
+    write(options.prompt)
+    stop = {tokenizer.eos_id, *trained.stop_ids()}
+    for token in generator.stream(trained.params, prompt, options.max_tokens, sampling, seed=options.seed, stop=stop):
+        write(decoder.push(token))
+        sys.stdout.flush()
+    write(decoder.flush() + "\n")
+    return 0
