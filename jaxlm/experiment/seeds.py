@@ -5,8 +5,8 @@ import pathlib
 
 from jaxlm.experiment.config import ExperimentConfig
 from jaxlm.experiment.run import Run
+from jaxlm.metrics import mean_interval
 from jaxlm.report import read_rows, say, table
-from jaxlm.tasks.intervals import mean_interval
 from jaxlm.train import LOWER
 
 

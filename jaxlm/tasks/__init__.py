@@ -2,6 +2,7 @@
 
 from jaxlm.tasks.comparing import Embedding, Preference, Reward
 from jaxlm.tasks.labelling import Classification, Multilabel, Regression, Tagging
+from jaxlm.tasks.page import paired_scores, told, write_predictions
 from jaxlm.tasks.predictor import Passed, Predictor
 from jaxlm.tasks.reading import ExtractiveQa, MultipleChoice
 from jaxlm.tasks.task import PRETRAINING, Examples, Prediction, Task, TaskConfig
@@ -13,4 +14,7 @@ TASKS: dict[str, type[Task]] = {
     "embedding": Embedding, "preference": Preference, "reward": Reward,
 }  # fmt: skip
 
-__all__ = ["PRETRAINING", "TASKS", "Examples", "Passed", "Prediction", "Predictor", "Task", "TaskConfig"]
+__all__ = [
+    "PRETRAINING", "TASKS", "Examples", "Passed", "Prediction", "Predictor", "Task", "TaskConfig", "paired_scores", "told",
+    "write_predictions",
+]  # fmt: skip

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxlm import metrics
 from jaxlm.data import Example
-from jaxlm.tasks import metrics
-from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task
+from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, of_columns
 from jaxlm.train import Objective, objectives
 
 
@@ -37,10 +37,14 @@ class Embedding(Task):
         """The text's vector, and its pair's where there is one."""
         return [{name.removesuffix("_BD"): x.tolist() for name, x in output.items()} for output in outputs]
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+    def statistic(self) -> Callable[..., dict[str, float]]:
         """How well each text finds its own pair among the pairs of all rows."""
-        anchors, positives = (np.array([p[name] for p in predictions]) for name in ("anchor", "positive"))
-        return metrics.retrieval(anchors @ positives.T, np.arange(len(rows)))
+
+        def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
+            anchors, positives = (np.array([p[name] for p in predictions]) for name in ("anchor", "positive"))
+            return anchors @ positives.T, np.eye(len(predictions))
+
+        return of_columns(metrics.weighted_retrieval(), columns)
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return " ".join(f"{x:.4f}" for x in prediction["anchor"])
@@ -108,8 +112,9 @@ class Preference(Task):
             made.append({name: self.config.beta * gain for name, gain in gains.items()})
         return made
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        return metrics.preference(*(np.array([p[name] for p in predictions]) for name in ("chosen", "rejected")))
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        return lambda predictions, rows: metrics.preference(*([p[name] for p in predictions] for name in ("chosen", "rejected")))
+
 
 
 class Reward(Task):
@@ -139,5 +144,5 @@ class Reward(Task):
     def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
         return [{name.removesuffix("_B"): float(x) for name, x in output.items()} for output in outputs]
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        return metrics.preference(*(np.array([p[name] for p in predictions]) for name in ("chosen", "rejected")))
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        return lambda predictions, rows: metrics.preference(*([p[name] for p in predictions] for name in ("chosen", "rejected")))

@@ -6,8 +6,20 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxlm.tasks import metrics
-from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, balanced, label_ids, label_names
+from jaxlm import metrics
+from jaxlm.tasks.task import (
+    ONE,
+    Examples,
+    Outputs,
+    Prediction,
+    Row,
+    Task,
+    balanced,
+    label_ids,
+    label_names,
+    of_columns,
+    together,
+)
 from jaxlm.train import Objective, objectives
 
 
@@ -65,11 +77,17 @@ class Classification(_OfTexts):
             made.append({"label": self.labels[best], "probability": float(given[best]), "probabilities": named})
         return made
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        actual = label_ids([str(row["label"]) for row in rows], self.labels, None)
-        predicted = label_ids([p["label"] for p in predictions], self.labels, None)
-        probabilities = np.array([[p["probabilities"][name] for name in self.labels] for p in predictions])
-        return metrics.classification(predicted, actual, probabilities)
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
+            probabilities = [[p["probabilities"][name] for name in self.labels] for p in predictions]
+            return [p["label"] for p in predictions], [str(row["label"]) for row in rows], probabilities
+
+        def calibrated(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
+            _, actual, probabilities = columns(predictions, rows)
+            return probabilities, label_ids(actual, self.labels, None)
+
+        scores = of_columns(metrics.weighted_classification(self.labels), columns)
+        return together(scores, of_columns(metrics.weighted_calibration(), calibrated))
 
     def confusion(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Sequence[str], np.ndarray] | None:
         counts = np.zeros((len(self.labels), len(self.labels)), int)
@@ -122,9 +140,12 @@ class Multilabel(_OfTexts):
             made.append({"labels": [n for n, p in named.items() if p >= self.config.threshold], "probabilities": named})
         return made
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        probabilities_BC = np.array([[p["probabilities"][name] for name in self.labels] for p in predictions])
-        return metrics.multilabel(probabilities_BC, np.array([self._vector(row) for row in rows]), self.config.threshold)
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
+            probabilities = [[p["probabilities"][name] for name in self.labels] for p in predictions]
+            return np.array(probabilities), np.array([self._vector(row) for row in rows])
+
+        return of_columns(metrics.weighted_multilabel(self.config.threshold), columns)
 
     def show(self, row: Row, prediction: Prediction) -> str:
         chosen = [f"{name} {prediction['probabilities'][name]:.3f}" for name in prediction["labels"]]
@@ -156,8 +177,8 @@ class Regression(_OfTexts):
     def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
         return [{"value": float(output["value_B"])} for output in outputs]
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        return metrics.regression(np.array([p["value"] for p in predictions]), np.array([float(row["label"]) for row in rows]))
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        return lambda predictions, rows: metrics.regression([p["value"] for p in predictions], [float(row["label"]) for row in rows])
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return f"{prediction['value']:.4f}"
@@ -169,11 +190,14 @@ class Tagging(Task):
     head: ClassVar[Mapping[str, Any]] = {"kind": "token"}
     required = ("tokens", "tags")
     given = ("tokens",)
-    metric = "f1"
     unit = "words"
 
     def learn(self, rows: Sequence[Row]) -> None:
         self.labels = label_names({tag for row in rows for tag in row["tags"]}, self.config)
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        return "f1" if self.spans else "accuracy"
 
     @property
     def spans(self) -> bool:
@@ -212,11 +236,15 @@ class Tagging(Task):
             made.append({"tags": tags, "probabilities": sure})
         return made
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        predicted, actual = [p["tags"] for p in predictions], [list(row["tags"]) for row in rows]
-        pairs = [(p, a) for ps, as_ in zip(predicted, actual, strict=True) for p, a in zip(ps, as_, strict=True)]
-        accuracy = {"accuracy": sum(p == a for p, a in pairs) / max(1, len(pairs))}
-        return {**metrics.spans(predicted, actual), **accuracy} if self.spans else {"f1": accuracy["accuracy"], **accuracy}
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        if self.spans:
+            return of_columns(metrics.weighted_spans(), lambda ps, rows: ([p["tags"] for p in ps], [list(r["tags"]) for r in rows]))
+
+        def right(predictions: Sequence[Prediction], rows: Sequence[Row]) -> dict[str, float]:
+            pairs = [pair for p, row in zip(predictions, rows, strict=True) for pair in zip(p["tags"], row["tags"], strict=True)]
+            return {"accuracy": float(np.mean([a == b for a, b in pairs]))}
+
+        return right
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return " ".join(f"{word}/{tag}" if tag != "O" else word for word, tag in zip(row["tokens"], prediction["tags"], strict=True))

@@ -3,11 +3,11 @@
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from jaxlm.metrics import Interval, Paired, bootstrap, paired, reliability
 from jaxlm.report import write_scores
-from jaxlm.tasks.calibration import reliability
-from jaxlm.tasks.intervals import Interval
-from jaxlm.tasks.task import Prediction, Row, Task
+from jaxlm.tasks.task import Prediction, Row, Task, label_ids
 
 WORST = 30
 
@@ -17,10 +17,11 @@ def write_predictions(
 ) -> dict[str, Interval]:
     """Write `predictions.jsonl`, `scores.json` and `scores.html` into a folder; returns the scores with their intervals."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = task.intervals(rows, predictions)
+    found: dict[str, Interval] = bootstrap(task.statistic(), predictions, rows)  # type: ignore[assignment]
     lines = [json.dumps({**row, "prediction": p}, ensure_ascii=False) for row, p in zip(rows, predictions, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
-    numbers = {name: {"value": x.value, "low": x.low, "high": x.high} for name, x in found.items()}
+    signatures = task.signatures(rows)
+    numbers = {name: {**x._asdict(), **({"signature": signatures[name]} if name in signatures else {})} for name, x in found.items()}
     (folder / "scores.json").write_text(json.dumps(numbers, indent=2), encoding="utf8")
     wrong = [(task.wrong(row, p), row) for row, p in zip(rows, predictions, strict=True)]
     worst = sorted(((how, row) for how, row in wrong if how is not None), key=lambda pair: -pair[0][0])[:WORST]
@@ -29,9 +30,9 @@ def write_predictions(
         for (score, expected, predicted), row in worst
     ]
     write_scores(
-        folder, title, {"rows": f"{len(rows):,}", "task": task.config.kind},
+        folder, title, {"rows": f"{len(rows):,}", "task": task.config.kind, **{f"{k} signature": v for k, v in signatures.items()}},
         {name: (x.value, x.low, x.high) for name, x in found.items()},
-        task.confusion(rows, predictions), errors, _reliability(rows, predictions),
+        task.confusion(rows, predictions), errors, _reliability(task, rows, predictions),
     )  # fmt: skip
     return found
 
@@ -46,8 +47,15 @@ def told(scores: Mapping[str, Interval]) -> dict[str, str]:
     return {name: f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})" for name, x in scores.items()}
 
 
-def _reliability(rows: Sequence[Row], predictions: Sequence[Prediction]):  # type: ignore[no-untyped-def]
-    if not predictions or "probability" not in predictions[0]:
+def paired_scores(
+    task: Task, rows: Sequence[Row], predictions: Sequence[Prediction], others: Sequence[Prediction]
+) -> dict[str, Paired]:
+    """Name → how much better the predictions are than the others, with interval and p value (paired bootstrap)."""
+    return paired(task.statistic(), predictions, others, rows)  # type: ignore[return-value]
+
+
+def _reliability(task: Task, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Sequence[Any] | None:
+    if task.config.kind != "classification":
         return None
-    right = [str(row["label"]) == p["label"] for row, p in zip(rows, predictions, strict=True)]
-    return reliability([p["probability"] for p in predictions], right)
+    probabilities = [[p["probabilities"][name] for name in task.labels] for p in predictions]
+    return reliability(probabilities, label_ids([str(row["label"]) for row in rows], task.labels, None))

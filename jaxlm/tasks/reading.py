@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from jaxlm import metrics
 from jaxlm.config import unknown
-from jaxlm.tasks import metrics
-from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task
+from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, of_columns
 from jaxlm.train import Objective, objectives
 
 CANDIDATES = 20  # begins and ends of a window that are paired
@@ -63,12 +63,17 @@ class ExtractiveQa(Task):
                 best[i] = (score, rows[i]["context"][offsets[span[0], 0] : offsets[span[1], 1]])
         return [{"answer": text, "score": score, "no_answer": none[i] - score} for i, (score, text) in enumerate(best)]
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        answers = [texts_of(row["answers"]) for row in rows]
-        if all(answers):
-            return metrics.squad([p["answer"] for p in predictions], answers)
-        given = ["" if p["no_answer"] > 0 else p["answer"] for p in predictions]
-        return metrics.squad(given, answers)
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        """With questions that have no answer, one is given where the best span scores higher than none."""
+
+        def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
+            answers = [texts_of(row["answers"]) for row in rows]
+            if all(answers):
+                return [p["answer"] for p in predictions], answers
+            given = ["" if p["no_answer"] > 0 else p["answer"] for p in predictions]
+            return given, answers, [p["no_answer"] for p in predictions]
+
+        return of_columns(metrics.weighted_squad(), columns)
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return f"{prediction['answer']!r} (score {prediction['score']:.2f}, no answer {prediction['no_answer']:+.2f})"
@@ -152,9 +157,11 @@ class MultipleChoice(Task):
             made.append({"choice": best, "text": row["choices"][best], "probabilities": given.tolist()})
         return made
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        right = [p["choice"] == self._number(row, "") for row, p in zip(rows, predictions, strict=True)]
-        return {"accuracy": float(np.mean(right))}
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        def right(predictions: Sequence[Prediction], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+            return {"accuracy": np.array([p["choice"] == self._number(row, "") for row, p in zip(rows, predictions, strict=True)])}
+
+        return metrics.averaged(right)
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return f"{prediction['text']} {prediction['probabilities'][prediction['choice']]:.3f}"

@@ -10,6 +10,7 @@ import numpy as np
 from jaxlm.config import unknown
 from jaxlm.data import CorruptConfig, Example, Framer, Tokenizer
 from jaxlm.generate import DecodeConfig
+from jaxlm.metrics import Weighted
 from jaxlm.train import Objective
 
 PRETRAINING = ("causal", "masked", "replaced", "span", "mixture", "prefix", "denoising")
@@ -157,13 +158,17 @@ class Task:
         """A prediction for each row."""
         raise NotImplementedError
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Name → score of the predictions."""
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        """The scores, a function of (predictions, rows); a `Weighted` one where they are to be had fast for resamples."""
         raise NotImplementedError
 
-    def intervals(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, Interval]:
-        """Name → score with its 95% bootstrap interval over the rows."""
-        return bootstrap_scores(lambda chosen: self.scores([rows[i] for i in chosen], [predictions[i] for i in chosen]), len(rows))
+    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Name → score of the predictions."""
+        return dict(self.statistic()(predictions, rows))
+
+    def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
+        """How scores were computed, for others to repeat, where a score has a signature."""
+        return {}
 
     def confusion(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Sequence[str], np.ndarray] | None:
         """(labels, counts of actual × predicted) where the task has one label a row."""
@@ -222,3 +227,18 @@ def balanced(ids: np.ndarray, classes: int) -> list[float]:
     """n / (classes · count) of each class (King and Zeng 2001); a class without a row counts once."""
     counts = np.maximum(np.bincount(ids, minlength=classes), 1)
     return (len(ids) / (classes * counts)).tolist()
+
+
+def of_columns(statistic: Weighted, columns: Callable[[Sequence[Prediction], Sequence[Row]], Sequence[Any]]) -> Weighted:
+    """A statistic of arrays as one of predictions and rows."""
+    return Weighted(lambda predictions, rows: statistic.prepare(*columns(predictions, rows)))
+
+
+def together(*statistics: Weighted) -> Weighted:
+    """The scores of several statistics."""
+
+    def prepare(*arrays: Any) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+        prepared = [statistic.prepare(*arrays) for statistic in statistics]
+        return lambda weights_NB: {name: x for scores in prepared for name, x in scores(weights_NB).items()}
+
+    return Weighted(prepare)

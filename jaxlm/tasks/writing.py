@@ -1,17 +1,16 @@
 """Writing: a text for a text (translation, summarisation, generative question answering), and the assistant's turns."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxlm import metrics
 from jaxlm.config import unknown
 from jaxlm.data import Chat, Example, Framer, check_messages, pack_chats
-from jaxlm.tasks import metrics
-from jaxlm.tasks.intervals import Interval
 from jaxlm.tasks.reading import texts_of
-from jaxlm.tasks.task import Examples, Prediction, Row, Task, TaskConfig
+from jaxlm.tasks.task import Examples, Prediction, Row, Task, TaskConfig, of_columns
 from jaxlm.train import Objective, objectives
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -122,20 +121,22 @@ class TextToText(_Written):
     def _kind(self) -> str:
         return "answers" if self.answers else "translation" if self.config.scores == "auto" else self.config.scores
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        texts = [p["text"] for p in predictions]
-        if self._kind == "answers":
-            return metrics.squad(texts, [texts_of(row["answers"]) for row in rows])
-        references = [row["target"] for row in rows]
-        if self._kind == "summarisation":
-            return metrics.summarisation(texts, references)
-        return metrics.translation(texts, references).values
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        scores = {
+            "answers": metrics.weighted_squad(), "summarisation": metrics.weighted_summarisation(),
+            "translation": metrics.weighted_translation(),
+        }[self._kind]  # fmt: skip
+        return of_columns(scores, lambda predictions, rows: ([p["text"] for p in predictions], self._references(rows)))
 
-    def intervals(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, Interval]:
-        if self._kind == "answers":
-            return super().intervals(rows, predictions)
-        texts, references = [p["text"] for p in predictions], [row["target"] for row in rows]
-        return metrics.text_intervals(self._kind, texts, references)
+    def _references(self, rows: Sequence[Row]) -> list[Any]:
+        return [texts_of(row["answers"]) if self.answers else row["target"] for row in rows]
+
+    def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
+        if self.answers:
+            return {}
+        of = metrics.summarisation if self._kind == "summarisation" else metrics.translation
+        references = self._references(rows)
+        return of(references, references).signatures
 
 
 class ChatTask(_Written):
@@ -168,9 +169,14 @@ class ChatTask(_Written):
             made.append(self.chat.prompt(turns).tolist())
         return made
 
-    def scores(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, float]:
-        last = [row["messages"][-1] for row in rows]
-        for turn in last:
-            if turn["role"] != "assistant":
-                raise unknown("role of the last message, which is what a reply is compared with:", turn["role"], ["assistant"])
-        return metrics.summarisation([p["text"] for p in predictions], [turn["content"] for turn in last])
+    def statistic(self) -> Callable[..., dict[str, float]]:
+        """ROUGE of the last reply."""
+
+        def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
+            last = [row["messages"][-1] for row in rows]
+            for turn in last:
+                if turn["role"] != "assistant":
+                    raise unknown("role of the last message, which is what a reply is compared with:", turn["role"], ["assistant"])
+            return [p["text"] for p in predictions], [turn["content"] for turn in last]
+
+        return of_columns(metrics.weighted_summarisation(), columns)
