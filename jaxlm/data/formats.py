@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxlm.data import sources
+from jaxlm.data.sources import find_files, format_of, opened, opened_parquet
 
 
 class Bad(str):
@@ -35,7 +35,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")  # how Python's "surrogateescape" holds
 @contextlib.contextmanager
 def _opened(file: pathlib.Path, newline: str) -> Iterator[io.TextIOWrapper]:
     """The text of a file without its byte-order mark, bytes that are no UTF-8 escaped: they spoil their row, not the file."""
-    with sources.opened(file) as raw:
+    with opened(file) as raw:
         if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"{file} is UTF-16 text, not UTF-8")
         yield io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
@@ -125,7 +125,7 @@ def _table(
 
 
 def read_parquet(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
-    with sources.opened_parquet(file) as table:
+    with opened_parquet(file) as table:
         wanted = choose(table.schema_arrow.names, str(file))
         rows = (row for batch in table.iter_batches(columns=wanted) for row in batch.to_pylist())
         for i, row in enumerate(rows):
@@ -237,9 +237,9 @@ def read_parallel(path: str, choose: Choose) -> Iterator[Record]:
     assert found is not None, "is_parallel says whether a path has a list in braces"
     before, listed, after = found.groups()
     names = [name.strip() for name in listed.split(",")]
-    files = [sources.find_files(before + name + after, ())[0] for name in names]
+    files = [find_files(before + name + after, ())[0] for name in names]
     for file in files:
-        if sources.format_of(file) in (*FORMATS, *sources.FORMATS[1:]):
+        if format_of(file) in FORMATS:
             raise ValueError(
                 f"{path!r} names {file.name!r}: lists in braces are for parallel text files; a glob reads several tables"
             )
@@ -271,12 +271,12 @@ FORMATS: dict[str, Reader] = {
 def read_files(path: str, header: Sequence[str], choose: Choose) -> tuple[str, Iterator[Record]]:
     """The name and the records of a file, folder or glob; a .txt file that is named itself is read as TAB-separated."""
     readers = FORMATS if pathlib.Path(path).is_dir() else {**FORMATS, ".txt": read_tsv}
-    files = sources.find_files(path, list(readers))
+    files = find_files(path, list(readers))
     names = _short_names(files)
 
     def records() -> Iterator[Record]:
         for name, file in zip(names, files, strict=True):
-            for place, row in readers[sources.format_of(file)](file, header, choose):
+            for place, row in readers[format_of(file)](file, header, choose):
                 yield name + place, row
 
     shown = ", ".join(names[:3])

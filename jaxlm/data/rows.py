@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxlm.config import unknown
-from jaxlm.data import formats, sources
-from jaxlm.data.formats import Bad, Choose, Record
+from jaxlm.data.formats import Bad, Choose, Record, is_parallel, read_files, read_parallel
 from jaxlm.data.roles import MAY_BE_EMPTY, VALUES, counted, located
+from jaxlm.data.sources import docstrings, huggingface, is_saved, modules, tfds_builder, tfds_rows
 from jaxlm.data.tokenizer import expand
 
 
@@ -65,7 +65,7 @@ class RowsConfig:
     """How labelled rows are read."""
 
     header: tuple[str, ...] = ()
-    """Names of the columns of a tsv or csv file that has no line of names."""
+    """Names of the columns of a tsv or csv file that has no line of names, as in text,label."""
     columns: ColumnsConfig = ColumnsConfig()
     subset: str | None = None
     """Configuration of a Hugging Face dataset, such as mrpc of glue."""
@@ -77,6 +77,8 @@ class RowsConfig:
     """Share of rows that may be bad before the file is refused; one bad row is let pass unless this is 0."""
 
     def __post_init__(self) -> None:
+        if len(self.header) == 1:  # `--data.rows.header text,label` comes as one text
+            object.__setattr__(self, "header", tuple(name.strip() for name in self.header[0].split(",")))
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"rows limit {self.limit} must be at least 1, or null for all rows")
         if not 0 <= self.max_bad <= 1:
@@ -264,18 +266,18 @@ def _records(path: str, config: RowsConfig, split: str, choose: Choose) -> tuple
         name, records = rest, _tfds(rest, split, choose)
     elif colon and len(kind) > 1 and kind.isalnum() and not pathlib.Path(path).exists():
         raise unknown("source of rows", path, ["embedded:modules", "hf:ID", "tfds:NAME", "a file, folder or glob"])
-    elif formats.is_parallel(path):
-        name, records = pathlib.Path(path).name, formats.read_parallel(path, choose)
-    elif sources.is_saved(path):
+    elif is_parallel(path):
+        name, records = pathlib.Path(path).name, read_parallel(path, choose)
+    elif is_saved(path):
         name, records = pathlib.Path(path).name, _huggingface(path, None, split, choose)
     else:
-        return formats.read_files(path, config.header, choose)
+        return read_files(path, config.header, choose)
     return name, ((name + place, row) for place, row in records)
 
 
 def _huggingface(path: str, subset: str | None, split: str, choose: Choose) -> Iterator[Record]:
     """Rows of a dataset of the hub, or of a folder that `datasets` saved; class numbers become the names that it has for them."""
-    held = sources.huggingface(path, subset, split)
+    held = huggingface(path, subset, split)
     held = held.select_columns(choose(held.column_names, path))
     names = {column: found for column, feature in held.features.items() if (found := _class_names(feature))}
     for i, row in enumerate(held):
@@ -284,8 +286,8 @@ def _huggingface(path: str, subset: str | None, split: str, choose: Choose) -> I
 
 def _tfds(path: str, split: str, choose: Choose) -> Iterator[Record]:
     """Rows of a TensorFlow dataset; class numbers become the names that it has for them."""
-    rows = sources.tfds_rows(path, split)
-    features = sources.tfds_builder(path).info.features
+    rows = tfds_rows(path, split)
+    features = tfds_builder(path).info.features
     wanted = choose(list(features), path)
     for i in range(len(rows)):
         row = rows[i]
@@ -322,9 +324,9 @@ def _modules(classes: int = 20, most: int = 200) -> Iterator[Record]:
     stands in several modules counts for the first. The same on every run of one Python.
     """
     texts: dict[str, str] = {}
-    for module, file in sources.modules():
+    for module, file in modules():
         if module.isidentifier() and not module.startswith("_") and module not in _NOT_MODULES:
-            for text in sources.docstrings(file):
+            for text in docstrings(file):
                 texts.setdefault(text, module)
     hashed = sorted((hashlib.blake2b(text.encode("utf8", "replace"), digest_size=8).digest(), text) for text in texts)
     sizes = sorted(collections.Counter(texts.values()).items(), key=lambda item: (-item[1], item[0]))

@@ -159,7 +159,7 @@ def test_windows_are_transformers(folders, theirs, family):
             assert_same(row, wanted, k, types=row is windows[i][0] or family in ("bert", "llama3"))
             assert set(row.types[row.sequence == 1].tolist()) <= {int(family in ("bert", "llama3"))}
         counts |= {len(rows) for rows in windows}
-    assert {1, 2, 3} <= counts
+    assert 1 in counts and max(counts) >= 3
 
 
 def test_windows_cover_the_context_and_share_the_stride(folders):
