@@ -15,7 +15,7 @@ import pathlib
 import platform
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from jaxlm.config import nearest, unknown
@@ -67,10 +67,10 @@ def documents(source: SourceConfig) -> Iterator[str]:
     if source.kind == "embedded":
         yield from _embedded()
     elif source.kind == "files":
-        for file in _files(path):
+        for file in find_files(path):
             yield from _read(file, source.column)
     else:
-        rows = _huggingface(source, path) if source.kind == "huggingface" else _tfds(source, path)
+        rows = _huggingface(source, path) if source.kind == "huggingface" else tfds_rows(path, source.split)
         for i, row in enumerate(rows):
             yield _text(row, source.column, f"{path} row {i}")
 
@@ -87,13 +87,13 @@ def describe(source: SourceConfig) -> dict[str, Any]:
             digest.update(file.read_bytes())
         return {"kind": "embedded", "python": platform.python_version(), "blake2b": digest.hexdigest()}
     if source.kind == "files":
-        files = _files(path)
+        files = find_files(path)
         root = os.path.commonpath([file.parent for file in files])
         held = {os.path.relpath(file, root): {"bytes": file.stat().st_size, "blake2b": _digest(file)} for file in files}
         return {"kind": "files", "column": source.column, "files": held}
     known: dict[str, Any] = {"kind": source.kind, "split": source.split, "column": source.column}
     if source.kind == "tfds":
-        info = _tfds_builder(path).info
+        info = tfds_builder(path).info
         return {**known, "name": info.full_name, "examples": info.splits[source.split].num_examples}
     known = {**known, "name": pathlib.Path(path).name, "subset": source.subset}
     return known if source.streaming else {**known, "fingerprint": _huggingface(source, path)._fingerprint}
@@ -119,17 +119,29 @@ def _embedded() -> Iterator[str]:
     """The language reference as pydoc has it, then every docstring of the standard library of some length."""
     yield from _topics().values()
     for file in _standard_library():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old modules hold invalid escapes
-                tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # the library ships a few files for other versions or with other encodings
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                docstring = ast.get_docstring(node)
-                if docstring and len(docstring) >= 40:
-                    yield docstring
+        yield from docstrings(file)
+
+
+def docstrings(file: pathlib.Path) -> Iterator[str]:
+    """The docstrings of some length (40 characters) in a Python file: its own, then those of its classes and functions."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old modules hold invalid escapes
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # the library ships a few files for other versions or with other encodings
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) >= 40:
+                yield docstring
+
+
+def modules() -> Iterator[tuple[str, pathlib.Path]]:
+    """The files of the standard library in sorted order, each with the top-level module or package that it belongs to."""
+    root = sysconfig.get_path("stdlib")
+    for file in _standard_library():
+        yield file.relative_to(root).with_suffix("").parts[0], file
 
 
 def _topics() -> dict[str, str]:
@@ -149,13 +161,16 @@ def _standard_library() -> list[pathlib.Path]:
 # --- files ------------------------------------------------------------------------------------
 
 
-def _files(path: str) -> list[pathlib.Path]:
-    """The files of a path, folder or glob in sorted order, each of a format that we read."""
+def find_files(path: str, formats: Sequence[str] = FORMATS) -> list[pathlib.Path]:
+    """The files of a path, folder or glob in sorted order, each of one of the formats (suffixes, or these with .gz, .zst).
+
+    Raises ValueError where there is none, and where a named one has another format; no formats: any file will do.
+    """
     given = pathlib.Path(path)
     if given.is_dir():
-        found = [file for file in sorted(given.rglob("*")) if file.is_file() and _format(file) in FORMATS]
+        found = [file for file in sorted(given.rglob("*")) if file.is_file() and (not formats or format_of(file) in formats)]
         if not found:
-            raise ValueError(f"folder {path!r} holds no file ending in {', '.join(FORMATS)} (or these with .gz, .zst)")
+            raise ValueError(f"folder {path!r} holds no file ending in {', '.join(formats)} (or these with .gz, .zst)")
         return found
     root = pathlib.Path(given.anchor)
     matches = [given] if given.is_file() else sorted(root.glob(str(given.relative_to(root))))
@@ -165,41 +180,36 @@ def _files(path: str) -> list[pathlib.Path]:
         hint = nearest(given.name, there)
         raise ValueError(f"no file matches {path!r}" + (f": did you mean {hint!r}?" if hint else ""))
     for file in found:
-        if _format(file) not in FORMATS:
-            raise unknown(f"format of {str(file)!r}:", _format(file), FORMATS)
+        if formats and format_of(file) not in formats:
+            raise unknown(f"format of {str(file)!r}:", format_of(file), formats)
     return found
 
 
-def _format(file: pathlib.Path) -> str:
+def format_of(file: pathlib.Path) -> str:
+    """The suffix of a file, below that of its compression."""
     return file.with_suffix("").suffix if file.suffix in PACKED else file.suffix
 
 
 def _read(file: pathlib.Path, column: str) -> Iterator[str]:
-    if _format(file) == ".parquet":
+    if format_of(file) == ".parquet":
         yield from _read_parquet(file, column)
         return
-    with _opened(file) as raw:
-        try:
-            if _format(file) == ".txt":
-                yield raw.read().decode("utf-8-sig")  # as bytes: text mode would rewrite line ends
-                return
-            for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig"), 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{file}:{number} is not JSON: {error}") from None
-                    yield _text(row, column, f"{file}:{number}")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-        except ValueError:
-            raise
-        except Exception as error:  # a damaged archive: gzip, zlib and zstandard each have errors of their own
-            raise ValueError(f"{file} cannot be read: {error}") from None
+    with opened(file) as raw:
+        if format_of(file) == ".txt":
+            yield raw.read().decode("utf-8-sig")  # as bytes: text mode would rewrite line ends
+            return
+        for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig"), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+                yield _text(row, column, f"{file}:{number}")
 
 
 @contextlib.contextmanager
-def _opened(file: pathlib.Path) -> Iterator[Any]:
+def opened(file: pathlib.Path) -> Iterator[Any]:
+    """The bytes of a file, decompressed; what is wrong with them while they are read is a ValueError of one line."""
     with contextlib.ExitStack() as stack:
         raw: Any = stack.enter_context(file.open("rb"))
         if file.suffix == ".gz":
@@ -210,15 +220,33 @@ def _opened(file: pathlib.Path) -> Iterator[Any]:
             import zstandard
 
             raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-        yield raw
+        try:
+            yield raw
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+        except ValueError:
+            raise
+        except Exception as error:  # a damaged archive: gzip, zlib and zstandard each have errors of their own
+            raise ValueError(f"{file} cannot be read: {error}") from None
 
 
-def _read_parquet(file: pathlib.Path, column: str) -> Iterator[str]:
+@contextlib.contextmanager
+def opened_parquet(file: pathlib.Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`."""
+    import pyarrow
     import pyarrow.parquet
 
     if file.suffix in PACKED:
         raise ValueError(f"{file}: parquet files are compressed inside; take the {file.suffix} off")
-    with pyarrow.parquet.ParquetFile(file) as table:
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _read_parquet(file: pathlib.Path, column: str) -> Iterator[str]:
+    with opened_parquet(file) as table:
         if column not in table.schema_arrow.names:
             raise unknown(f"column of {str(file)!r}:", column, table.schema_arrow.names)
         for batch in table.iter_batches(columns=[column]):
@@ -250,36 +278,43 @@ def _digest(file: pathlib.Path) -> str:
 
 
 def _huggingface(source: SourceConfig, path: str) -> Any:
-    """The `datasets` object: from the hub, from a folder that `datasets` saved, or from a folder of data files."""
-    import datasets
-
-    folder = pathlib.Path(path)
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        held = _asked(path, lambda: datasets.load_from_disk(path))
-        if isinstance(held, datasets.DatasetDict):
-            if source.split not in held:
-                raise unknown(f"split of {path!r}:", source.split, list(held))
-            held = held[source.split]
-        held = held.to_iterable_dataset() if source.streaming else held
-    else:
-        load = lambda: datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)  # noqa: E731
-        held = _asked(path, load)
+    held = huggingface(path, source.subset, source.split, source.streaming)
     if held.column_names is not None and source.column not in held.column_names:
         raise unknown(f"column of {path!r}:", source.column, held.column_names)
     return held.select_columns([source.column]) if held.column_names is not None and not source.streaming else held
 
 
-def _tfds(source: SourceConfig, path: str) -> Iterable[Mapping[str, Any]]:
+def is_saved(path: str) -> bool:
+    """Whether `datasets` saved a data set, or one with splits, into this folder."""
+    return any(pathlib.Path(path, name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
+def huggingface(path: str, subset: str | None, split: str, streaming: bool = False) -> Any:
+    """The `datasets` object: from the hub, from a folder that `datasets` saved, or from a folder of data files."""
+    import datasets
+
+    if not is_saved(path):
+        return _asked(path, lambda: datasets.load_dataset(path, subset, split=split, streaming=streaming))
+    held = _asked(path, lambda: datasets.load_from_disk(path))
+    if isinstance(held, datasets.DatasetDict):
+        if split not in held:
+            raise unknown(f"split of {path!r}:", split, list(held))
+        held = held[split]
+    return held.to_iterable_dataset() if streaming else held
+
+
+def tfds_rows(path: str, split: str) -> Any:
     """A random-access source read without TensorFlow (the data must lie in ArrayRecord files)."""
     import tensorflow_datasets as tfds
 
     if pathlib.Path(path).is_dir():
-        builder = _tfds_builder(path)
-        return _asked(path, lambda: builder.as_data_source(split=source.split))
-    return _asked(path, lambda: tfds.data_source(path, split=source.split))
+        builder = tfds_builder(path)
+        return _asked(path, lambda: builder.as_data_source(split=split))
+    return _asked(path, lambda: tfds.data_source(path, split=split))
 
 
-def _tfds_builder(path: str) -> Any:
+def tfds_builder(path: str) -> Any:
+    """The `tfds` builder of a name or of a prepared folder."""
     import tensorflow_datasets as tfds
 
     return _asked(path, lambda: tfds.builder_from_directory(path) if pathlib.Path(path).is_dir() else tfds.builder(path))
