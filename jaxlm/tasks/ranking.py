@@ -1,0 +1,66 @@
+"""Scores of embeddings and of preferences: similarity of sentences, retrieval, which of two answers is better.
+
+B pairs · Q queries · D documents (of a corpus; width of an embedding in `sts`) · K ranks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm.tasks.intervals import Weighted, averaged, check_numbers, check_sizes
+from jaxlm.tasks.numbers import correlations
+
+
+def sts(first_BD: Any, second_BD: Any, actual_B: Any) -> dict[str, float]:
+    """Spearman's and Pearson's correlation of the cosine of two embeddings with how alike people find the texts.
+
+    spearman is what MTEB reports for STS. The cosine with a vector of zeros counts as 0.
+    """
+    check_sizes(first_BD, second_BD, actual_B)
+    one_BD = check_numbers("embeddings", first_BD, (None, None))
+    other_BD = check_numbers("embeddings", second_BD, one_BD.shape)
+    lengths_B = np.linalg.norm(one_BD, axis=1) * np.linalg.norm(other_BD, axis=1)
+    cosine_B = np.divide((one_BD * other_BD).sum(1), lengths_B, out=np.zeros(len(lengths_B)), where=lengths_B > 0)
+    return correlations(cosine_B, check_numbers("references", actual_B))
+
+
+def retrieval(scores_QD: Any, relevant_QD: Any, recalls: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """recall@k, mrr@10 and ndcg@10 of documents ranked by score, averaged over queries.
+
+    `relevant_QD`: 0 for a document that does not answer the query, else its gain (1, or grades). recall@k: relevant documents
+    among the first k, over all relevant ones. mrr@10: 1 / rank of the first relevant one, 0 after rank 10. ndcg@10: Σ gain /
+    log2(rank + 1) over that of the best order (Järvelin & Kekäläinen 2002, in the form of trec_eval). Of documents with the
+    same score those of lower gain stand first: a tie counts against the system, and the order of documents changes nothing.
+    """
+    return weighted_retrieval(recalls)(scores_QD, relevant_QD)
+
+
+def weighted_retrieval(recalls: Sequence[int] = (1, 5, 10)) -> Weighted:
+    """`retrieval` for resampling: the examples are queries."""
+
+    def values(scores_QD: Any, relevant_QD: Any) -> dict[str, np.ndarray]:
+        check_sizes(scores_QD, relevant_QD)
+        table_QD = check_numbers("scores", scores_QD, (None, None))
+        gain_QD = check_numbers("relevant", relevant_QD, table_QD.shape)
+        if gain_QD.min(initial=0) < 0:
+            raise ValueError(f"relevant holds {gain_QD.min():g}: expected 0, or a gain above 0")
+        if not (answered_Q := (gain_QD > 0).any(1)).all():
+            raise ValueError(f"query {int(np.argmin(answered_Q))} has no relevant document")
+        order_QD = np.lexsort((gain_QD, -table_QD), axis=1)
+        ranked_QD, best_QD = np.take_along_axis(gain_QD, order_QD, 1), -np.sort(-gain_QD, 1)
+        hit_QD = ranked_QD > 0
+        found = {f"recall@{k}": hit_QD[:, :k].sum(1) / hit_QD.sum(1) for k in recalls}
+        ranks_K = np.arange(1, min(10, hit_QD.shape[1]) + 1)
+        found["mrr@10"] = (hit_QD[:, : len(ranks_K)] / ranks_K).max(1)
+        dcg_Q, ideal_Q = (each[:, : len(ranks_K)] @ (1 / np.log2(ranks_K + 1)) for each in (ranked_QD, best_QD))
+        return found | {"ndcg@10": dcg_Q / ideal_Q}
+
+    return averaged(values)
+
+
+def preference(chosen_B: Any, rejected_B: Any) -> dict[str, float]:
+    """accuracy: how often the chosen answer has the higher score, a tie for half; margin: mean of chosen − rejected."""
+    check_sizes(chosen_B, rejected_B)
+    margin_B = check_numbers("scores", chosen_B) - check_numbers("scores", rejected_B)
+    return {"accuracy": float(np.mean((1 + np.sign(margin_B)) / 2)), "margin": float(margin_B.mean())}

@@ -1,0 +1,166 @@
+"""Translation and summaries: the libraries' scores, their own bootstraps, any script, any number of references."""
+
+import csv
+import random
+import sys
+
+import numpy as np
+import pytest
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.significance import PairedTest
+
+from jaxlm.tasks import (
+    approximate_randomisation,
+    bootstrap,
+    paired,
+    summarisation,
+    translation,
+    weighted_summarisation,
+    weighted_translation,
+)
+from jaxlm.tasks.texts import _Unicode
+
+WORDS = ["the", "a", "small", "old", "dog", "house", "sees", "runs", ",", ".", "in", "under", "über", "café", "3.5", "don't"]
+
+
+def sentences(seed, n, near=None, change=0.3):
+    """Random sentences, or ones near to others."""
+    rng = random.Random(seed)
+    if near is None:
+        return [" ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 12))) for _ in range(n)]
+    return [" ".join(rng.choice(WORDS) if rng.random() < change else word for word in text.split()) for text in near]
+
+
+REFERENCES = sentences(0, 60)
+A, B = sentences(1, 60, REFERENCES), sentences(2, 60, REFERENCES, change=0.4)
+
+
+@pytest.mark.parametrize("tokenize", ["13a", "zh", "char", "intl", "none"])
+def test_scores_and_signatures_are_sacrebleus(tokenize):
+    found = translation(A, REFERENCES, tokenize)
+    spaceless = tokenize in ("zh", "char")
+    bleu, chrf, ter = BLEU(tokenize=tokenize), CHRF(), TER(normalized=spaceless, asian_support=spaceless)
+    expected = {name: metric.corpus_score(A, [REFERENCES]).score for name, metric in (("bleu", bleu), ("chrf", chrf), ("ter", ter))}
+    assert found.values == expected and all(expected.values())
+    assert found.signatures["bleu"] == f"nrefs:1|case:mixed|eff:no|tok:{tokenize}|smooth:exp|version:{sacrebleu.__version__}"
+    assert found.signatures["ter"] == str(ter.get_signature()) and found.signatures["chrf"] == str(chrf.get_signature())
+    assert weighted_translation(tokenize)(A, REFERENCES) == pytest.approx(expected)
+
+
+def test_several_references_of_any_number():
+    several = [[one, other] if i % 2 else [one] for i, (one, other) in enumerate(zip(REFERENCES, B, strict=True))]
+    second = [other if i % 2 else None for i, other in enumerate(B)]
+    found = translation(A, several)
+    assert found.values["bleu"] == BLEU().corpus_score(A, [REFERENCES, second]).score > translation(A, REFERENCES).values["bleu"]
+    assert "nrefs:var" in found.signatures["chrf"]
+    assert weighted_translation()(A, several) == pytest.approx(found.values)
+
+
+def test_the_bootstrap_is_sacrebleus_own():
+    """Its own resampling starts from the seed 12345 and draws as ours does: mean and half width of the same scores."""
+    found = bootstrap(weighted_translation(), A, REFERENCES, n=400, seed=12345)
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF()), ("ter", TER())):
+        theirs = metric.corpus_score(A, [REFERENCES], n_bootstrap=400)
+        assert found[name].value == pytest.approx(theirs.score)
+        assert (found[name].high - found[name].low) / 2 == pytest.approx(theirs._ci, rel=0.03), "theirs takes no quantile between"
+
+
+def test_the_paired_tests_are_sacrebleus_own(monkeypatch):
+    monkeypatch.setenv("SACREBLEU_SEED", "12345")
+    metrics = {"BLEU": BLEU(), "chrF2": CHRF()}
+    _, theirs = PairedTest([("b", B), ("a", A)], metrics, [REFERENCES], test_type="ar", n_samples=500)()
+    ours = approximate_randomisation(weighted_translation(), B, A, REFERENCES, n=500, seed=12345)
+    assert ours["bleu"] == pytest.approx(theirs["BLEU"][1].p_value) and ours["chrf"] == pytest.approx(theirs["chrF2"][1].p_value)
+    _, theirs = PairedTest([("b", B), ("a", A)], metrics, [REFERENCES], test_type="bs", n_samples=500)()
+    ours = paired(weighted_translation(), A, B, REFERENCES, n=500, seed=12345)
+    assert ours["bleu"].difference == pytest.approx(theirs["BLEU"][1].score - theirs["BLEU"][0].score)
+    assert ours["bleu"].low > 0 and ours["bleu"].p < 0.05 and theirs["BLEU"][1].p_value < 0.05
+
+
+def test_empty_texts_and_other_scripts_have_scores():
+    assert translation([""], ["a b"]).values == {"bleu": 0, "chrf": 0, "ter": 100}
+    assert translation(["a b"], [""]).values["bleu"] == 0
+    assert translation(["", ""], ["", ""]).values["ter"] == 0
+    assert translation(["我 爱 你。"], ["我爱你。"], "zh").values == pytest.approx({"bleu": 100, "chrf": 100, "ter": 0})
+
+
+def test_a_missing_tokenizer_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
+    with pytest.raises(ValueError, match=r"^tokenize 'ja-mecab' needs a package that is not here: pip install 'sacrebleu\[ja\]'$"):
+        translation(["猫"], ["猫"], "ja-mecab")
+
+
+# --- summaries -------------------------------------------------------------------------------
+
+
+def lines(seed, n):
+    return ["\n".join(sentences(seed + i, 3)) for i in range(n)]
+
+
+def test_rouge_is_rouge_scores():
+    texts, references, others = lines(0, 8), lines(100, 8), lines(200, 8)
+    texts[0] = references[1] = ""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    found = summarisation(texts, references)
+    theirs = [scorer.score(truth, text) for truth, text in zip(references, texts, strict=True)]
+    assert found.values == pytest.approx({k: 100 * np.mean([each[k].fmeasure for each in theirs]) for k in theirs[0]})
+    assert found.values["rougeLsum"] > found.values["rougeL"] > found.values["rouge2"] > 0
+    assert found.signatures["rougeL"].startswith("nrefs:1|words:latin|stem:porter|mean:texts|rouge-score:")
+    assert weighted_summarisation()(texts, references) == pytest.approx(found.values)
+    both = summarisation(texts, list(zip(references, others, strict=True)))
+    best = [
+        [scorer.score(truth, text)["rouge2"].fmeasure for truth in two]
+        for *two, text in zip(references, others, texts, strict=True)
+    ]
+    assert both.values["rouge2"] == pytest.approx(100 * np.mean(np.max(best, axis=1))) and "nrefs:2" in both.signatures["rouge1"]
+
+
+def test_every_script_has_words():
+    assert _Unicode().tokenize("你好, World2 x_y") == ["你", "好", "world2", "x", "y"]
+    assert _Unicode().tokenize("हिन्दी में · Straße · cafe\u0301") == ["हिन्दी", "में", "straße", "café"], "marks belong to letters"
+    assert _Unicode().tokenize("ไทย") == ["ไ", "ท", "ย"] and _Unicode().tokenize("カタカナ です") == list("カタカナです")
+    assert _Unicode().tokenize("\u0301\u0301 !") == [] == _Unicode().tokenize("")
+    found = summarisation(["我爱猫"], ["我爱狗"])
+    assert found.values == pytest.approx({"rouge1": 200 / 3, "rouge2": 50, "rougeL": 200 / 3, "rougeLsum": 200 / 3})
+    assert "words:unicode|stem:none" in found.signatures["rouge1"]
+    assert summarisation(["我爱猫"], ["我爱狗"], words="latin").values["rouge1"] == 0, "what rouge-score makes of it alone"
+    mixed = summarisation(["2024 我爱猫"], ["2024 我爱猫和你们大家"])
+    assert "words:unicode" in mixed.signatures["rouge1"], "five digits do not make a text Latin"
+    assert "words:latin" in summarisation(["naïve"], ["a naïve café"]).signatures["rouge1"]
+    assert "words:latin" in summarisation([""], [""]).signatures["rouge1"]
+
+
+@pytest.mark.realdata
+def test_rouge_155_published_scores(data):
+    folder = data / "ref-rouge"
+    texts, references = (folder.joinpath(f"{name}_large.txt").read_text().splitlines() for name in ("prediction", "target"))
+    with (folder / "expected_aggregate_rouge155.csv").open() as file:
+        wanted = {(row["unit"], row["metric"]): row for row in csv.DictReader(file) if row["stemming"] == "yes"}
+    found = bootstrap(weighted_summarisation(), texts, references)
+    for metric in ("rouge1", "rougeL"):
+        row = wanted["lines", metric]
+        expected = [100 * float(row[f"f_{bound}"]) for bound in ("mid", "low", "high")]
+        assert found[metric] == pytest.approx(expected, abs=0.2), "ROUGE-1.5.5 and its bootstrap"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: translation([], []), "no predictions to score"),
+        (lambda: summarisation([], []), "no predictions to score"),
+        (lambda: translation(["a"], ["a", "b"]), "predictions and references differ in number: 1 and 2"),
+        (lambda: translation(["a", "b"], [["a"], []]), "text 1 has no reference"),
+        (
+            lambda: translation(["a"], ["a"], "13b"),
+            "unknown tokenize '13b': did you mean '13a'? allowed: 13a, zh, ja-mecab, char, intl, none",
+        ),
+        (lambda: summarisation(["a"], ["a"], words="greek"), "unknown words 'greek': allowed: auto, latin, unicode"),
+    ],
+)
+def test_mistakes(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value) == message
