@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from jaxlm.tasks import bootstrap, span_scores, spans, spans_of, weighted_spans
+from jaxlm.metrics import bootstrap, span_scores, spans, spans_of, weighted_spans
 
 
 @pytest.mark.parametrize(

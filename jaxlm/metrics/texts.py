@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxlm.config import unknown
-from jaxlm.tasks.intervals import Scores, Weighted, averaged, check_sizes
+from jaxlm.metrics.intervals import Scores, Weighted, averaged, check_sizes
 
 References = Sequence[str] | Sequence[Sequence[str]]
 """One reference a text, or any number of them."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from jaxlm.tasks import (
+from jaxlm.metrics import (
     bootstrap,
     class_scores,
     classification,

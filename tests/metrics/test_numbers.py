@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from jaxlm.tasks import bootstrap, perplexity, preference, regression, retrieval, sts, weighted_retrieval
+from jaxlm.metrics import bootstrap, perplexity, preference, regression, retrieval, sts, weighted_retrieval
 
 
 def test_regression_is_scipys_and_scikit_learns():

@@ -2,7 +2,7 @@
 
 Values are scikit-learn's. It scores one set of examples a call, which is too slow for a thousand resamples, so
 `weighted_classification` and `weighted_multilabel` score many weightings at once, under the same names and with the same
-values (`tests/tasks/test_classes.py` holds them equal).
+values (`tests/metrics/test_classes.py` holds them equal).
 B examples · C classes · N weightings (resamples) · G groups of examples with the same score.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import unknown
-from jaxlm.tasks.intervals import Scores, Weighted, check_numbers, check_sizes
+from jaxlm.metrics.intervals import Scores, Weighted, check_numbers, check_sizes
 
 AVERAGES = ("micro", "macro", "weighted")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxlm.tasks.intervals import Scores, Weighted, check_numbers, check_sizes
+from jaxlm.metrics.intervals import Scores, Weighted, check_numbers, check_sizes
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.tasks.classes import over
-from jaxlm.tasks.intervals import Scores, Weighted, check_numbers, check_sizes
+from jaxlm.metrics.classes import over
+from jaxlm.metrics.intervals import Scores, Weighted, check_numbers, check_sizes
 
 
 class Bin(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.tasks.intervals import Weighted, averaged, check_numbers, check_sizes
-from jaxlm.tasks.numbers import correlations
+from jaxlm.metrics.intervals import Weighted, averaged, check_numbers, check_sizes
+from jaxlm.metrics.numbers import correlations
 
 
 def sts(first_BD: Any, second_BD: Any, actual_B: Any) -> dict[str, float]:

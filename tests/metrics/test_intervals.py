@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxlm.tasks import approximate_randomisation, averaged, bootstrap, mcnemar, mean_interval, paired, wilson
+from jaxlm.metrics import approximate_randomisation, averaged, bootstrap, mcnemar, mean_interval, paired, wilson
 
 mean = averaged(lambda values_B: {"mean": values_B})
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.tasks.classes import PerClass, over, precision_recall_f1
-from jaxlm.tasks.intervals import Scores, Weighted, check_sizes
+from jaxlm.metrics.classes import PerClass, over, precision_recall_f1
+from jaxlm.metrics.intervals import Scores, Weighted, check_sizes
 
 Tags = Sequence[Sequence[str]]
 

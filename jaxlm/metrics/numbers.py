@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.tasks.intervals import check_numbers, check_sizes
+from jaxlm.metrics.intervals import check_numbers, check_sizes
 
 
 def regression(predicted: Any, actual: Any) -> dict[str, float]:

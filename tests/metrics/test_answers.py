@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxlm.tasks import bootstrap, squad, weighted_squad
-from jaxlm.tasks.answers import exact_match, normalise, word_f1
+from jaxlm.metrics import bootstrap, squad, weighted_squad
+from jaxlm.metrics.answers import exact_match, normalise, word_f1
 
 
 @pytest.mark.parametrize(

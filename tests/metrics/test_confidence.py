@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from sklearn import metrics
 
-from jaxlm.tasks import bootstrap, calibration, fit_temperature, reliability, softmax, weighted_calibration
+from jaxlm.metrics import bootstrap, calibration, fit_temperature, reliability, softmax, weighted_calibration
 
 
 def logits_and_labels(seed, temperature=1.0, B=4000, C=5):

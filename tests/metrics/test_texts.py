@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
-from jaxlm.tasks import (
+from jaxlm.metrics import (
     approximate_randomisation,
     bootstrap,
     paired,
@@ -20,7 +20,7 @@ from jaxlm.tasks import (
     weighted_summarisation,
     weighted_translation,
 )
-from jaxlm.tasks.texts import _Unicode
+from jaxlm.metrics.texts import _Unicode
 
 WORDS = ["the", "a", "small", "old", "dog", "house", "sees", "runs", ",", ".", "in", "under", "über", "café", "3.5", "don't"]
 

@@ -1,0 +1,43 @@
+"""What predictions are worth, and how sure that is.
+
+A metric takes predictions and references and gives a flat dict of numbers; ValueError where there is nothing to score. Its
+interval is `bootstrap(metric, …)`. Metrics that would be slow to call a thousand times have a `weighted_` form for that,
+with the same names and values.
+"""
+
+from jaxlm.metrics.answers import squad, weighted_squad
+from jaxlm.metrics.classes import (
+    PerClass,
+    class_scores,
+    classification,
+    confusion,
+    multilabel,
+    weighted_classification,
+    weighted_multilabel,
+)
+from jaxlm.metrics.confidence import Bin, calibration, fit_temperature, reliability, softmax, weighted_calibration
+from jaxlm.metrics.intervals import (
+    Interval,
+    Paired,
+    Weighted,
+    approximate_randomisation,
+    averaged,
+    bootstrap,
+    mcnemar,
+    mean_interval,
+    paired,
+    wilson,
+)
+from jaxlm.metrics.numbers import perplexity, regression
+from jaxlm.metrics.ranking import preference, retrieval, sts, weighted_retrieval
+from jaxlm.metrics.tags import Span, span_scores, spans, spans_of, weighted_spans
+from jaxlm.metrics.texts import Scored, summarisation, translation, weighted_summarisation, weighted_translation
+
+__all__ = [
+    "Bin", "Interval", "Paired", "PerClass", "Scored", "Span", "Weighted", "approximate_randomisation", "averaged",
+    "bootstrap", "calibration", "class_scores", "classification", "confusion", "fit_temperature", "mcnemar",
+    "mean_interval", "multilabel", "paired", "perplexity", "preference", "regression", "reliability", "retrieval",
+    "softmax", "span_scores", "spans", "spans_of", "squad", "sts", "summarisation", "translation",
+    "weighted_calibration", "weighted_classification", "weighted_multilabel", "weighted_retrieval", "weighted_spans",
+    "weighted_squad", "weighted_summarisation", "weighted_translation", "wilson",
+]  # fmt: skip
