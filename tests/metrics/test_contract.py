@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from jaxlm import tasks
+from jaxlm import metrics
 
 rng = np.random.default_rng(0)
 B = 24
 ids, guesses = rng.integers(4, size=(2, B))
-likely = tasks.softmax(rng.integers(0, 3, size=(B, 4)).astype(float))
+likely = metrics.softmax(rng.integers(0, 3, size=(B, 4)).astype(float))
 # Some runs of four words match: without any, BLEU's smoothing depends on the size of the corpus.
 texts = [" ".join(random.Random(i).choices(["a", "cat", "sat", "über", "."], k=i % 9)) for i in range(B)]
 others = [" ".join([*text.split()[: random.Random(i).randint(3, 9)], "dog"]) for i, text in enumerate(texts)]
@@ -19,21 +19,21 @@ tags, more_tags = ([random.Random(i * by).choices(["O", "B-A", "I-A", "B-B"], k=
 # name: what scores, its form for resampling (None: itself), the arrays
 METRICS = {
     "classification": (
-        lambda *arrays: tasks.classification(*arrays, labels=range(4)),
-        tasks.weighted_classification(range(4)),
+        lambda *arrays: metrics.classification(*arrays, labels=range(4)),
+        metrics.weighted_classification(range(4)),
         (guesses, ids, likely),
     ),
-    "multilabel": (tasks.multilabel, tasks.weighted_multilabel(), (likely, likely[::-1] > 0.3)),
-    "regression": (tasks.regression, None, (guesses, ids)),
-    "spans": (tasks.spans, tasks.weighted_spans(), (tags, more_tags)),
-    "squad": (tasks.squad, tasks.weighted_squad(), (texts, [[text][: i % 4] for i, text in enumerate(others)], ids / 4)),
-    "translation": (lambda *arrays: tasks.translation(*arrays).values, tasks.weighted_translation(), (texts, others)),
-    "summarisation": (lambda *arrays: tasks.summarisation(*arrays).values, tasks.weighted_summarisation(), (texts, others)),
-    "perplexity": (tasks.perplexity, None, (rng.random(B), ids + 1, ids + 1, 3 * ids + 2)),
-    "calibration": (tasks.calibration, tasks.weighted_calibration(), (likely, ids)),
-    "sts": (tasks.sts, None, (likely, likely[::-1], ids)),
-    "retrieval": (tasks.retrieval, tasks.weighted_retrieval(), (likely, likely[::-1] > 0.2)),
-    "preference": (tasks.preference, None, (guesses, ids)),
+    "multilabel": (metrics.multilabel, metrics.weighted_multilabel(), (likely, likely[::-1] > 0.3)),
+    "regression": (metrics.regression, None, (guesses, ids)),
+    "spans": (metrics.spans, metrics.weighted_spans(), (tags, more_tags)),
+    "squad": (metrics.squad, metrics.weighted_squad(), (texts, [[text][: i % 4] for i, text in enumerate(others)], ids / 4)),
+    "translation": (lambda *arrays: metrics.translation(*arrays).values, metrics.weighted_translation(), (texts, others)),
+    "summarisation": (lambda *arrays: metrics.summarisation(*arrays).values, metrics.weighted_summarisation(), (texts, others)),
+    "perplexity": (metrics.perplexity, None, (rng.random(B), ids + 1, ids + 1, 3 * ids + 2)),
+    "calibration": (metrics.calibration, metrics.weighted_calibration(), (likely, ids)),
+    "sts": (metrics.sts, None, (likely, likely[::-1], ids)),
+    "retrieval": (metrics.retrieval, metrics.weighted_retrieval(), (likely, likely[::-1] > 0.2)),
+    "preference": (metrics.preference, None, (guesses, ids)),
 }
 
 
@@ -70,15 +70,15 @@ def test_examples_twice_are_weights_of_two(case):
 
 def test_an_interval_for_every_name(case):
     metric, weighted, arrays = case
-    found = tasks.bootstrap(weighted, *arrays, n=30)
+    found = metrics.bootstrap(weighted, *arrays, n=30)
     assert list(found) == list(metric(*arrays))
     for name, (value, low, high) in found.items():
         assert type(value) is type(low) is type(high) is float and low <= high, name
-    assert found == tasks.bootstrap(weighted, *arrays, n=30) != tasks.bootstrap(weighted, *arrays, n=30, seed=1)
+    assert found == metrics.bootstrap(weighted, *arrays, n=30) != metrics.bootstrap(weighted, *arrays, n=30, seed=1)
 
 
 def test_nothing_to_score(case):
     metric, weighted, arrays = case
-    for call in (lambda: metric(*take(arrays, [])), lambda: tasks.bootstrap(weighted, *take(arrays, []))):
+    for call in (lambda: metric(*take(arrays, [])), lambda: metrics.bootstrap(weighted, *take(arrays, []))):
         with pytest.raises(ValueError, match=r"^no predictions to score$"):
             call()
