@@ -14,14 +14,33 @@ from jaxlm.hub import find, is_hugging_face, load_parameters, read_config, read_
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
 from jaxlm.tasks import TASKS, Task, TaskConfig
-from jaxlm.train import Checkpoints, TuneConfig, Tuning
+from jaxlm.train import LOWER, Checkpoints, TuneConfig, Tuning, init_frozen
 
-LABELS = "labels.json"  # in a run's folder: the names of its labels
+CARD = "task.json"  # in a run's folder
 
 # The task that a head is for, where no run says which.
 _OF_HEAD = {
     "sequence": "classification", "token": "tagging", "span": "extractive_qa", "choice": "multiple_choice", "embedding": "embedding",
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a run found out and its readers need: the names of its labels, and what its checkpoints are ranked by."""
+
+    labels: tuple[str, ...] = ()
+    metric: str = "loss"
+
+
+def write_card(run: pathlib.Path, card: Card) -> None:
+    (run / CARD).write_text(json.dumps(dataclasses.asdict(card), ensure_ascii=False), encoding="utf8")
+
+
+def read_card(run: pathlib.Path) -> Card:
+    """The card of a run's folder; an empty one where there is none."""
+    file = run / CARD
+    said = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+    return Card(tuple(said.get("labels", ())), said.get("metric", "loss"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +77,7 @@ class Trained:
     def labels(self) -> tuple[str, ...]:
         """Names of the classes of a head over labels, where they are known."""
         if self.run is not None:
-            return read_labels(self.run)
+            return read_card(self.run).labels
         named = (self.theirs or {}).get("id2label") or {}
         return tuple(str(named[key]) for key in sorted(named, key=int))
 
@@ -108,12 +127,6 @@ def start_id(theirs: Mapping[str, Any] | None, tokenizer: Tokenizer) -> int:
     return int(said) if said is not None else tokenizer.special.get("pad", tokenizer.bos_id)
 
 
-def read_labels(run: pathlib.Path) -> tuple[str, ...]:
-    """The names of a run's labels; empty where it has none."""
-    file = run / LABELS
-    return tuple(json.loads(file.read_text(encoding="utf8"))) if file.is_file() else ()
-
-
 def load_model(argument: str, mesh: jax.sharding.Mesh | None = None) -> Trained:
     """A run folder's checkpoint with the best score, or a Hugging Face model; on one device unless a mesh is given."""
     mesh = mesh or make_mesh(ParallelConfig(), jax.devices()[:1])
@@ -134,12 +147,16 @@ def _restore(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Model, Para
     if task.kind == "replaced":
         model = Detection(model.config, task.generator)
     tuning = Tuning(configs.build(TuneConfig, tree.get("tune", {})), model)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    metric = read_card(folder).metric
+    checkpoints = Checkpoints(folder / "checkpoints", metric=metric, higher=metric not in LOWER)
     step = checkpoints.best()
     if step is None:
         raise ValueError(f"{folder} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")
-    trained = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
-    params = tuning.restore(trained, lambda: start_parameters(tree["model"].get("init_from"), model, mesh, tree["seed"]))
+    params = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
+    if tuning.frozen_shapes:
+        start = start_parameters(tree["model"].get("init_from"), model, mesh, tree["seed"])
+        frozen = init_frozen(model, tree["seed"], mesh, tuning, start)
+        params = jax.jit(tuning.merge, out_shardings=stored_shardings(model.axes, model.shapes, mesh))(params, frozen)
     return (model.discriminator, params["discriminator"]) if task.kind == "replaced" else (model, params)
 
 
@@ -178,7 +195,7 @@ def model_config(argument: str) -> TransformerConfig:
     if is_hugging_face(folder):
         return read_config(folder)
     config = with_vocabulary(section(configs.read_yaml(folder / "config.yaml")[0]), load_tokenizer(folder / "tokenizer"))
-    labels = read_labels(folder)
+    labels = read_card(folder).labels
     return with_labels(config, len(labels)) if labels else config
 
 

@@ -1,7 +1,6 @@
 """Learning a task from rows."""
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from jaxlm.data import ExampleBatches, Table, Tokenizer, read_rows, split_rows, 
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.model import Model, Params, TransformerConfig
-from jaxlm.models import LABELS, read_labels, start_id, with_labels, with_vocabulary
+from jaxlm.models import read_card, start_id, with_labels, with_vocabulary
 from jaxlm.report import bar, say
 from jaxlm.tasks import TASKS, Examples, Predictor, Task, told, write_predictions
 from jaxlm.train import Objective
@@ -50,7 +49,7 @@ class Finetuning(Job):
     @functools.cached_property
     def task(self) -> Task:
         c = self.config
-        labels = read_labels(self.folder)
+        labels = read_card(self.folder).labels
         task = TASKS[c.task.kind](
             c.task, self.tokenizer, c.data.length, labels=labels, architecture=c.model.architecture,
             start_id=start_id(self._theirs, self.tokenizer),
@@ -69,6 +68,10 @@ class Finetuning(Job):
         source = self.config.model.init_from
         folder = None if source is None else locate(source, weights=False)
         return read_json(folder) if folder is not None and is_hugging_face(folder) else None
+
+    @property
+    def labels(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.task.labels
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -109,9 +112,6 @@ class Finetuning(Job):
         return self.task.objective(self.config.train.loss_chunk)
 
     def prepare(self, start: Callable[[], Params]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.task.labels:
-            (self.folder / LABELS).write_text(json.dumps(self.task.labels, ensure_ascii=False), encoding="utf8")
         if hasattr(self.task, "refer"):
             self._refer(start)
 

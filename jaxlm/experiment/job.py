@@ -28,6 +28,7 @@ class Job:
     unit: ClassVar[str] = "tokens"
     stochastic: ClassVar[bool] = False
     """The objective draws random numbers, with dropout or without."""
+    labels: tuple[str, ...] = ()
     tokenizer: Tokenizer
 
     def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh, folder: pathlib.Path):

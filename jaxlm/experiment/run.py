@@ -13,7 +13,7 @@ from jaxlm.experiment.finetuning import Finetuning
 from jaxlm.experiment.job import Job
 from jaxlm.experiment.pretraining import Pretraining
 from jaxlm.model import Params
-from jaxlm.models import start_parameters
+from jaxlm.models import Card, start_parameters, write_card
 from jaxlm.parallel import make_mesh, peak_flops, place_batch, stored_shardings
 from jaxlm.report import Page, Record, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
@@ -23,6 +23,7 @@ from jaxlm.train import (
     Tuning,
     Work,
     fit,
+    init_frozen,
     init_state,
     make_optimizer,
     make_schedule,
@@ -94,13 +95,15 @@ class Run:
         model = job.model()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(configs.dump(c), encoding="utf8")
+        write_card(self.folder, Card(job.labels, self.metric))
         job.tokenizer.save(self.folder / "tokenizer")
         tuning = Tuning(c.tune, model)
         self._introduce(model, tuning)
 
         steps = self.steps
         schedule = make_schedule(c.optim, steps)
-        optimizer = make_optimizer(c.optim, schedule)
+        optimizer = make_optimizer(c.optim, schedule, tuning)
+        average = c.optim.average
         source = job.batches()
 
         @functools.cache
@@ -112,22 +115,24 @@ class Run:
         with jax.set_mesh(mesh):
             job.prepare(begin)
             if self.start:
-                state, progress = self._resume(model, optimizer, tuning, begin)
+                shapes = state_shapes(model, optimizer, tuning, average)
+                shardings = state_shardings(model, optimizer, mesh, tuning, average)
+                frozen = init_frozen(model, c.seed, mesh, tuning, begin()) if tuning.frozen_shapes else None
+                state, progress = self.checkpoints.restore(self.start, shapes, shardings, frozen)
                 say(f"resuming {self.folder} at step {self.start:,} of {steps:,}")
             else:
                 params = begin() if c.model.init_from else None
-                state, progress = init_state(model, optimizer, c.seed, mesh, tuning, params), None
+                state, progress = init_state(model, optimizer, c.seed, mesh, tuning, params, average), None
             begin.cache_clear()
-            merged = jax.jit(tuning.merge)
+            merge = jax.jit(tuning.merge)
 
-            def whole(state: TrainState) -> Params:
-                """All parameters, the averaged ones where there are."""
-                trained = state.params if state.average is None else state.average
-                return trained if tuning.everything else merged(trained, state.frozen)
+            def merged(trained: Params, state: TrainState) -> Params:
+                """All parameters of the model."""
+                return merge(trained, state.frozen) if tuning.frozen_shapes else trained
 
             work = Work(
-                evaluate=lambda state, stop: job.evaluate(whole(state), stop), metric=self.metric,
-                sample=(lambda state: job.sample(whole(state)) or "") if c.train.sample_tokens and self._samples else None,
+                evaluate=lambda state, stop: job.evaluate(merged(state.scored, state), stop), metric=self.metric,
+                sample=(lambda state: job.sample(merged(state.scored, state)) or "") if c.train.sample_tokens and self._samples else None,
                 shown=tuple(dict.fromkeys(("loss", self.metric, *job.shown))), figures=job.figures, unit=job.unit,
                 flops=job.flops(model.config), peak_flops=peak_flops(mesh),
             )  # fmt: skip
@@ -137,7 +142,7 @@ class Run:
                 c.train, steps, self.eval_every, state, self.start,
                 make_train_step(
                     model, job.objective(), optimizer, schedule, mesh, seed=c.seed, accumulate=c.train.accumulate,
-                    tuning=tuning, stochastic=job.stochastic,
+                    tuning=tuning, average=average, stochastic=job.stochastic,
                 ),
                 batches, work, mesh=mesh, checkpoints=self.checkpoints, record=record,
             )  # fmt: skip
@@ -147,10 +152,9 @@ class Run:
                 """The parameters of the best checkpoint."""
                 step = self.checkpoints.best()
                 if step is None or step == outcome.step:
-                    return whole(ended)
+                    return merged(ended.scored, ended)
                 shardings = stored_shardings(tuning.axes, tuning.shapes, mesh)
-                trained = self.checkpoints.restore_params(step, tuning.shapes, shardings)
-                return trained if tuning.everything else merged(trained, ended.frozen)
+                return merged(self.checkpoints.restore_params(step, tuning.shapes, shardings), ended)
 
             self._conclude(outcome.ended, outcome.step, record.rows, time.monotonic() - began, best)
         self.checkpoints.close()
@@ -162,21 +166,11 @@ class Run:
         task = self.config.task
         return not task.pretraining or task.kind == "causal"
 
-    def _resume(self, model: Any, optimizer: Any, tuning: Tuning, begin: Any) -> tuple[TrainState, Any]:
-        shapes = state_shapes(model, optimizer, tuning)
-        shardings = state_shardings(model, optimizer, self.mesh, tuning)
-        state, progress = self.checkpoints.restore(self.start, shapes, shardings)
-        if tuning.everything:
-            return state, progress
-        key = jax.random.key(self.config.seed)
-        frozen = jax.jit(lambda params: tuning.split(params, key)[1], out_shardings=shardings.frozen)(begin())
-        return state.replace(frozen=frozen), progress
-
     def _introduce(self, model: Any, tuning: Tuning) -> None:
         c = self.config
         devices = self.mesh.devices
         rows = f"{c.data.batch_size} × {c.data.length} tokens a step"
-        trained = "" if tuning.everything else f" ({count(tuning.trained_parameters)} of them trained)"
+        trained = "" if not tuning.frozen_shapes else f" ({count(tuning.trained_parameters)} of them trained)"
         say(f"{self.folder}: {count(model.parameters())} parameters{trained}, {rows}, {self.steps:,} steps")
         say(f"data: {self.job.summary()}")
         axes = " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
