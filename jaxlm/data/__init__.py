@@ -1,6 +1,7 @@
 """Text from anywhere → tokens → batches."""
 
 from jaxlm.data.cache import build_corpora, corpus_folder
+from jaxlm.data.chat import DEFAULT_TEMPLATE, Chat, ChatRows, Message, check_messages, pack_chats
 from jaxlm.data.corpus import Corpora, Corpus, DataConfig, HoldoutConfig, in_memory, xz_bits_per_byte
 from jaxlm.data.packing import Batch, Packed, Windows, best_fit_decreasing, stack
 from jaxlm.data.pipeline import EvalBatches, Prefetch, State, StreamBatches, TrainBatches, eval_batches, prefetch, train_batches
@@ -8,12 +9,16 @@ from jaxlm.data.sources import SourceConfig, describe, documents
 from jaxlm.data.tokenizer import StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "DEFAULT_TEMPLATE",
     "Batch",
+    "Chat",
+    "ChatRows",
     "Corpora",
     "Corpus",
     "DataConfig",
     "EvalBatches",
     "HoldoutConfig",
+    "Message",
     "Packed",
     "Prefetch",
     "SourceConfig",
@@ -26,12 +31,14 @@ __all__ = [
     "Windows",
     "best_fit_decreasing",
     "build_corpora",
+    "check_messages",
     "corpus_folder",
     "describe",
     "documents",
     "eval_batches",
     "in_memory",
     "load_tokenizer",
+    "pack_chats",
     "prefetch",
     "stack",
     "train_batches",
