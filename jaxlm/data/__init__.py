@@ -2,6 +2,7 @@
 
 from jaxlm.data.cache import build_corpora, corpus_folder
 from jaxlm.data.corpus import Corpora, Corpus, DataConfig, HoldoutConfig, in_memory, xz_bits_per_byte
+from jaxlm.data.corrupt import CorruptConfig, Corruption, make_corruption
 from jaxlm.data.packing import Batch, Packed, Windows, best_fit_decreasing, stack
 from jaxlm.data.pipeline import EvalBatches, Prefetch, State, StreamBatches, TrainBatches, eval_batches, prefetch, train_batches
 from jaxlm.data.sources import SourceConfig, describe, documents
@@ -11,6 +12,8 @@ __all__ = [
     "Batch",
     "Corpora",
     "Corpus",
+    "CorruptConfig",
+    "Corruption",
     "DataConfig",
     "EvalBatches",
     "HoldoutConfig",
@@ -32,6 +35,7 @@ __all__ = [
     "eval_batches",
     "in_memory",
     "load_tokenizer",
+    "make_corruption",
     "prefetch",
     "stack",
     "train_batches",
