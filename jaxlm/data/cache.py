@@ -53,6 +53,8 @@ def corpus_folder(config: DataConfig) -> pathlib.Path:
         "holdout": dataclasses.asdict(config.holdout),
         "format": FORMAT,
     }
+    if config.tokenizer.special or config.tokenizer.sentinels:
+        identity["special"] = [sorted(config.tokenizer.special), config.tokenizer.sentinels]
     if any(source.kind == "embedded" for source in config.sources):
         identity["python"] = platform.python_version()
     short = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()

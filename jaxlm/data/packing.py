@@ -4,17 +4,17 @@ Pure arithmetic on arrays, index-addressed: row i of `Windows` or `Packed` is co
 In both, every token of the corpus is a target exactly once. A row is a dict of arrays (length,):
 `tokens` int32, `targets` int32, `weights` float32 (0: not scored); `Packed` adds `segments` and
 `positions` int32. `stack` makes a batch of rows: tokens_BL, targets_BL, …
-B rows of the batch · L tokens of a row.
+B rows of the batch · L tokens of a row · O options of a choice.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-Row = dict[str, np.ndarray]
-Batch = dict[str, np.ndarray]
+Row = dict[str, Any]  # arrays and scalars, or rows again: {"encoder": …, "decoder": …}
+Batch = dict[str, Any]
 
 
 class Rows(Protocol):
@@ -26,8 +26,22 @@ class Rows(Protocol):
 
 
 def stack(rows: Sequence[Row]) -> Batch:
-    """Rows (L,) → a batch (B, L), `_BL` added to each name."""
-    return {f"{name}_BL": np.stack([row[name] for row in rows]) for name in rows[0]}
+    """Rows → a batch: scalars get `_B` added to their name, arrays (L,) `_BL`, arrays (O, L) `_BOL`; a name that spells
+    its own letters, as `labels_C` does, gets B before them. Rows inside rows stay where they are."""
+    batch: Batch = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if isinstance(first, Mapping):
+            batch[name] = stack(values)
+            continue
+        stacked = np.stack(values)
+        bare, _, letters = name.rpartition("_")
+        if not (bare and letters.isalpha() and letters.isupper()):
+            assert stacked.ndim <= 3, f"{name} has {stacked.ndim - 1} axes: a name must spell its letters from three on"
+            bare, letters = name, ("", "L", "OL")[stacked.ndim - 1]
+        assert len(letters) == stacked.ndim - 1, f"{name} has {stacked.ndim - 1} axes"
+        batch[f"{bare}_B{letters}"] = stacked
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Corpora → batches: for training without end and resumable at once, for evaluation each token once.
 
 The i-th global batch is a pure function of (config, seed, i). A run resumes from a number, and each of
-several processes takes its own rows of the same batch, so their count changes nothing.
+several processes takes its own rows of the same batch, so their count changes nothing. With a corruption, rows
+are made of chunks of the stream, each from randomness that its number seeds: another in every epoch.
 B global rows · L tokens of a row.
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import queue
 import threading
@@ -17,6 +19,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from jaxlm.data.corpus import Corpora, Corpus, DataConfig, digest
+from jaxlm.data.corrupt import Chunks, CorruptedRows, Corruption, corrupted
 from jaxlm.data.packing import Batch, Packed, Row, Rows, Windows, stack
 from jaxlm.data.sources import stream, text_of
 from jaxlm.data.tokenizer import Tokenizer
@@ -28,16 +31,24 @@ STREAM_CHUNK = 64  # documents of a stream that are tokenised together, and read
 
 
 def train_batches(
-    config: DataConfig, corpora: Corpora, *, seed: int, process_index: int | None = None, process_count: int | None = None
+    config: DataConfig,
+    corpora: Corpora,
+    *,
+    seed: int,
+    corruption: Corruption | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> "TrainBatches | StreamBatches":
     """The training batches that a config asks for, from corpora or from a stream; both have `iterate` and `total`.
 
-    Each process gets its rows of every batch; None asks JAX which process this is. Raises ValueError
-    where the processes cannot share the rows evenly.
+    With a corruption rows are what it makes of each `raw` tokens of the stream; the shorter rest of a corpus, at its
+    end, is dropped. Each process gets its rows of every batch; None asks JAX which process this is. Raises ValueError
+    where the processes cannot share the rows evenly, or the layout or the size of a corpus does not allow the corruption.
     """
+    processes = {"process_index": process_index, "process_count": process_count}
     if config.sources[0].streaming:
-        return StreamBatches(config, corpora, process_index=process_index, process_count=process_count)
-    return TrainBatches(config, corpora, seed=seed, process_index=process_index, process_count=process_count)
+        return StreamBatches(config, corpora, seed=seed, corruption=corruption, **processes)
+    return TrainBatches(config, corpora, seed=seed, corruption=corruption, **processes)
 
 
 class TrainBatches:
@@ -49,6 +60,7 @@ class TrainBatches:
         corpora: Corpora,
         *,
         seed: int,
+        corruption: Corruption | None = None,
         process_index: int | None = None,
         process_count: int | None = None,
     ):
@@ -56,13 +68,22 @@ class TrainBatches:
 
         self.batch_size = config.batch_size
         self.mine = _rows_of(config.batch_size, process_index, process_count)
-        sources = [_rows(config, corpora.tokenizer, corpus) for corpus in corpora.train]
-        self._blank = sources[0].blank()
+        sources: list[Any]
+        if corruption is None:
+            sources = [_rows(config, corpora.tokenizer, corpus) for corpus in corpora.train]
+            self._blank = sources[0].blank()
+        else:
+            sources = [Chunks(corpus.tokens, corruption.raw, whole=True) for corpus in corpora.train]
+            self._blank = corruption.blank()
+            _check_chunks(config, corpora, corruption)
         shuffled = []
         for number, rows in enumerate(sources):
             # One seed per source, hashed: grain's epoch e of seed s is epoch 0 of seed s + e.
             own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-            shuffled.append(grain.MapDataset.source(rows).shuffle(seed=own).repeat(None))
+            dataset = grain.MapDataset.source(rows).shuffle(seed=own).repeat(None)
+            if corruption is not None:
+                dataset = dataset.map_with_index(functools.partial(corrupted, corruption, (seed, number)))
+            shuffled.append(dataset)
         weights = [source.weight for source in config.sources]
         assert len(weights) == len(sources), f"{len(sources)} corpora for {len(weights)} sources"
         self._dataset = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights=weights)
@@ -78,7 +99,8 @@ class TrainBatches:
         return None if self.total_rows is None else -(-self.total_rows // self.batch_size)
 
     def batch(self, i: int) -> Batch:
-        """This process's rows of the i-th global batch: tokens_BL, targets_BL, weights_BL (+ segments_BL, positions_BL)."""
+        """This process's rows of the i-th global batch: tokens_BL, targets_BL, weights_BL (+ segments_BL, positions_BL),
+        or what the corruption's rows hold."""
         last = self.total_rows
         numbers = range(i * self.batch_size + self.mine.start, i * self.batch_size + self.mine.stop)
         return stack([self._dataset[n] if last is None or n < last else self._blank for n in numbers])
@@ -96,21 +118,33 @@ class StreamBatches:
 
     Every process reads the whole stream and keeps its rows. Held-out documents are left out wherever they
     turn up. Nothing is shuffled, because a shuffle buffer cannot be resumed exactly: shuffle the stored
-    data. A state holds the place of the current chunk of documents in the stream and the tokens used of it.
+    data. A state holds the place of the current chunk of documents in the stream and the tokens used of it; with a
+    corruption also the number of the next row, which seeds it.
     """
 
     total = None
 
-    def __init__(self, config: DataConfig, corpora: Corpora, *, process_index: int | None = None, process_count: int | None = None):
+    def __init__(
+        self,
+        config: DataConfig,
+        corpora: Corpora,
+        *,
+        seed: int = 0,
+        corruption: Corruption | None = None,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
         self.config, self.tokenizer, self.source = config, corpora.tokenizer, config.sources[0]
+        self.seed, self.corruption = seed, corruption
         self.mine = _rows_of(config.batch_size, process_index, process_count)
         self._heldout = {digest(text.encode()) for corpus in corpora.heldout for text in corpus.texts()}
 
     def iterate(self, start: State | None = None) -> Iterator[tuple[Batch, State]]:
         """As `TrainBatches.iterate`; a batch that the last epoch cannot fill is padded, with weights 0."""
-        size, length = self.config.batch_size * self.config.length, self.config.length
+        length = self.config.length if self.corruption is None else self.corruption.raw
+        size = self.config.batch_size * length
         state = start or {"epoch": 0, "place": None, "used": 0, "previous": self.tokenizer.bos_id}
-        previous = state["previous"]
+        previous, row = state["previous"], state.get("row", 0)
         buffer = np.zeros(0, np.int32)
         pieces: list[tuple[int, State, int]] = []  # (tokens unused, where its chunk begins, tokens of it in all)
         for tokens, place in self._chunks(state["epoch"], state["place"]):
@@ -126,13 +160,18 @@ class StreamBatches:
                     left -= pieces.pop(0)[0]
                 unused, place, whole = pieces[0]
                 pieces[0] = (unused - left, place, whole)
-                batch = self._batch(taken, previous, length)
-                previous = int(taken[-1])
-                yield batch, {**place, "used": whole - unused + left, "previous": previous}
+                batch = self._batch(taken, previous, row)
+                previous, row = int(taken[-1]), row + self.config.batch_size
+                yield batch, {**place, "used": whole - unused + left, "previous": previous, **self._counted(row)}
+        if self.corruption is not None:
+            buffer = buffer[: len(buffer) // length * length]
         if len(buffer):
             assert self.config.epochs is not None, "a stream without end has no last batch"
             end = {"epoch": int(self.config.epochs), "place": None, "used": 0, "previous": int(buffer[-1])}
-            yield self._batch(buffer, previous, length), end
+            yield self._batch(buffer, previous, row), {**end, **self._counted(row + self.config.batch_size)}
+
+    def _counted(self, row: int) -> State:
+        return {} if self.corruption is None else {"row": row}
 
     def _chunks(self, epoch: int, place: State | None) -> Iterator[tuple[np.ndarray, State]]:
         """(tokens of a few documents, where in the stream they begin), epoch after epoch."""
@@ -155,8 +194,11 @@ class StreamBatches:
                 raise ValueError(f"streaming source {self.source.path!r} gives no text beside the held-out documents")
             epoch, place = epoch + 1, None
 
-    def _batch(self, taken: np.ndarray, previous: int, length: int) -> Batch:
-        windows = Windows(taken, length, previous, self.tokenizer.eos_id)
+    def _batch(self, taken: np.ndarray, previous: int, first: int) -> Batch:
+        if self.corruption is None:
+            windows: Rows = Windows(taken, self.config.length, previous, self.tokenizer.eos_id)
+        else:
+            windows = CorruptedRows(Chunks(taken, self.corruption.raw, whole=True), self.corruption, (self.seed, 0), first)
         return stack([windows[i] if i < len(windows) else windows.blank() for i in self.mine])
 
 
@@ -192,11 +234,22 @@ def eval_batches(
     corpora: Corpora,
     *,
     rows: int | None = None,
+    corruption: Corruption | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> EvalBatches:
-    """The held-out text in batches of `rows` (None: `config.batch_size`): every token is a target exactly once."""
-    sources = tuple(_rows(config, corpora.tokenizer, corpus) for corpus in corpora.heldout)
+    """The held-out text in batches of `rows` (None: `config.batch_size`): every token is a target exactly once.
+
+    With a corruption every token is read once; the rest of a corpus, shorter than a row, makes a padded one. What is
+    drawn for a row depends on its number alone, so that any two evaluations ask the same.
+    """
+    if corruption is None:
+        sources = tuple(_rows(config, corpora.tokenizer, corpus) for corpus in corpora.heldout)
+    else:
+        _check_layout(config)
+        chunks = [Chunks(corpus.tokens, corruption.raw, whole=False) for corpus in corpora.heldout]
+        firsts = itertools.accumulate(map(len, chunks), initial=0)
+        sources = tuple(CorruptedRows(own, corruption, (), first) for own, first in zip(chunks, firsts, strict=False))
     rows = rows or config.batch_size
     return EvalBatches(sources, rows, _rows_of(rows, process_index, process_count))
 
@@ -206,6 +259,21 @@ def _rows(config: DataConfig, tokenizer: Tokenizer, corpus: Corpus) -> Rows:
     if config.layout == "packed":
         return Packed(corpus.tokens, corpus.offsets, config.length, **ids)
     return Windows(corpus.tokens, config.length, **ids)
+
+
+def _check_layout(config: DataConfig) -> None:
+    if config.layout != "windows":
+        raise ValueError(f"data layout {config.layout!r} is for plain next-token rows: this objective needs data layout 'windows'")
+
+
+def _check_chunks(config: DataConfig, corpora: Corpora, corruption: Corruption) -> None:
+    _check_layout(config)
+    for source, corpus in zip(config.sources, corpora.train, strict=True):
+        if len(corpus.tokens) < corruption.raw:
+            raise ValueError(
+                f"source {source.path or source.kind!r} has {len(corpus.tokens)} tokens to train on, fewer than the "
+                f"{corruption.raw} of one row: give a shorter data length"
+            )
 
 
 def _rows_of(batch_size: int, process_index: int | None, process_count: int | None) -> range:

@@ -13,12 +13,13 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm.config import unknown
+from jaxlm.data.special import FILL_IN, SPECIAL, numbered, present, texts_of
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -35,8 +36,24 @@ class TokenizerConfig:
     """Entries of a BPE vocabulary, the 256 bytes and the end-of-text token included."""
     path: str | None = None
     """Folder or hub id of a Hugging Face tokenizer. `${VAR:-default}` and `~` work."""
+    special: tuple[str, ...] = ()
+    """Special tokens beside the end of text, of pad, cls, sep, mask, prefix, middle, suffix; they come on top of vocab_size."""
+    sentinels: int = 0
+    """Tokens <extra_id_0>, <extra_id_1>, … that stand for spans, on top of vocab_size too."""
 
     def __post_init__(self) -> None:
+        # On the command line a list is spelt with commas.
+        roles = tuple(role.strip() for given in self.special for role in given.split(",") if role.strip())
+        object.__setattr__(self, "special", roles)
+        for role in roles:
+            if role not in SPECIAL:
+                raise unknown("tokenizer special token", role, SPECIAL)
+            if roles.count(role) > 1:
+                raise ValueError(f"tokenizer special names {role!r} twice")
+        if self.sentinels < 0:
+            raise ValueError(f"tokenizer sentinels {self.sentinels} must be at least 0")
+        if self.kind == "huggingface" and (roles or self.sentinels):
+            raise ValueError("tokenizer special and sentinels are for kinds that are made here: a Hugging Face one brings its own")
         if self.kind == "huggingface" and not self.path:
             raise ValueError("tokenizer kind 'huggingface' needs a path: a tokenizer folder or a hub id such as 'gpt2'")
         if self.kind != "huggingface" and self.path:
@@ -54,6 +71,10 @@ class Tokenizer:
     """End of text: follows every document."""
     bos_id: int
     """What the first token of a document is predicted from: `eos_id` unless the tokenizer has its own."""
+    special: Mapping[str, int] = {}
+    """The special tokens that it has by role: pad, cls, sep, mask; prefix, middle, suffix of filling in the middle."""
+    sentinels: Sequence[int] = ()
+    """The ids of <extra_id_0>, <extra_id_1>, …"""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32, nothing added at either end. Lone surrogates become `?`."""
@@ -82,7 +103,11 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.definition(), encoding="utf8")
-        names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+        names: dict[str, Any] = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+        names |= {f"{role}_token": SPECIAL[role] for role in self.special if role not in FILL_IN}
+        extra = texts_of([role for role in self.special if role in FILL_IN], len(self.sentinels))
+        if extra:
+            names["extra_special_tokens"] = extra
         card = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         (folder / "tokenizer_config.json").write_text(json.dumps(card, indent=2), encoding="utf8")
         (folder / CARD).write_text(json.dumps({"kind": self.kind}), encoding="utf8")
@@ -92,7 +117,11 @@ class Bytes(Tokenizer):
     """The byte b is id b; 256 is the end of text."""
 
     kind = "bytes"
-    vocab_size, eos_id, bos_id = 257, 256, 256
+    eos_id = bos_id = 256
+
+    def __init__(self, special: Iterable[str] = (), sentinels: int = 0):
+        self.special, self.sentinels = numbered(257, special, sentinels)
+        self.vocab_size = 257 + len(self.special) + sentinels
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf8", "replace"), np.uint8).astype(np.int32) for text in texts]
@@ -103,8 +132,10 @@ class Bytes(Tokenizer):
     def definition(self) -> str:
         from tokenizers import models
 
-        vocabulary = {char: byte for byte, char in enumerate(_byte_characters())}
-        return _byte_level(models.BPE({**vocabulary, END_OF_TEXT: 256}, []), use_regex=False).to_str()
+        vocabulary = {char: byte for byte, char in enumerate(byte_characters())}
+        rust = _byte_level(models.BPE({**vocabulary, END_OF_TEXT: 256}, []), use_regex=False)
+        _add(rust, texts_of(self.special, len(self.sentinels)))
+        return rust.to_str()
 
 
 class Characters(Tokenizer):
@@ -112,11 +143,12 @@ class Characters(Tokenizer):
 
     kind = "characters"
 
-    def __init__(self, characters: Iterable[str]):
+    def __init__(self, characters: Iterable[str], special: Iterable[str] = (), sentinels: int = 0):
         self.characters = sorted(set(characters))
         self.unknown_id = len(self.characters)
         self.eos_id = self.bos_id = self.unknown_id + 1
-        self.vocab_size = self.unknown_id + 2
+        self.special, self.sentinels = numbered(self.unknown_id + 2, special, sentinels)
+        self.vocab_size = self.unknown_id + 2 + len(self.special) + sentinels
         self._ids = np.full(0x110000, self.unknown_id, np.int32)  # one entry per code point: encoding is a look-up
         self._ids[[ord(character) for character in self.characters]] = np.arange(self.unknown_id, dtype=np.int32)
 
@@ -136,7 +168,7 @@ class Characters(Tokenizer):
         tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
-        tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        _add(tokenizer, [END_OF_TEXT, *texts_of(self.special, len(self.sentinels))])
         return tokenizer.to_str()
 
 
@@ -148,6 +180,8 @@ class Rust(Tokenizer):
         rust.no_truncation()
         self.kind, self.eos_id, self.bos_id = kind, eos_id, bos_id
         self.vocab_size = max(rust.get_vocab(with_added_tokens=True).values()) + 1
+        added = {token.content: i for i, token in rust.get_added_tokens_decoder().items() if token.special}
+        self.special, self.sentinels = present(added)
         self._definition = rust.to_str()
         rust.encode_special_tokens = True  # read special tokens in a corpus as text; not part of tokenizer.json
         self._rust = rust
@@ -172,6 +206,8 @@ class HuggingFace(Rust):
             raise ValueError(f"tokenizer {hf.name_or_path!r} has no end-of-text token (eos or sep), which documents need")
         bos_id = next((i for i in (hf.bos_token_id, hf.cls_token_id) if i is not None), eos_id)
         super().__init__(hf.backend_tokenizer, "huggingface", eos_id, bos_id)
+        named = {role: getattr(hf, f"{role}_token_id") for role in SPECIAL if role not in FILL_IN}  # what its files say counts
+        self.special = {role: i for role, i in {**self.special, **named}.items() if i is not None}
         self.hf = hf
 
     def save(self, folder: pathlib.Path | str) -> None:
@@ -215,13 +251,15 @@ class StreamDecoder:
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """The configured tokenizer, trained on `texts` where its kind learns from them; deterministic.
 
-    A BPE vocabulary has exactly `config.vocab_size` entries. Raises ValueError where the texts are
-    too few for that, and where a Hugging Face tokenizer is neither on this machine nor reachable.
+    A BPE vocabulary has exactly `config.vocab_size` entries, and the special tokens asked for on top. Raises
+    ValueError where the texts are too few for that, and where a Hugging Face tokenizer is neither on this machine
+    nor reachable.
     """
     if config.kind == "bytes":
-        return Bytes()
+        return Bytes(config.special, config.sentinels)
     if config.kind == "characters":
-        return Characters(itertools.chain.from_iterable(set(well_formed(text)) for text in texts))
+        characters = itertools.chain.from_iterable(set(well_formed(text)) for text in texts)
+        return Characters(characters, config.special, config.sentinels)
     if config.kind == "huggingface":
         assert config.path is not None, "TokenizerConfig checks that there is a path"
         return _open_huggingface(config.path)
@@ -234,7 +272,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         trainers.BpeTrainer(
             vocab_size=config.vocab_size,
             special_tokens=[END_OF_TEXT],
-            initial_alphabet=_byte_characters(),
+            initial_alphabet=byte_characters(),
             show_progress=False,
         ),
     )
@@ -243,6 +281,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             f"tokenizer vocab_size {config.vocab_size} is more than the training text gives: "
             f"at most {rust.get_vocab_size()}, or take kind 'bytes'"
         )
+    _add(rust, texts_of(config.special, config.sentinels))
     return _bpe(rust)
 
 
@@ -253,11 +292,14 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
     kind = json.loads(card.read_text(encoding="utf8"))["kind"] if card.exists() else "huggingface"
     if kind == "huggingface":
         return _open_huggingface(str(folder))
-    if kind == "bytes":
-        return Bytes()
     text = (folder / "tokenizer.json").read_text(encoding="utf8")
-    if kind == "characters":
-        return Characters(c for c in json.loads(text)["model"]["vocab"] if c not in (UNKNOWN, END_OF_TEXT))
+    if kind in ("bytes", "characters"):
+        definition = json.loads(text)
+        special, ids = present({token["content"]: token["id"] for token in definition["added_tokens"]})
+        sentinels = len(ids)
+        if kind == "bytes":
+            return Bytes(special, sentinels)
+        return Characters((c for c in definition["model"]["vocab"] if c not in (UNKNOWN, END_OF_TEXT)), special, sentinels)
     if kind == "bpe":
         import tokenizers
 
@@ -315,11 +357,18 @@ def _byte_level(model: Any, use_regex: bool) -> Any:
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     rust.decoder = decoders.ByteLevel()
     if model.token_to_id(END_OF_TEXT) is not None:
-        rust.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        _add(rust, [END_OF_TEXT])
     return rust
 
 
-def _byte_characters() -> list[str]:
+def _add(rust: Any, texts: Sequence[str]) -> None:
+    """Special tokens behind the vocabulary, or marked as such where they are in it."""
+    import tokenizers
+
+    rust.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts])
+
+
+def byte_characters() -> list[str]:
     """GPT-2's printable stand-in for each byte, in the order of the bytes."""
     plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     moved = iter(range(256, 512))

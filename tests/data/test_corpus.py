@@ -190,8 +190,20 @@ def test_how_tokens_are_read_needs_no_new_corpus(tmp_path):
         config(tmp_path, tokenizer=TokenizerConfig("characters")),
         config(tmp_path, holdout=HoldoutConfig(fraction=0.3)),
         config(tmp_path, sources=plain.sources * 2),
+        config(tmp_path, tokenizer=TokenizerConfig("bytes", special=("mask", "cls"))),
+        config(tmp_path, tokenizer=TokenizerConfig("bytes", sentinels=1)),
     ]
-    assert len({corpus_folder(c) for c in [plain, *different]}) == 4
+    assert len({corpus_folder(c) for c in [plain, *different]}) == 6
+    turned = config(tmp_path, tokenizer=TokenizerConfig("bytes", special=("cls", "mask")))
+    assert corpus_folder(turned) == corpus_folder(different[3])
+
+
+def test_special_tokens_come_back_from_the_cache(tmp_path):
+    asked = config(tmp_path, tokenizer=TokenizerConfig("bytes", special=("mask", "cls"), sentinels=2))
+    built, opened = build_corpora(asked), build_corpora(asked)
+    assert built.tokenizer.special == opened.tokenizer.special == {"cls": 257, "mask": 258}
+    assert list(opened.tokenizer.sentinels) == [259, 260]
+    np.testing.assert_array_equal(opened.train[0].tokens, build_corpora(config(tmp_path)).train[0].tokens)
 
 
 def test_the_folder_does_not_depend_on_how_a_path_is_spelt(tmp_path, monkeypatch):

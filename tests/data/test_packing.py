@@ -117,3 +117,28 @@ def test_blank_rows_have_no_weight():
         assert set(blank) == set(rows[0])
         assert not blank["weights"].any() and (blank["tokens"] == EOS).all()
         assert not blank.get("segments", np.zeros(1)).any()
+
+
+def test_a_batch_spells_its_axes():
+    """Scalars, rows, options of a choice, names that say their own letters, rows inside rows."""
+    row = {
+        "labels": np.int32(3),
+        "tokens": np.arange(4, dtype=np.int32),
+        "choices": np.zeros((2, 4), np.int32),
+        "labels_C": np.ones(5, np.float32),
+        "states_LD": np.ones((4, 6), np.float32),
+        "token_types": np.zeros(4, np.int32),
+        "encoder": {"tokens": np.arange(3), "label": np.array(1.5, np.float32)},
+    }
+    batch = stack([row] * 3)
+    shapes = {name: value.shape for name, value in batch.items() if name != "encoder"}
+    assert shapes == {
+        "labels_B": (3,), "tokens_BL": (3, 4), "choices_BOL": (3, 2, 4), "labels_BC": (3, 5), "states_BLD": (3, 4, 6),
+        "token_types_BL": (3, 4),
+    }  # fmt: skip
+    assert {name: value.shape for name, value in batch["encoder"].items()} == {"tokens_BL": (3, 3), "label_B": (3,)}
+    assert batch["labels_B"].dtype == np.int32 and batch["encoder"]["label_B"].dtype == np.float32
+    with pytest.raises(AssertionError, match="must spell its letters"):
+        stack([{"x": np.zeros((2, 2, 2))}])
+    with pytest.raises(AssertionError, match="labels_C has 0 axes"):
+        stack([{"labels_C": np.int32(1)}])

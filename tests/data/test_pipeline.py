@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data.corpus import Corpora, DataConfig, in_memory
+from jaxlm.data.corrupt import CorruptConfig, make_corruption
 from jaxlm.data.pipeline import TrainBatches, eval_batches, prefetch, train_batches
 from jaxlm.data.sources import SourceConfig
 from jaxlm.data.tokenizer import TokenizerConfig, train_tokenizer
@@ -171,6 +172,127 @@ def test_a_mixture_ends_when_one_source_has_had_its_epochs():
 def test_a_mixture_is_pure_too():
     asked, corpora = mixture(1.0, 2.0)
     same(TrainBatches(asked, corpora, seed=0, **ALONE).batch(9), TrainBatches(asked, corpora, seed=0, **ALONE).batch(9))
+
+
+# --- corrupted rows ---------------------------------------------------------------------------
+
+SPECIAL = train_tokenizer(TokenizerConfig("bytes", special=("pad", "cls", "sep", "mask"), sentinels=20), [])
+KINDS = {"masked": "encoder", "span": "encoder_decoder", "prefix": "decoder"}
+
+
+@pytest.fixture(params=KINDS)
+def corruption(request):
+    return make_corruption(request.param, CorruptConfig(), SPECIAL, 16, KINDS[request.param])
+
+
+def leaves(batch):
+    return {
+        f"{name}.{inner}" if inner else name: value
+        for name, part in batch.items()
+        for inner, value in (part.items() if isinstance(part, dict) else [("", part)])
+    }
+
+
+def differ(one, two):
+    return any(not np.array_equal(value, leaves(two)[name]) for name, value in leaves(one).items())
+
+
+def corrupted(corruption, seed=0, corpora=CORPORA, **given):
+    return train_batches(config(**given), corpora, seed=seed, corruption=corruption, **ALONE)
+
+
+def test_a_corrupted_batch_depends_on_config_seed_and_number_alone(corruption):
+    used = corrupted(corruption)
+    for i in (0, 1, 5):
+        used.batch(i)
+    for i in (3, 0, 1_000_007):
+        same(leaves(used.batch(i)), leaves(corrupted(corruption).batch(i)))
+    assert differ(used.batch(0), corrupted(corruption, seed=1).batch(0))
+
+
+def test_processes_share_corrupted_rows(corruption):
+    for count in (2, 4):
+        shares = [{"process_index": p, "process_count": count} for p in range(count)]
+        parts = [TrainBatches(config(), CORPORA, seed=0, corruption=corruption, **share) for share in shares]
+        held = [eval_batches(config(), CORPORA, corruption=corruption, **share) for share in shares]
+        pairs = [(corrupted(corruption).batch(i), [part.batch(i) for part in parts]) for i in range(3)]
+        pairs += [
+            (eval_batches(config(), CORPORA, corruption=corruption, **ALONE)[i], [part[i] for part in held]) for i in range(2)
+        ]
+        for whole, several in pairs:
+            joined = {name: np.concatenate([leaves(part)[name] for part in several]) for name in leaves(whole)}
+            same(leaves(whole), joined)
+
+
+def test_an_epoch_reads_every_whole_chunk_once_and_the_next_masks_it_otherwise():
+    masked = make_corruption("masked", CorruptConfig(), SPECIAL, 16, "encoder")
+    batches = corrupted(masked, batch_size=1, epochs=3.0)
+    stream = CORPORA.train[0].tokens
+    chunks = len(stream) // 14
+    assert batches.total == 3 * chunks and len(stream) % 14  # the rest at the end is dropped
+    epochs = []
+    for epoch in range(3):
+        rows = [batches.batch(epoch * chunks + i) for i in range(chunks)]
+        texts = [tuple(row["targets_BL"][0, 1:-1].tolist()) for row in rows]
+        assert sorted(texts) == sorted(tuple(stream[i * 14 : i * 14 + 14].tolist()) for i in range(chunks))
+        epochs.append({text: row["tokens_BL"].tobytes() for text, row in zip(texts, rows, strict=True)})
+    assert list(epochs[0]) != list(epochs[1])  # and in another order
+    for one, two in itertools.combinations(epochs, 2):
+        assert sum(one[text] != two[text] for text in one) > 0.8 * len(one)
+
+
+def test_sources_of_the_same_text_are_masked_each_in_its_own_way():
+    masked = make_corruption("masked", CorruptConfig(), SPECIAL, 16, "encoder")
+    asked, _ = mixture(1.0, 1.0, batch_size=1)
+    corpora = corpora_of(["the same text again " * 2], ["the same text again " * 2])
+    rows = [train_batches(asked, corpora, seed=0, corruption=masked, **ALONE).batch(i) for i in range(60)]
+    texts = collections.defaultdict(set)
+    for row in rows:
+        texts[row["targets_BL"].tobytes()].add(row["tokens_BL"].tobytes())
+    assert len(texts) == 2 and all(len(seen) > 22 for seen in texts.values())
+
+
+def test_iterating_corrupted_rows_goes_on_where_it_stopped(corruption):
+    whole = list(corrupted(corruption, epochs=1.0).iterate())
+    for stop in (1, len(whole) - 1):
+        rest = list(corrupted(corruption, epochs=1.0).iterate(json.loads(json.dumps(whole[stop - 1][1]))))
+        assert len(rest) == len(whole) - stop > 0
+        for (batch, _), (other, _) in zip(rest, whole[stop:], strict=True):
+            same(leaves(batch), leaves(other))
+
+
+def test_the_last_corrupted_batch_is_padded_with_rows_of_no_weight(corruption):
+    batches = corrupted(corruption, epochs=1.0, batch_size=64)
+    last = batches.batch(batches.total - 1)
+    weights = last.get("decoder", last)["weights_BL"]
+    assert (weights.sum(axis=1) == 0).sum() == batches.total * 64 - batches.total_rows > 0
+
+
+def test_evaluation_asks_the_same_whatever_the_batches_and_reads_every_token(corruption):
+    held = dataclasses.replace(CORPORA, heldout=[in_memory(["one text", "two"], TOKENIZER), in_memory(["abcdefg " * 9], TOKENIZER)])
+    one, again, three = (
+        [leaves(batch) for batch in eval_batches(config(), held, rows=rows, corruption=corruption, **ALONE)] for rows in (1, 1, 3)
+    )
+    joined = [{name: np.concatenate([batch[name] for batch in batches]) for name in one[0]} for batches in (one, again, three)]
+    expected = sum(-(-len(corpus.tokens) // corruption.raw) for corpus in held.heldout)
+    assert len(one) == expected and len(three) == -(-expected // 3)
+    same(joined[0], joined[1])
+    same(joined[0], {name: value[:expected] for name, value in joined[2].items()})
+    if "targets_BL" in one[0] and "segments_BL" in one[0]:  # masked rows hold the whole text
+        text = [batch["targets_BL"][batch["segments_BL"] > 0] for batch in one]
+        text = np.concatenate([row[1:-1] for row in text])
+        np.testing.assert_array_equal(text, np.concatenate([corpus.tokens for corpus in held.heldout]))
+
+
+def test_what_corrupted_rows_cannot_be_made_of_is_told(corruption):
+    with pytest.raises(ValueError, match=r"layout 'packed' is for plain next-token rows.*'windows'") as error:
+        corrupted(corruption, layout="packed")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="layout 'packed'"):
+        eval_batches(config(layout="packed"), CORPORA, corruption=corruption, **ALONE)
+    with pytest.raises(ValueError, match=r"source 'embedded' has 6 tokens to train on, fewer than the \d+ of one row") as error:
+        corrupted(corruption, corpora=corpora_of(["short"]))
+    assert "\n" not in str(error.value)
 
 
 # --- evaluation -------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import pytest
 from jaxlm.data import cache, pipeline
 from jaxlm.data.cache import build_corpora
 from jaxlm.data.corpus import DataConfig, HoldoutConfig
+from jaxlm.data.corrupt import CorruptConfig, make_corruption
 from jaxlm.data.pipeline import StreamBatches, train_batches
 from jaxlm.data.sources import SourceConfig
-from jaxlm.data.tokenizer import TokenizerConfig
+from jaxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
 TEXTS = [f"streamed document {i} " + "y" * (i * 7 % 23) for i in range(50)]
 ALONE = {"process_index": 0, "process_count": 1}
@@ -134,3 +135,31 @@ def test_a_stream_of_held_out_documents_alone_is_told(config):
         (folder_of(config) / f"train-{shard}.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
     with pytest.raises(ValueError, match="no text beside the held-out documents"):
         next(train_batches(other(config, epochs=None), corpora, seed=0, **ALONE).iterate())
+
+
+@pytest.mark.parametrize("epochs", [1.0, 3.0])
+def test_corrupted_rows_of_a_stream_resume_exactly_and_are_never_masked_twice_alike(config, epochs):
+    config = other(config, epochs=epochs)
+    corpora = build_corpora(config)
+    tokenizer = train_tokenizer(TokenizerConfig("bytes", special=("mask",)), [])
+    masked = make_corruption("masked", CorruptConfig(), tokenizer, 12, "encoder")
+    fresh = lambda **share: train_batches(config, corpora, seed=5, corruption=masked, **{**ALONE, **share})  # noqa: E731
+    whole = list(fresh().iterate())
+    stream = np.concatenate([batch["targets_BL"][batch["segments_BL"] > 0] for batch, _ in whole])
+    once = np.concatenate([[*text.encode(), 256] for text in TEXTS[5:]])
+    expected = np.tile(once, int(epochs))
+    np.testing.assert_array_equal(stream, expected[: len(expected) // 12 * 12])
+    for stop in range(1, len(whole), 5):
+        rest = list(fresh().iterate(json.loads(json.dumps(whole[stop - 1][1]))))
+        assert len(rest) == len(whole) - stop
+        for (batch, state), (other_batch, other_state) in zip(rest, whole[stop:], strict=True):
+            assert state["row"] == other_state["row"]  # a resumed dataset spells its own place otherwise
+            for name in batch:
+                np.testing.assert_array_equal(batch[name], other_batch[name])
+    halves = [list(fresh(process_index=p, process_count=2).iterate()) for p in range(2)]
+    for (batch, _), *parts in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(batch["tokens_BL"], np.concatenate([part["tokens_BL"] for part, _ in parts]))
+    chosen = np.concatenate([batch["weights_BL"] for batch, _ in whole])
+    assert len({row.tobytes() for row in chosen}) > 0.5 * len(chosen)  # 66 ways to choose two of twelve
+    another = next(train_batches(config, corpora, seed=6, corruption=masked, **ALONE).iterate())[0]
+    assert not np.array_equal(another["weights_BL"], whole[0][0]["weights_BL"])

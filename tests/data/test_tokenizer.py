@@ -1,12 +1,13 @@
 """Tokenizers: exact round trips, nothing special by accident, whole characters only."""
 
+import dataclasses
 import json
 import random
 
 import numpy as np
 import pytest
 
-from jaxlm.data.tokenizer import StreamDecoder, TokenizerConfig, expand, load_tokenizer, train_tokenizer
+from jaxlm.data.tokenizer import HuggingFace, StreamDecoder, TokenizerConfig, expand, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "the cat sat on the mat; the dog sat on the cat. " * 20,
@@ -201,6 +202,108 @@ def test_wordpiece_ends_with_its_separator_and_streams_as_it_decodes(tmp_path):
     assert ids.tolist() == [4, 5, 6, 7, 8, 4, 5]
     decoder = StreamDecoder(tokenizer)
     assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids) == "playing the game, playing"
+
+
+# --- special tokens ---------------------------------------------------------------------------
+
+ROLES = ("pad", "cls", "sep", "mask", "prefix", "middle", "suffix")
+WITH = [
+    dataclasses.replace(config, special=special, sentinels=sentinels)
+    for config in KINDS
+    for special, sentinels in [(ROLES, 3), (("mask", "cls"), 0), ((), 2)]
+]
+
+
+@pytest.fixture(params=WITH, ids=lambda config: f"{config.kind}-{len(config.special)}-{config.sentinels}")
+def asked(request):
+    return request.param
+
+
+def test_special_tokens_come_after_the_ordinary_ones_and_change_nothing_else(asked):
+    plain = train_tokenizer(dataclasses.replace(asked, special=(), sentinels=0), TEXTS)
+    tokenizer = train_tokenizer(asked, TEXTS)
+    for text in TEXTS:
+        np.testing.assert_array_equal(tokenizer.encode(text), plain.encode(text))
+    assert (tokenizer.eos_id, tokenizer.bos_id) == (plain.eos_id, plain.bos_id)
+    roles = [role for role in ROLES if role in asked.special]
+    added = [*(tokenizer.special[role] for role in roles), *tokenizer.sentinels]
+    assert set(tokenizer.special) == set(roles)
+    assert added == list(range(plain.vocab_size, tokenizer.vocab_size)) and len(added) == len(roles) + asked.sentinels
+    assert not plain.special and not plain.sentinels
+    assert tokenizer.fingerprint != plain.fingerprint
+    assert tokenizer.decode([*tokenizer.encode("cat"), *added]) == "cat"
+    turned = dataclasses.replace(asked, special=asked.special[::-1])
+    assert train_tokenizer(turned, TEXTS).fingerprint == tokenizer.fingerprint
+
+
+def test_a_corpus_cannot_spell_a_special_token(asked):
+    tokenizer = train_tokenizer(asked, TEXTS)
+    text = "[PAD] [CLS] [SEP] [MASK] <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <extra_id_0><extra_id_1>"
+    assert not {*tokenizer.special.values(), *tokenizer.sentinels, tokenizer.eos_id} & {*tokenizer.encode(text).tolist()}
+
+
+def test_special_tokens_are_saved_loaded_and_seen_by_transformers(asked, tmp_path):
+    import transformers
+
+    tokenizer = train_tokenizer(asked, TEXTS)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (dict(again.special), list(again.sentinels)) == (dict(tokenizer.special), list(tokenizer.sentinels))
+    assert (again.fingerprint, again.vocab_size, again.eos_id) == (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(hf) == tokenizer.vocab_size
+    for role in ("pad", "cls", "sep", "mask"):
+        assert getattr(hf, f"{role}_token_id") == tokenizer.special.get(role)
+    texts = {"prefix": "<|fim_prefix|>", "middle": "<|fim_middle|>", "suffix": "<|fim_suffix|>", "mask": "[MASK]"}
+    for role in {*texts} & {*tokenizer.special}:
+        assert hf.convert_tokens_to_ids(texts[role]) == tokenizer.special[role]
+    assert hf.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(asked.sentinels)]) == list(tokenizer.sentinels)
+    assert {*tokenizer.special.values(), *tokenizer.sentinels, tokenizer.eos_id} == {*hf.all_special_ids}
+    foreign = HuggingFace(hf)  # what another program's reading of the folder gives us back
+    assert (foreign.special, list(foreign.sentinels)) == (dict(tokenizer.special), list(tokenizer.sentinels))
+
+
+def test_roles_of_a_huggingface_tokenizer():
+    import transformers
+
+    t5 = transformers.T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)], extra_ids=3)
+    ours = HuggingFace(t5)
+    assert ours.special == {"pad": 0} and list(ours.sentinels) == t5.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(3)])
+    vocab = {piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])}
+    assert HuggingFace(transformers.BertTokenizerFast(vocab=vocab)).special == {"pad": 0, "cls": 2, "sep": 3, "mask": 4}
+    bart = transformers.BartTokenizerFast(
+        vocab={t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}, merges=[]
+    )
+    assert HuggingFace(bart).special == {"pad": 1, "cls": 0, "sep": 2, "mask": 4}
+    for names in (
+        ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"],
+        ["▁<PRE>", "▁<MID>", "▁<SUF>"],
+        ["[PREFIX]", "[MIDDLE]", "[SUFFIX]"],
+    ):
+        rust = train_tokenizer(TokenizerConfig("bpe", vocab_size=260), TEXTS)
+        folder_free = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=_copy(rust), eos_token="<|endoftext|>", extra_special_tokens=names
+        )
+        assert HuggingFace(folder_free).special == {"prefix": 260, "middle": 261, "suffix": 262}
+
+
+def _copy(tokenizer):
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(tokenizer.definition())
+
+
+def test_mistakes_in_special_tokens_are_told():
+    assert TokenizerConfig("bytes", special=("mask,cls", " sep")).special == ("mask", "cls", "sep")  # as a command line gives it
+    for wrong, told in [
+        ({"special": ("msk",)}, "unknown tokenizer special token 'msk': did you mean 'mask'"),
+        ({"special": ("mask,mask",)}, "names 'mask' twice"),
+        ({"sentinels": -1}, "sentinels -1 must be at least 0"),
+        ({"kind": "huggingface", "path": "x", "special": ("mask",)}, "a Hugging Face one brings its own"),
+    ]:
+        with pytest.raises(ValueError, match=told) as error:
+            TokenizerConfig(**wrong)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["no/such-tokenizer", "nonexistent-tokenizer"])
