@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.packing import stack
+from jaxlm.data.pipeline import rows_of
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
@@ -80,8 +81,6 @@ class ExampleBatches:
         self, examples: Sequence[Example], batch_size: int, *, seed: int, epochs: float | None, pad_id: int, grouped: bool = True,
         process_index: int | None = None, process_count: int | None = None,
     ):  # fmt: skip
-        from jaxlm.data.pipeline import rows_of
-
         self.examples, self.batch_size, self.seed, self.pad_id, self.grouped = examples, batch_size, seed, pad_id, grouped
         self.mine = rows_of(batch_size, process_index, process_count)
         self.per_epoch = -(-len(examples) // batch_size)

@@ -67,7 +67,7 @@ class TrainBatches:
         import grain
 
         self.batch_size = config.batch_size
-        self.mine = _rows_of(config.batch_size, process_index, process_count)
+        self.mine = rows_of(config.batch_size, process_index, process_count)
         sources: list[Any]
         if corruption is None:
             sources = [_rows(config, corpora.tokenizer, corpus) for corpus in corpora.train]
@@ -136,7 +136,7 @@ class StreamBatches:
     ):
         self.config, self.tokenizer, self.source = config, corpora.tokenizer, config.sources[0]
         self.seed, self.corruption = seed, corruption
-        self.mine = _rows_of(config.batch_size, process_index, process_count)
+        self.mine = rows_of(config.batch_size, process_index, process_count)
         self._heldout = {digest(text.encode()) for corpus in corpora.heldout for text in corpus.texts()}
 
     def iterate(self, start: State | None = None) -> Iterator[tuple[Batch, State]]:
@@ -251,7 +251,7 @@ def eval_batches(
         firsts = itertools.accumulate(map(len, chunks), initial=0)
         sources = tuple(CorruptedRows(own, corruption, (), first) for own, first in zip(chunks, firsts, strict=False))
     rows = rows or config.batch_size
-    return EvalBatches(sources, rows, _rows_of(rows, process_index, process_count))
+    return EvalBatches(sources, rows, rows_of(rows, process_index, process_count))
 
 
 def _rows(config: DataConfig, tokenizer: Tokenizer, corpus: Corpus) -> Rows:
@@ -276,7 +276,7 @@ def _check_chunks(config: DataConfig, corpora: Corpora, corruption: Corruption) 
             )
 
 
-def _rows_of(batch_size: int, process_index: int | None, process_count: int | None) -> range:
+def rows_of(batch_size: int, process_index: int | None, process_count: int | None) -> range:
     """The rows of each global batch that a process takes: one run of them, equally many for each."""
     if process_index is None or process_count is None:
         import jax

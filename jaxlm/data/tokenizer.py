@@ -35,7 +35,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
     """Entries of a BPE vocabulary, the 256 bytes and the end-of-text token included."""
     path: str | None = None
-    """Folder or hub id of a Hugging Face tokenizer. `${VAR:-default}` and `~` work."""
+    """Folder or hub id of a Hugging Face tokenizer, or the tokenizer of a run. `${VAR:-default}` and `~` work."""
     special: tuple[str, ...] = ()
     """Special tokens beside the end of text, of pad, cls, sep, mask, prefix, middle, suffix; they come on top of vocab_size."""
     sentinels: int = 0
@@ -205,7 +205,10 @@ class HuggingFace(Rust):
         if eos_id is None:
             raise ValueError(f"tokenizer {hf.name_or_path!r} has no end-of-text token (eos or sep), which documents need")
         bos_id = next((i for i in (hf.bos_token_id, hf.cls_token_id) if i is not None), eos_id)
-        super().__init__(hf.backend_tokenizer, "huggingface", eos_id, bos_id)
+        import tokenizers
+
+        # A copy: every call of theirs sets truncation, padding and the reading of special tokens of their own engine.
+        super().__init__(tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str()), "huggingface", eos_id, bos_id)
         named = {role: getattr(hf, f"{role}_token_id") for role in SPECIAL if role not in FILL_IN}  # what its files say counts
         self.special = {role: i for role, i in {**self.special, **named}.items() if i is not None}
         self.hf = hf
@@ -262,7 +265,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         return Characters(characters, config.special, config.sentinels)
     if config.kind == "huggingface":
         assert config.path is not None, "TokenizerConfig checks that there is a path"
-        return _open_huggingface(config.path)
+        folder = pathlib.Path(expand(config.path))
+        return load_tokenizer(folder) if (folder / CARD).is_file() else _open_huggingface(config.path)
 
     from tokenizers import models, trainers
 
