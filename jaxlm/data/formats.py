@@ -64,12 +64,15 @@ def read_tsv(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Itera
 
 def read_csv(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
     """The csv module's default dialect: commas, cells in double quotes may hold commas, line ends and doubled quotes."""
-    return _table(file, _csv_cells(file), header, choose)
+    return _table(file, _csv_cells(file, len(header)), header, choose)
 
 
-def _csv_cells(file: pathlib.Path) -> Iterator[tuple[int, list[str] | Bad]]:
-    """The rows with the numbers of their first lines. A row that is no CSV costs its first line only: a stray quote takes
-    in all up to the next one, perhaps the rest of the file."""
+def _csv_cells(file: pathlib.Path, width: int) -> Iterator[tuple[int, list[str] | Bad]]:
+    """The rows, `width` cells each (0: as many as the first), with the numbers of their first lines.
+
+    A row of several lines that turns out bad costs its first line only, and the next is read as a row: a stray quote takes
+    in everything up to the next one, perhaps the rest of the file.
+    """
     csv.field_size_limit(2**31 - 1)  # of the whole process; the default refuses cells of 128 KiB
     number, taken, again = 1, list[str](), collections.deque[str]()
 
@@ -82,18 +85,28 @@ def _csv_cells(file: pathlib.Path) -> Iterator[tuple[int, list[str] | Bad]]:
         reader = csv.reader(lines(), strict=True)
         while True:
             taken.clear()
+            bad: Bad | None = None
+            cells: list[str] | None = []
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield number, Bad(f"is not CSV: {error}")
-                again.extendleft(reversed(taken[1:]))
-                number, reader = number + 1, csv.reader(lines(), strict=True)
-                continue
+                bad = Bad(f"is not CSV: {error}")
             if cells is None:
                 return
+            width = width or len(cells)
             if cells:
-                yield number, _not_utf8("".join(cells)) or cells
+                bad = _not_utf8("".join(cells)) or _not_as_wide(cells, width)
+            if bad and len(taken) > 1:
+                again.extendleft(reversed(taken[1:]))
+                del taken[1:]
+                reader = csv.reader(lines(), strict=True)
+            if bad or cells:
+                yield number, bad or cells
             number += len(taken)
+
+
+def _not_as_wide(cells: Sequence[str], width: int) -> Bad | None:
+    return None if len(cells) == width else Bad(f"has {len(cells)} cell{'s' * (len(cells) != 1)}, not {width}")
 
 
 def _table(
@@ -118,10 +131,8 @@ def _table(
     for number, cells in lines if top == names else itertools.chain(first, lines):
         if isinstance(cells, Bad):
             yield f":{number}", cells
-        elif len(cells) != len(names):
-            yield f":{number}", Bad(f"has {len(cells)} cell{'s' * (len(cells) != 1)}, not {len(names)}")
         else:
-            yield f":{number}", {name: cells[i] for name, i in wanted.items()}
+            yield f":{number}", _not_as_wide(cells, len(names)) or {name: cells[i] for name, i in wanted.items()}
 
 
 def read_parquet(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:

@@ -64,6 +64,7 @@ class Framer:
     def __init__(self, tokenizer: Tokenizer, length: int):
         self.length, self.truncated = length, 0
         self._definition = tokenizer.definition()
+        self._narrow = tokenizer.kind in ("bytes", "characters")  # no token is longer than a character
         self._rust = _open(self._definition)
         self._special, self._unknown = _special_ids(self._rust, self._definition)
         single, pair = _own_templates(self._rust)
@@ -154,6 +155,8 @@ class Framer:
         rust, most = self._rust_for_words if split else self._rust, None if whole else self.length
         for start in range(0, len(texts), BATCH):
             some = texts[start : start + BATCH]
+            if self._narrow and not split and not whole:
+                some = [text[: self.length + 1] for text in some]  # all that can count: the library is slow with these
             clean = [[well_formed(word) for word in text] if split else well_formed(text) for text in some]
             for encoding in rust.encode_batch(clean, is_pretokenized=split, add_special_tokens=False):
                 ids = np.array(encoding.ids[:most], np.int32)

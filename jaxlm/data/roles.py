@@ -104,7 +104,7 @@ def _decoded(value: Any) -> Any:
 
 
 def counted(number: int, what: str) -> str:
-    """ "1 row", "1,000 rows"."""
+    """A number and what it counts: 1 row, 1,000 rows."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 

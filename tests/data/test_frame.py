@@ -239,6 +239,18 @@ def test_a_tokenizer_without_a_frame_gets_the_end_of_text(folders):
     assert row.ids.tolist() == [*gpt2.encode("the cat").tolist(), gpt2.eos_id]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_tokens_of_characters_are_those_of_the_whole_text(kind):
+    """Of a long text only the start is tokenised."""
+    tokenizer = train_tokenizer(TokenizerConfig(kind), CORPUS)
+    for length in (2, 5, 11):
+        framer = Framer(tokenizer, length)
+        rows = framer.frame(TEXTS)
+        wanted = [tokenizer.encode(text).tolist() for text in TEXTS]
+        assert [row.ids.tolist() for row in rows] == [[*ids[: length - 1], tokenizer.eos_id] for ids in wanted]
+        assert framer.truncated == sum(len(ids) > length - 1 for ids in wanted) > 0
+
+
 def test_a_tokenizer_with_cls_and_sep_but_no_frame_gets_berts(tmp_path):
     import tokenizers
     import transformers

@@ -358,6 +358,13 @@ def test_a_bad_row_is_left_out_and_told_alone(tmp_path, name, line, why, last):
 
 def test_a_quoted_cell_that_closes_far_below_takes_no_rows_with_it(tmp_path):
     """`"5 inches` opened a quote; the next quote stood 30 rows on, and all between were gone."""
+    for closing in ('7" tall,0', '7",0,0', '7"" tall,0'):
+        lines = ["text,label", *["x,1"] * 50, '"5 inches,1', *["y,1"] * 30, closing, *["z,1"] * 200]
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+        table = read(tmp_path / "a.csv")
+        counts = collections.Counter(row["text"] for row in table.rows)
+        assert (counts["x"], counts["y"], counts["z"]) == (50, 30, 200)
+        assert table.where[50] == "a.csv:53" and table.bad[0][0] == "a.csv:52" and len(table.bad) <= 2
     lines = ["text,label", *["x,1"] * 50, '"5 inches,1', *["y,1"] * 30, '7" tall,0', *["z,1"] * 100]
     (tmp_path / "a.csv").write_text("\n".join(lines))
     table = read(tmp_path / "a.csv")
