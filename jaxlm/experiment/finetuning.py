@@ -83,7 +83,7 @@ class Finetuning(Job):
 
     @property
     def shown(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(dict.fromkeys(("loss", self.metric, "accuracy", "perplexity")))
+        return ("loss", "perplexity") if self.task.generates else ("loss", self.metric)
 
     @functools.cache  # noqa: B019, which is one job a process
     def model(self) -> Model:

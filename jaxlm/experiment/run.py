@@ -64,6 +64,11 @@ class Run:
     def metric(self) -> str:
         return self.config.train.metric or self.job.metric
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Scores that a person sees."""
+        return tuple(dict.fromkeys(("loss", *self.job.shown, self.metric) if self.metric != "loss" else ("loss", *self.job.shown)))
+
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints", self.config.train.keep, self.metric, higher=self.metric not in LOWER)
@@ -133,7 +138,7 @@ class Run:
             work = Work(
                 evaluate=lambda state, stop: job.evaluate(merged(state.scored, state), stop), metric=self.metric,
                 sample=(lambda state: job.sample(merged(state.scored, state)) or "") if c.train.sample_tokens and self._samples else None,
-                shown=tuple(dict.fromkeys(("loss", self.metric, *job.shown))), figures=job.figures, unit=job.unit,
+                shown=self.shown, figures=job.figures, unit=job.unit,
                 flops=job.flops(model.config), peak_flops=peak_flops(mesh),
             )  # fmt: skip
             record = Record(self.folder, self.start)
@@ -190,7 +195,8 @@ class Run:
             "training time": f"{seconds(took)} (this start)",
             **told,
         }
-        write_page(self.folder, Page(c.name, summary, verdict, baselines, commands, configs.dump(c)), rows)
+        page = Page(c.name, summary, verdict, baselines, commands, configs.dump(c), self.shown, self.job.unit)
+        write_page(self.folder, page, rows)
         say()
         if ended == "exhausted" and c.data.epochs:
             say(f"the data is exhausted after {c.data.epochs:g} epoch(s), at step {step:,}: raise --data.epochs for more")
