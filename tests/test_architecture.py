@@ -13,7 +13,7 @@ ROOT = pathlib.Path(jaxlm.__file__).parent
 ROOMS = {
     "config": [],
     "host": [],
-    "report": ["console", "record", "page"],
+    "report": ["console", "record", "page", "scores"],
     "parallel": ["mesh", "rules"],
     "model": [
         "presets",

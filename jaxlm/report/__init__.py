@@ -3,5 +3,6 @@
 from jaxlm.report.console import Bar, bar, count, say, seconds, table
 from jaxlm.report.page import Page, write_page
 from jaxlm.report.record import Record, read_rows
+from jaxlm.report.scores import write_scores
 
-__all__ = ["Bar", "Page", "Record", "bar", "count", "read_rows", "say", "seconds", "table", "write_page"]
+__all__ = ["Bar", "Page", "Record", "bar", "count", "read_rows", "say", "seconds", "table", "write_page", "write_scores"]

@@ -86,6 +86,13 @@ def test_empty_texts_and_other_scripts_have_scores():
     assert translation(["我 爱 你。"], ["我爱你。"], "zh").values == pytest.approx({"bleu": 100, "chrf": 100, "ter": 0})
 
 
+def test_japanese_is_cut_into_words_by_mecab():
+    pytest.importorskip("MeCab")
+    pytest.importorskip("ipadic")
+    found = translation(["私は猫です。"], ["私は猫だ。"], "ja-mecab")
+    assert "tok:ja-mecab" in found.signatures["bleu"] and found.values["ter"] == pytest.approx(20), "one character of five"
+
+
 def test_a_missing_tokenizer_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "MeCab", None)
     monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
