@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,25 @@ from jaxlm.train import Objective
 SHOWN_ROWS = 3
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
 class Finetuning(Job):
     """A task over rows of a table, from a pretrained model or from nothing."""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:  # type: ignore[override]
-        def texts() -> Any:
-            for row in self.tables[0].rows:
-                yield from (value for value in row.values() if isinstance(value, str))
-
-        return train_tokenizer(self.config.data.tokenizer, texts())
+        texts = (text for row in self.tables[0].rows for text in _texts(row))
+        return train_tokenizer(self.config.data.tokenizer, texts)
 
     @functools.cached_property
     def _roles(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

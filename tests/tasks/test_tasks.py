@@ -50,8 +50,6 @@ def rows_of(kind, n=64):
 ENCODER = {"architecture": "encoder", "norm_position": "post", "embedding_norm": True, "position": "learned", "token_types": 2}
 SEQ2SEQ = {"architecture": "encoder_decoder", "position": "relative", "norm": "rmsnorm", "bias": False}
 DECODER = {"architecture": "decoder", "position": "rotary", "norm": "rmsnorm", "bias": False}
-# Merges of the tokenizer, where the texts among the rows are few.
-MERGES = {"tagging": 0, "chat": 0, "multiple_choice": 10, "embedding": 5}
 # Task → architecture, what is learned within the steps (score, least value), steps
 TASKS = {
     "classification": (ENCODER, "accuracy", 0.9, 60),
@@ -77,10 +75,10 @@ def prepare(name, folder):
     special = ["pad"] if kind in ("text_to_text", "chat", "preference") else ["pad", "cls", "sep"]
     tree = {
         "task": {"kind": kind, "target_length": 8, "decode": {"max_tokens": 4}, "temperature": 0.1},
-        "model": {**model, "positions": 64, "layers": 2, "width": 32, "heads": 2, "init_std": 0.1},
+        "model": {**model, "positions": 96, "layers": 2, "width": 32, "heads": 2, "init_std": 0.1},
         "data": {
-            "train": str(folder / "rows.jsonl"), "length": 64, "batch_size": 16, "holdout": {"fraction": 0.2},
-            "tokenizer": {"kind": "bpe", "vocab_size": 257 + len(special) + MERGES.get(kind, 40), "special": special},
+            "train": str(folder / "rows.jsonl"), "length": 96, "batch_size": 16, "holdout": {"fraction": 0.2},
+            "tokenizer": {"kind": "bpe", "vocab_size": 257 + len(special) + 5, "special": special},
         },
         "optim": {"learning_rate": 3e-3, "warmup": 5, "schedule": "constant", "weight_decay": 0.0},
         "train": {"steps": steps, "eval_every": steps, "log_every": 10, "loss_chunk": 16},

@@ -1,0 +1,97 @@
+"""A mistake in the data is one clear line: what was given, where, what is allowed. Long and odd rows are not mistakes."""
+
+import json
+
+import pytest
+
+from jaxlm import cli
+
+GOOD = [f"{word} film number {i}\t{label}" for i in range(30) for word, label in (("good", "pos"), ("bad", "neg"))]
+MODEL = [
+    "--model.architecture", "encoder", "--model.positions", "32", "--model.layers", "1", "--model.width", "16", "--model.heads", "2",
+    "--data.length", "32", "--data.batch-size", "8", "--data.tokenizer.kind", "bytes", "--data.tokenizer.special", "pad,cls,sep",
+    "--train.steps", "2", "--train.sample-tokens", "0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Train two steps on a file; gives the exit code and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task.yaml").write_text("task: {kind: classification}\ndata: {rows: {header: [text, label]}}\n")
+
+    def run(content, *flags, name="rows.tsv"):
+        raw = content if isinstance(content, bytes) else "\n".join(content).encode()
+        (tmp_path / name).write_bytes(raw)
+        code = cli.main(["train", "task.yaml", "--data.train", name, *MODEL, *flags])
+        said = capsys.readouterr()
+        assert code == 0 or said.err.count("\n") == 1, said.err
+        return code, said.out + said.err
+
+    return run
+
+
+def test_rows_without_fault_train(train, tmp_path):
+    code, said = train(GOOD)
+    assert code == 0 and "accuracy" in said
+    assert json.loads((tmp_path / "runs/task/task.json").read_text())["labels"] == ["neg", "pos"]
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "parts"),
+    [
+        (b"", (), ["rows.tsv", "no rows"]),
+        ([line.split("\t")[0] for line in GOOD], (), ["rows.tsv", "1 cell"]),
+        (["sentence\tclass", *GOOD], ("--data.rows.header", "null"), ["text", "sentence", "data.rows"]),
+        ([f"film {i}\tpos" for i in range(30)], (), ["one label", "pos"]),
+        (GOOD, ("--task.labels", "[pos, negative]"), ["label", "neg", "negative"]),
+        ([*GOOD, *["\tpos"] * 9], (), ["text is empty", "rows.tsv"]),
+        (b"\xff\xfe" + "\n".join(GOOD).encode("utf-16-le"), (), ["UTF-16"]),
+        ("\n".join(GOOD).replace("film", "fi\xe9lm").encode("latin1"), (), ["UTF-8", "rows.tsv:1"]),
+    ],
+    ids=["empty", "one column", "other names", "one class", "wrong labels", "empty texts", "utf-16", "latin-1"],
+)
+def test_what_is_wrong_is_told_in_a_line(train, content, flags, parts):
+    code, said = train(content, *flags)
+    assert code == 1
+    for part in parts:
+        assert part in said
+
+
+def test_a_label_that_training_did_not_have_is_told_with_its_place(train, tmp_path):
+    (tmp_path / "held.tsv").write_text("good film\tpos\nwhat film\tneutral\n")
+    code, said = train(GOOD, "--data.validation", "held.tsv")
+    assert code == 1 and "neutral" in said and "held.tsv:2" in said and "neg, pos" in said
+
+
+def test_a_line_of_a_megabyte_is_cut_and_told(train):
+    code, said = train([*GOOD, "good " * 200_000 + "\tpos"])
+    assert code == 0 and "longer than data.length 32 tokens" in said
+
+
+def test_a_few_bad_rows_are_counted_and_shown(train):
+    code, said = train([*GOOD * 4, "only one cell"])
+    assert code == 0 and "1 left out" in said and "rows.tsv:241" in said
+
+
+def test_tasks_and_data_must_fit(train, tmp_path, capsys):
+    code, said = train(GOOD, "--task.kind", "causal")
+    assert code == 1 and "data.train" in said
+    assert cli.main(["train", "task.yaml", *MODEL]) == 1
+    assert "--data.train" in capsys.readouterr().err
+    code, said = train(GOOD, "--task.kind", "classificatoin")
+    assert code == 1 and "did you mean 'classification'" in said
+    code, said = train(GOOD, "--task.kind", "text_to_text")
+    assert code == 1 and "encoder_decoder" in said
+
+
+def test_predict_says_what_it_needs(train, tmp_path, capsys):
+    train(GOOD)
+    assert cli.main(["predict", "runs/task"]) == 1
+    assert "--text" in capsys.readouterr().err
+    assert cli.main(["predict", "runs/task", "--text", "a good film"]) == 0
+    assert capsys.readouterr().out.split()[0] in ("pos", "neg")
+    assert cli.main(["predict", "runs/task", "--text", "a", "--file", "b"]) == 1
+    assert "not both" in capsys.readouterr().err
+    assert cli.main(["predict", "runs/nowhere", "--text", "a"]) == 1
+    assert "runs/task" in capsys.readouterr().err
