@@ -42,7 +42,7 @@ def test_rows_without_fault_train(train, tmp_path):
     [
         (b"", (), ["rows.tsv", "no rows"]),
         ([line.split("\t")[0] for line in GOOD], (), ["rows.tsv", "1 cell"]),
-        (["sentence\tclass", *GOOD], ("--data.rows.header", "null"), ["text", "sentence", "data.rows"]),
+        (["sentence\tclass", *GOOD], ("--data.rows.header", "[]"), ["text", "sentence", "data.rows"]),
         ([f"film {i}\tpos" for i in range(30)], (), ["one label", "pos"]),
         (GOOD, ("--task.labels", "[pos, negative]"), ["label", "neg", "negative"]),
         ([*GOOD, *["\tpos"] * 9], (), ["text is empty", "rows.tsv"]),
@@ -75,7 +75,7 @@ def test_a_few_bad_rows_are_counted_and_shown(train):
 
 
 def test_tasks_and_data_must_fit(train, tmp_path, capsys):
-    code, said = train(GOOD, "--task.kind", "causal")
+    code, said = train(GOOD, "--task.kind", "masked")
     assert code == 1 and "data.train" in said
     assert cli.main(["train", "task.yaml", *MODEL]) == 1
     assert "--data.train" in capsys.readouterr().err

@@ -47,6 +47,20 @@ def rows_of(kind, n=64):
     return made
 
 
+def words(folder):
+    """A tokenizer whose tokens are the words of the rows."""
+    import tokenizers
+    import transformers
+
+    known = [*WORDS, *GOOD, *BAD, *"User Assistant which what is : ?".split()]
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[EOS]"}
+    names = {word: i for i, word in enumerate([*special.values(), *known])}
+    rust = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="[UNK]"))
+    rust.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=rust, **special).save_pretrained(str(folder))
+    return folder
+
+
 ENCODER = {"architecture": "encoder", "norm_position": "post", "embedding_norm": True, "position": "learned", "token_types": 2}
 SEQ2SEQ = {"architecture": "encoder_decoder", "position": "relative", "norm": "rmsnorm", "bias": False}
 DECODER = {"architecture": "decoder", "position": "rotary", "norm": "rmsnorm", "bias": False}
@@ -72,13 +86,12 @@ def prepare(name, folder):
     """The config of a task's run, in a folder with its rows."""
     kind, (model, _, _, steps) = name.split(" by ")[0], TASKS[name]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(kind)), encoding="utf8")
-    special = ["pad"] if kind in ("text_to_text", "chat", "preference") else ["pad", "cls", "sep"]
     tree = {
         "task": {"kind": kind, "target_length": 8, "decode": {"max_tokens": 4}, "temperature": 0.1},
         "model": {**model, "positions": 96, "layers": 2, "width": 32, "heads": 2, "init_std": 0.1},
         "data": {
             "train": str(folder / "rows.jsonl"), "length": 96, "batch_size": 16, "holdout": {"fraction": 0.2},
-            "tokenizer": {"kind": "bpe", "vocab_size": 257 + len(special) + 5, "special": special},
+            "tokenizer": {"kind": "huggingface", "path": str(words(folder / "words"))},
         },
         "optim": {"learning_rate": 3e-3, "warmup": 5, "schedule": "constant", "weight_decay": 0.0},
         "train": {"steps": steps, "eval_every": steps, "log_every": 10, "loss_chunk": 16},
