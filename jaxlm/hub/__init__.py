@@ -1,5 +1,6 @@
 """Hugging Face folders in and out, every family by one declaration."""
 
+from jaxlm.hub.adapters import Adapter, load_adapter, save_adapter
 from jaxlm.hub.convert import FAMILIES, family_for, family_of, is_hugging_face, load_folder, read_json, save_folder
 from jaxlm.hub.family import Family, Head
 from jaxlm.hub.files import Tensors, find, tensor_names
@@ -8,6 +9,6 @@ from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table
 
 __all__ = [
-    "FAMILIES", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face", "load", "load_folder",
-    "read_json", "save", "save_folder", "tensor_names",
+    "FAMILIES", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face", "load",
+    "load_adapter", "load_folder", "read_json", "save", "save_adapter", "save_folder", "tensor_names",
 ]  # fmt: skip
