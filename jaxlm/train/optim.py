@@ -1,11 +1,35 @@
-"""Schedules and the optimiser, both Optax's own."""
+"""Schedules and the optimiser, Optax's own, with rates and decay by the names of parameters."""
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
+
+from jaxlm.train.tune import Tuning, check_regex, matching
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """Parameters that are trained in their own way."""
+
+    pattern: str = ".*"
+    """Regular expression of their paths, in which a block may be named by its number (`layers.3/`)."""
+    learning_rate: float = 1.0
+    """What the learning rate is multiplied with."""
+    weight_decay: bool = True
+    """false: they are not decayed, whatever decay says."""
+
+    def __post_init__(self) -> None:
+        check_regex("pattern", self.pattern)
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: a multiplier must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +40,8 @@ class OptimConfig:
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """What follows the warm-up; wsd: constant, then a linear decay at the end (Hu et al. 2024, "MiniCPM", §4)."""
-    warmup: int = 100
-    """Steps over which the rate rises from 0 to its peak."""
+    warmup: float = 100
+    """Steps over which the rate rises from 0 to its peak; below 1: that share of all steps."""
     final: float = 0.1
     """Rate at the last step as a share of the peak; constant ignores it."""
     decay_share: float = 0.2
@@ -34,27 +58,33 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip: float | None = 1.0
     """Largest global norm of the gradient; empty: no clipping."""
+    layer_decay: float = 1.0
+    """Each block learns at this share of the rate of the block above it, the embeddings at that of the lowest one's; the head
+    at the full rate (Clark et al. 2020, "ELECTRA", appendix B)."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Parameters with a rate of their own; of several that match, the first counts."""
+    average: float | None = None
+    """Decay of the exponential moving average of the parameters, which is then evaluated and exported in their place (Polyak
+    and Juditsky 1992); in the first steps it is less, (1 + step) / (10 + step). Empty: none."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps", "clip"):
+        for name in ("learning_rate", "eps", "clip", "layer_decay"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}: it must be positive")
-        for name in ("beta1", "beta2", "final", "decay_share"):
+        for name in ("beta1", "beta2", "final", "decay_share", "layer_decay", "average"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}: it must lie between 0 and 1")
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError(f"warmup ({self.warmup}) and weight_decay ({self.weight_decay}) must not be negative")
-        try:
-            re.compile(self.decay)
-        except re.error as error:
-            raise ValueError(f"decay {self.decay!r} is not a regular expression: {error}") from None
+        check_regex("decay", self.decay)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Step → learning rate over a run of `steps` steps."""
-    peak, warmup = config.learning_rate, min(config.warmup, steps)
+    peak = config.learning_rate
+    warmup = min(round(config.warmup * steps if config.warmup < 1 else config.warmup), steps)
     after, end = max(1, steps - warmup), config.learning_rate * config.final
     rest = {
         "constant": lambda: optax.constant_schedule(peak),
@@ -77,9 +107,85 @@ def parameter_paths(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: "/".join(str(key.key) for key in path), params)
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    def decayed(params: Any) -> Any:
-        return jax.tree.map(lambda path: bool(re.search(config.decay, path)), parameter_paths(params))
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule, tuning: Tuning | None = None) -> optax.GradientTransformation:
+    """AdamW over a tree of parameters; `layer_decay` and `groups` need the `tuning` that says which layers its leaves hold.
 
-    adamw = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed)
+    Raises ValueError for a group that finds nothing.
+    """
+    adam, rate = optax.scale_by_adam(config.beta1, config.beta2, config.eps), optax.scale_by_learning_rate(schedule)
+    scale: list[optax.GradientTransformation] = []
+    if tuning is None:
+        assert config.layer_decay == 1 and not config.groups, "layer_decay and groups are by layer: make_optimizer needs a tuning"
+
+        def decayed(params: Tree) -> Tree:
+            return jax.tree.map(lambda path: bool(re.search(config.decay, path)), parameter_paths(params))
+
+        decay = optax.add_decayed_weights(config.weight_decay, decayed)
+    else:
+        rates, shares = multipliers(config, tuning)
+        decay = _decay(config.weight_decay, shares)
+        scale = [] if all(np.all(value == 1) for value in jax.tree.leaves(rates)) else [_times(rates)]
+    adamw = optax.chain(adam, decay, *scale, rate)
     return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+
+def multipliers(config: OptimConfig, tuning: Tuning) -> tuple[Tree, Tree]:
+    """For each trained leaf what its learning rate and its weight decay are multiplied with: a number, or where its layers
+    differ an array that broadcasts along its first axis."""
+    used: set[GroupConfig] = set()
+
+    def group(path: str, name: str) -> GroupConfig:
+        found = next((group for group in config.groups if matching(group.pattern, path, [name])), GroupConfig())
+        used.add(found)
+        return found
+
+    def rate(path: str, name: str) -> float:
+        above = layers_above(name, tuning.stacks) if config.layer_decay != 1 else 0
+        return group(path, name).learning_rate * config.layer_decay**above
+
+    def share(path: str, name: str) -> float:
+        return float(bool(matching(config.decay, path, [name])) and group(path, name).weight_decay)
+
+    def tree(of: Callable[[str, str], float]) -> Tree:
+        leaves = {}
+        for path, names in tuning.names.items():
+            values = [of(path, name) for name in names]
+            leaves[path] = values[0] if len(set(values)) == 1 else np.asarray(values, np.float32)
+        return jax.tree.map(_along_first, unflatten_dict(leaves, sep="/"), tuning.shapes)
+
+    found = tree(rate), tree(share)
+    for unused in [group for group in config.groups if group not in used]:
+        raise ValueError(f"optim.groups: pattern {unused.pattern!r} finds no trained parameter that no group before it has")
+    return found
+
+
+def layers_above(name: str, stacks: Mapping[str, int]) -> int:
+    """How many layers stand above a parameter: 0 of the head and of the last norm, 1 of the last block, one more than there
+    are blocks of the embeddings and all else below the first one. Each stack of two counts its own blocks; embeddings that
+    both read those of the longer one."""
+    for stack, blocks in stacks.items():
+        if match := re.match(rf"{re.escape(stack)}/layers(?:\.(\d+))?/", name):
+            return blocks - int(match[1] or 0)
+        if name.startswith(f"{stack}/"):
+            return 0 if name.startswith(f"{stack}/final_norm/") else blocks + 1
+    return 0 if name.startswith("head/") else max(stacks.values(), default=0) + 1
+
+
+def _along_first(value: Any, shape: jax.ShapeDtypeStruct) -> Any:
+    return value if isinstance(value, float) else value.reshape(-1, *(1,) * (len(shape.shape) - 1))
+
+
+def _times(rates: Tree) -> optax.GradientTransformation:
+    """Each update times its own factor."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda update, by: update * by, updates, rates))
+
+
+def _decay(weight_decay: float, shares: Tree) -> optax.GradientTransformation:
+    """Decoupled weight decay times each leaf's share. It is masked, so that its state has the form of Optax's own."""
+    mask = jax.tree.map(lambda share: bool(np.any(share)), shares)
+    masked = jax.tree.map(lambda share, here: share if here else optax.MaskedNode(), shares, mask)
+
+    def add(updates: Tree, params: Tree | None) -> Tree:
+        return jax.tree.map(lambda update, p, share: update + weight_decay * share * p, updates, params, masked)
+
+    return optax.masked(optax.stateless(add), mask)

@@ -1,5 +1,6 @@
 """The pure train and eval steps, and the state they carry."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,46 +13,89 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.model import Model
 from jaxlm.parallel import batch_sharding, stored_shardings
 from jaxlm.train.objectives import Objective
+from jaxlm.train.tune import TuneConfig, Tuning
 
 Batch = Mapping[str, Any]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step changes. Randomness is not among it: it is drawn from (seed, step)."""
+    """Everything a step changes, and what it takes along. Randomness is not among it: it is drawn from (seed, step)."""
 
     step: Any
     params: Any
+    """What is trained: the model's parameters, or the tree that the tuning takes from them."""
     opt_state: Any
+    frozen: Any = dataclasses.field(default_factory=dict)
+    """What the tuning freezes, which no step changes."""
+    average: Any = None
+    """Exponential moving average of `params`, where one is kept."""
+
+    @property
+    def scored(self) -> Any:
+        """What is evaluated and exported: the average where there is one, else the last parameters."""
+        return self.params if self.average is None else self.average
 
 
-def state_shapes(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shapes(
+    model: Model, optimizer: optax.GradientTransformation, tuning: Tuning | None = None, average: float | None = None
+) -> TrainState:
     """Shapes and dtypes of the state, without computing it."""
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.shapes, jax.eval_shape(optimizer.init, model.shapes))
+    tuning = tuning or Tuning(TuneConfig(), model)
+    count, opt_state = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(optimizer.init, tuning.shapes)
+    return TrainState(count, tuning.shapes, opt_state, tuning.frozen_shapes, None if average is None else tuning.shapes)
 
 
-def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each part of the state lies: the optimiser's moments lie as their parameters do."""
+def state_shardings(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning | None = None, average: float | None = None
+) -> TrainState:
+    """Where each part of the state lies: moments and average as their parameters do."""
+    tuning = tuning or Tuning(TuneConfig(), model)
     whole = NamedSharding(mesh, PartitionSpec())
-    params = stored_shardings(model.axes, model.shapes, mesh)
+    params = stored_shardings(tuning.axes, tuning.shapes, mesh)
+    frozen = stored_shardings(tuning.frozen_axes, tuning.frozen_shapes, mesh)
     opt_state = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        state_shapes(model, optimizer).opt_state,
+        state_shapes(model, optimizer, tuning).opt_state,
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, params, opt_state)
+    return TrainState(whole, params, opt_state, frozen, None if average is None else params)
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """A fresh state, computed straight into its shardings: no device ever holds the whole."""
+def init_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    tuning: Tuning | None = None,
+    params: Any = None,
+    average: float | None = None,
+) -> TrainState:
+    """A fresh state, computed straight into its shardings: no device ever holds the whole.
 
-    def init(key: jax.Array) -> TrainState:
-        params = model.init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    It starts from `params`, the model's (loaded ones, say), or from parameters drawn from the seed. Those given become part
+    of the state, and so are gone with its first step.
+    """
+    tuning = tuning or Tuning(TuneConfig(), model)
 
-    return jax.jit(init, out_shardings=state_shardings(model, optimizer, mesh))(jax.random.key(seed))
+    def init(key: jax.Array, params: Any) -> TrainState:
+        trained, frozen = tuning.split(model.init(key) if params is None else params, jax.random.fold_in(key, 1))
+        start = None if average is None else jax.tree.map(jnp.copy, trained)
+        return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), frozen, start)
+
+    return jax.jit(init, out_shardings=state_shardings(model, optimizer, mesh, tuning, average))(jax.random.key(seed), params)
+
+
+def init_frozen(model: Model, seed: int, mesh: Mesh, tuning: Tuning, params: Any = None) -> Any:
+    """The frozen part alone of what `init_state` makes of the same arguments: checkpoints do not hold it."""
+
+    def init(key: jax.Array, params: Any) -> Any:
+        return tuning.split(model.init(key) if params is None else params, jax.random.fold_in(key, 1))[1]
+
+    shardings = stored_shardings(tuning.frozen_axes, tuning.frozen_shapes, mesh)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed), params)
 
 
 def make_train_step(
@@ -63,40 +107,55 @@ def make_train_step(
     *,
     seed: int,
     accumulate: int = 1,
+    tuning: Tuning | None = None,
+    average: float | None = None,
+    stochastic: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Jitted `(state, batch) → (state, metrics)`; the state is donated.
+
+    The objective is given the model's parameters, which `tuning` makes once a step of those that are trained and those that
+    are frozen; gradients are of the former. `average` is the decay of their moving average, `stochastic` says that the
+    objective draws random numbers though the model may drop nothing.
 
     With `accumulate` > 1 the rows are taken in that many parts, one after the other, and their
     gradients summed before the division by the total weight: the same update as in one part. An update
     whose loss or gradient is not finite is skipped and counted in the metric `skipped`.
     """
-    drops = model.config.dropout > 0
+    tuning = tuning or Tuning(TuneConfig(), model)
+    draws = stochastic or model.config.dropout > 0
 
-    def loss_sum(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, weight, metrics = objective(model.apply, params, batch, rng)
-        return loss, {"loss": loss, "weight": weight, **metrics}
+    def gradients(state: TrainState, batch: Batch, rng: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
+        def parts(trained: Any) -> tuple[Any, Any]:
+            return tuning.parts(trained, state.frozen, jnp.dtype(model.config.dtype))
 
-    gradient = jax.grad(loss_sum, has_aux=True)
+        moving, pull, still = jax.vjp(parts, state.params, has_aux=True)
 
-    def accumulated(params: Any, batch: Batch, rng: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
+        def loss_sum(moving: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+            loss, weight, metrics = objective(model.apply, tuning.join(moving, still), batch, rng)
+            return loss, {"loss": loss, "weight": weight, **metrics}
+
+        def gradient(batch: Batch, rng: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
+            grads, sums = jax.grad(loss_sum, has_aux=True)(moving, batch, rng)
+            return pull(grads)[0], sums  # of the trained numbers alone: what is summed over parts is no larger
+
         if accumulate == 1:
-            return gradient(params, batch, rng)
+            return gradient(batch, rng)
         # Every device keeps its rows: part i takes each accumulate-th row, not a run of neighbours.
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
 
         def add(total: Any, indexed: Any) -> tuple[Any, None]:
             i, part = indexed
             part_rng = None if rng is None else jax.random.fold_in(rng, i)
-            return jax.tree.map(jnp.add, total, gradient(params, part, part_rng)), None
+            return jax.tree.map(jnp.add, total, gradient(part, part_rng)), None
 
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first, rng))
-        total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
+        first = jax.tree.map(lambda x: x[0], split)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first, rng))
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), split))
         return total
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
-        grads, sums = accumulated(state.params, batch, rng)
+        rng = jax.random.fold_in(jax.random.key(seed), state.step) if draws else None
+        grads, sums = gradients(state, batch, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
@@ -104,14 +163,17 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         params = optax.apply_updates(state.params, updates)
+        averaged = None if average is None else _averaged(average, state.step, state.average, params)
         fine = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(fine, new, old)
 
-        new = TrainState(state.step + 1, jax.tree.map(keep, params, state.params), jax.tree.map(keep, opt_state, state.opt_state))
+        after, before = (params, opt_state, averaged), (state.params, state.opt_state, state.average)
+        new = dataclasses.replace(state, step=state.step + 1)
+        params, opt_state, averaged = jax.tree.map(keep, after, before)
         means = {name: value / weight for name, value in sums.items() if name != "weight"}
-        return new, {
+        return dataclasses.replace(new, params=params, opt_state=opt_state, average=averaged), {
             **means,
             "weight": sums["weight"],
             "grad_norm": norm,
@@ -119,13 +181,22 @@ def make_train_step(
             "skipped": 1 - fine.astype(jnp.int32),
         }
 
-    shardings = state_shardings(model, optimizer, mesh)
+    shardings = state_shardings(model, optimizer, mesh, tuning, average)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0)
 
 
+def _averaged(decay: float, step: jax.Array, average: Any, params: Any) -> Any:
+    """average + (1 − d) · (params − average) with d = min(decay, (1 + n) / (10 + n)) after n steps, the warm-up of
+    TensorFlow's `ExponentialMovingAverage`: an average of few steps forgets its start, and needs no correction."""
+    n = step.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(lambda mean, new: mean + share * (new - mean), average, params)
+
+
 def make_eval_step(model: Model, objective: Objective, mesh: Mesh) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Jitted `(params, batch) → sums` without dropout: `loss`, `weight` and the objective's metrics."""
+    """Jitted `(params, batch) → sums` without dropout: `loss`, `weight` and the objective's metrics. `params` are the
+    model's, merged."""
 
     def eval_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         loss, weight, metrics = objective(model.apply, params, batch, None)
