@@ -1,7 +1,7 @@
 """The attention layer: projections, query/key norms, rotary positions, cache, and the core between them.
 
 Letters: B batch · L query length · S key length · D model width · N query heads · K key/value heads ·
-H head width.
+H head width · X layers.
 """
 
 import dataclasses
@@ -11,13 +11,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlm.model.cache import extend
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.kernels import attend
 from jaxlm.model.layers import Angles, Linear, Norm
 from jaxlm.model.mask import Mask
 from jaxlm.model.positions import rotate
 
-LayerCache = tuple[jax.Array, jax.Array]
+KeyValue = tuple[jax.Array, jax.Array]
+"""Keys and values, heads before places as in the cache: (B, K, S, H) of one layer, (X, B, K, S, H) of all."""
+LayerCache = tuple[KeyValue, jax.Array, jax.Array | None]
+"""Keys and values of all layers, which layer this is, and which row holds what (`Cache.holder_BGS`)."""
 
 
 class Attention(nn.Module):
@@ -38,11 +42,13 @@ class Attention(nn.Module):
             self.query_norm = Norm(c, "rmsnorm", "H" if c.qk_norm == "heads" else "NH")
             self.key_norm = Norm(c, "rmsnorm", "H" if c.qk_norm == "heads" else "KH")
 
-    def _project(self, x_BLD: jax.Array, source_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BLNH, k_BSKH, v_BSKH = self.query(x_BLD), self.key(source_BSD), self.value(source_BSD)
-        if self.config.qk_norm != "none":
-            q_BLNH, k_BSKH = self.query_norm(q_BLNH), self.key_norm(k_BSKH)
-        return q_BLNH, k_BSKH, v_BSKH
+    def _queries(self, x_BLD: jax.Array) -> jax.Array:
+        q_BLNH = self.query(x_BLD)
+        return q_BLNH if self.config.qk_norm == "none" else self.query_norm(q_BLNH)
+
+    def _keys(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k_BSKH, v_BSKH = self.key(x_BSD), self.value(x_BSD)
+        return k_BSKH if self.config.qk_norm == "none" else self.key_norm(k_BSKH), v_BSKH
 
     def _core(
         self, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, bias_BNLS: jax.Array | None
@@ -63,20 +69,21 @@ class Attention(nn.Module):
     def __call__(
         self, x_BLD: jax.Array, cache: LayerCache | None, local: jax.Array, mask: Mask,
         angles: tuple[Angles, Angles] | None, bias_BNLS: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:  # fmt: skip
+    ) -> tuple[jax.Array, KeyValue | None]:  # fmt: skip
         """Attention of each token to its own text. `local` is whether this layer sees a window only, `angles` are
         the rotary angles of layers that see all and of layers that do not."""
         c = self.config
-        q_BLNH, k_BSKH, v_BSKH = self._project(x_BLD, x_BLD)
+        q_BLNH, (k_BSKH, v_BSKH) = self._queries(x_BLD), self._keys(x_BLD)
         if angles is not None:
             turn = angles[0] if c.rope.local_theta is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *angles)
             q_BLNH, k_BSKH = rotate(q_BLNH, turn), rotate(k_BSKH, turn)
+        filled = None
         if cache is not None:
             assert mask.seen is not None, "a cache comes with the number of tokens it holds"
-            start = (0, mask.seen, 0, 0)
-            k_BSKH = jax.lax.dynamic_update_slice(cache[0], k_BSKH, start)
-            v_BSKH = jax.lax.dynamic_update_slice(cache[1], v_BSKH, start)
-            cache = (k_BSKH, v_BSKH)
+            (k_XBKSH, v_XBKSH), layer, holder_BGS = cache
+            k_XBKSH, k_BSKH = extend(k_XBKSH, k_BSKH, layer, mask.seen, holder_BGS)
+            v_XBKSH, v_BSKH = extend(v_XBKSH, v_BSKH, layer, mask.seen, holder_BGS)
+            filled = (k_XBKSH, v_XBKSH)
         core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
 
         kinds = set(c.layer_pattern)
@@ -84,8 +91,17 @@ class Attention(nn.Module):
             mixed_BLNH = core(c.window if kinds == {"L"} else None)
         else:  # which of the two a layer is, is known only within the scan over layers
             mixed_BLNH = jax.lax.cond(local, lambda: core(c.window), lambda: core(None))
-        return self.out(mixed_BLNH), cache
+        return self.out(mixed_BLNH), filled
 
-    def read(self, x_BLD: jax.Array, states_BSD: jax.Array, mask: Mask) -> jax.Array:
-        """Attention of each token to another text, the encoder's `states_BSD` (Vaswani et al. 2017, §3.2.3)."""
-        return self.out(self._core(*self._project(x_BLD, states_BSD), mask, None)(None))
+    def source(self, states_BSD: jax.Array) -> KeyValue:
+        """What `read` needs of another text, the encoder's hidden states."""
+        k_BSKH, v_BSKH = self._keys(states_BSD)
+        return jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+
+    def read(self, x_BLD: jax.Array, source: KeyValue, mask: Mask) -> jax.Array:
+        """Attention of each token to another text (Vaswani et al. 2017, §3.2.3). Where there are fewer rows of that,
+        neighbouring rows share one (`cache.spread`)."""
+        q_BLNH, (k_BSKH, v_BSKH) = self._queries(x_BLD), (jnp.swapaxes(x, 1, 2) for x in source)
+        # Rows that share a source are more queries to it: its keys are read once.
+        together = q_BLNH.reshape(k_BSKH.shape[0], -1, *q_BLNH.shape[2:])
+        return self.out(self._core(together, k_BSKH, v_BSKH, mask, None)(None).reshape(q_BLNH.shape))

@@ -174,10 +174,11 @@ class LanguageModel(nn.Module):
         """The last hidden states (B, L, D)."""
         return self.transformer(batch).hidden_BLD
 
-    def __call__(self, batch: Batch, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        """Float32 logits (B, L, V) and the cache."""
+    def __call__(self, batch: Batch, cache: Cache | None = None, last: bool = False) -> tuple[jax.Array, Cache | None]:
+        """Float32 logits (B, L, V), with `last` of the last place only (B, 1, V), and the cache."""
         output = self.transformer(batch, cache)
-        parts = self.head(output.hidden_BLD, self.transformer.embed.table)
+        hidden_BLD = output.hidden_BLD[:, -1:] if last else output.hidden_BLD
+        parts = self.head(hidden_BLD, self.transformer.embed.table)
         if self.config.head.pair and self.is_initializing():
             self.pair(output.hidden_BLD[:, 0])
         return _logits(*parts, self.config.logit_softcap), output.cache

@@ -15,8 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxlm.model.attention import Attention, LayerCache
-from jaxlm.model.cache import Cache
+from jaxlm.model.attention import Attention, KeyValue
+from jaxlm.model.cache import Cache, Source
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm
 from jaxlm.model.mask import Mask
@@ -34,9 +34,12 @@ class Context:
     angles: tuple[Angles, Angles] | None = None
     """Rotary angles of layers that see all and of layers that see a window."""
     bias_BNLS: jax.Array | None = None
+    holder_BGS: jax.Array | None = None
+    """Of the cache."""
     read_BSD: jax.Array | None = None
     """The encoder's hidden states, which the blocks of a decoder read."""
     read_mask: Mask | None = None
+    """Which of the encoder's tokens each token may read; None: there is no encoder."""
     keep_BL: jax.Array | None = None
     """False: padding, which does not count for the balance of experts."""
 
@@ -61,16 +64,25 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: jax.Array, cache: LayerCache | None, local: jax.Array, first: jax.Array, context: Context
-    ) -> tuple[jax.Array, tuple[LayerCache | None, jax.Array]]:
+        self,
+        carry: tuple[jax.Array, KeyValue | None],
+        layer: jax.Array,
+        local: jax.Array,
+        source: KeyValue | None,
+        context: Context,
+    ) -> tuple[tuple[jax.Array, KeyValue | None], tuple[KeyValue | None, jax.Array]]:
+        """The carry is the residual stream and the cache of all layers (one buffer, written in place); `source` what
+        this layer keeps of the encoder's text. Returns what it should keep, if it read the text now, and the router's
+        loss."""
         c, where = self.config, self.config.norm_position
+        x_BLD, cache = carry
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
 
         def before(name: str, x_BLD: jax.Array) -> jax.Array:
             if where not in ("pre", "both"):
                 return x_BLD
             y_BLD = Norm(c, c.norm, name=f"{name}_norm")(x_BLD)
-            return y_BLD if c.first_norm or name != "attention" else jnp.where(first, x_BLD, y_BLD)
+            return y_BLD if c.first_norm or name != "attention" else jnp.where(layer == 0, x_BLD, y_BLD)
 
         def after(name: str, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
             if where in ("both", "output"):
@@ -80,12 +92,17 @@ class Block(nn.Module):
 
         start_BLD = x_BLD
         attention = Attention(c, self.train, name="attention")
-        y_BLD, cache = attention(before("attention", x_BLD), cache, local, context.mask, context.angles, context.bias_BNLS)
+        held = None if cache is None else (cache, layer, context.holder_BGS)
+        y_BLD, cache = attention(before("attention", x_BLD), held, local, context.mask, context.angles, context.bias_BNLS)
         x_BLD = after("attention", x_BLD, y_BLD)
-        if context.read_BSD is not None:
+        kept = None
+        if context.read_mask is not None:
             cross = Attention(c, self.train, name="cross_attention")
-            assert context.read_mask is not None, "what is read comes with its mask"
-            y_BLD = cross.read(before("cross_attention", x_BLD), context.read_BSD, context.read_mask)
+            if source is None:
+                assert context.read_BSD is not None, "the first call brings the encoder's text"
+                source = cross.source(context.read_BSD)
+                kept = None if cache is None else source
+            y_BLD = cross.read(before("cross_attention", x_BLD), source, context.read_mask)
             x_BLD = after("cross_attention", x_BLD, y_BLD)
         inner_BLD = before("mlp", start_BLD if c.parallel else x_BLD)
         if c.moe.experts:
@@ -94,7 +111,7 @@ class Block(nn.Module):
             y_BLD, auxiliary = Mlp(c, name="mlp")(inner_BLD), jnp.zeros((), jnp.float32)
         x_BLD = after("mlp", x_BLD, y_BLD)
         self.sow("intermediates", "residual", x_BLD)
-        return x_BLD, (cache, auxiliary)
+        return (x_BLD, cache), (kept, auxiliary)
 
 
 # What the backward pass may keep, by the config's name for it.
@@ -117,25 +134,31 @@ class Stack(nn.Module):
         self, x_BLW: jax.Array, batch: Batch, cache: Cache | None = None, read: tuple[jax.Array, Batch] | None = None
     ) -> Output:
         """`batch` gives `segments_BL`, `positions_BL` and `types_BL` where it has them; `read` are an encoder's
-        hidden states and batch."""
+        hidden states and batch, which the cache keeps for later calls."""
         c, length = self.config, x_BLW.shape[1]
-        seen = None if cache is None else cache.length
+        place_L = jnp.arange(length, dtype=jnp.int32) + (0 if cache is None else cache.length)
         positions_BL = batch.get("positions_BL")
         if positions_BL is None:
-            positions_BL = jnp.arange(length, dtype=jnp.int32)[None, :] + (0 if seen is None else seen)
+            positions_BL = place_L[None, :]
+            if cache is not None and cache.start_B is not None:
+                positions_BL = jnp.maximum(positions_BL - cache.start_B[:, None], 0)
         x_BLD = self._embed(x_BLW, positions_BL, batch.get("types_BL"))
-        size = length if cache is None else cache.k_XBSKH.shape[2]
-        context = self._context(batch, positions_BL, length, size, seen, read)
+        context = self._context(batch, place_L, positions_BL, cache, read)
+        if cache is not None:
+            context = dataclasses.replace(context, holder_BGS=cache.holder_BGS)
 
         stack = self._scanned()(c, self.train, name="layers")
-        kv = None if cache is None else (cache.k_XBSKH, cache.v_XBSKH)
-        local_X, first_X = jnp.asarray(c.local(self.layers)), jnp.arange(self.layers) == 0
-        x_BLD, (kv, auxiliary_X) = stack(x_BLD, kv, local_X, first_X, context)
+        kv = None if cache is None else (cache.k_XBKSH, cache.v_XBKSH)
+        source = None if cache is None or cache.source is None or read is not None else (cache.source.k_XBKSH, cache.source.v_XBKSH)
+        layer_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
+        (x_BLD, kv), (kept, auxiliary_X) = stack((x_BLD, kv), layer_X, local_X, source, context)
         if c.norm_position != "post":
             x_BLD = Norm(c, c.norm, name="final_norm")(x_BLD)
         if cache is not None:
             assert kv is not None, "layers given a cache return it"
-            cache = dataclasses.replace(cache, k_XBSKH=kv[0], v_XBSKH=kv[1], length=cache.length + length)
+            cache = dataclasses.replace(cache, k_XBKSH=kv[0], v_XBKSH=kv[1], length=cache.length + length)
+            if kept is not None and read is not None:
+                cache = dataclasses.replace(cache, source=Source(kept[0], kept[1], read[1].get("segments_BL")))
         return Output(x_BLD, cache, jnp.sum(auxiliary_X))
 
     def _embed(self, x_BLW: jax.Array, positions_BL: jax.Array, types_BL: jax.Array | None) -> jax.Array:
@@ -154,15 +177,19 @@ class Stack(nn.Module):
         return x_BLW if not c.factored else Linear(c, "BLW,WD->BLD", bias=True, name="embed_project")(x_BLW)
 
     def _context(
-        self, batch: Batch, positions_BL: jax.Array, length: int, size: int, seen: jax.Array | None,
-        read: tuple[jax.Array, Batch] | None,
-    ) -> Context:  # fmt: skip
-        c = self.config
+        self, batch: Batch, place_L: jax.Array, positions_BL: jax.Array, cache: Cache | None, read: tuple[jax.Array, Batch] | None
+    ) -> Context:
+        c, length = self.config, place_L.shape[0]
         segments_BL = batch.get("segments_BL")
+        seen, size = (None, length) if cache is None else (cache.length, cache.k_XBKSH.shape[3])
         assert segments_BL is None or seen is None, "packed rows are for training: a cache holds one document a row"
         context = Context(Mask(segments_BL, segments_BL, seen, causal=self.causal))
         if segments_BL is not None:
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
+        elif cache is not None and cache.start_B is not None:
+            # Padding sees padding, so that no row of scores is empty.
+            query, key = ((p[None, :] >= cache.start_B[:, None]).astype(jnp.int32) for p in (place_L, jnp.arange(size)))
+            context = dataclasses.replace(context, mask=Mask(query, key, seen, causal=self.causal))
         if c.position == "rotary":
             angles = rotary_angles(positions_BL, c, c.rope.theta, segments_BL)
             local = rotary_angles(positions_BL, c, c.rope.local_theta, segments_BL) if c.rope.local_theta else angles
@@ -176,6 +203,8 @@ class Stack(nn.Module):
             states_BSD, source = read
             mask = Mask(segments_BL, source.get("segments_BL"), causal=False)
             context = dataclasses.replace(context, read_BSD=states_BSD, read_mask=mask)
+        elif cache is not None and cache.source is not None:
+            context = dataclasses.replace(context, read_mask=Mask(None, cache.source.segments_BS, causal=False))
         return context
 
     def _scanned(self) -> Any:
@@ -217,13 +246,15 @@ class Transformer(nn.Module):
         `segments_BL` (0 = padding, documents 1, 2, …) and `positions_BL` are read where the batch has
         them; without them a row is one document from its start, or from where the cache ends. An
         encoder-decoder takes such a batch for each stack, `encoder` and `decoder`, and gives the decoder's.
+        The cache keeps what the decoder reads of the encoder's text: behind it come tokens alone, as in a decoder.
         """
-        if self.config.architecture == "encoder_decoder":
-            assert cache is None, "the cache of an encoder-decoder is not there yet"
+        if "encoder" in batch:
             read = self.encoder(self._look_up(batch["encoder"]), batch["encoder"])
             states = (read.hidden_BLD, batch["encoder"])
-            output = self.decoder(self._look_up(batch["decoder"]), batch["decoder"], read=states)
+            output = self.decoder(self._look_up(batch["decoder"]), batch["decoder"], cache, states)
             return dataclasses.replace(output, auxiliary=output.auxiliary + read.auxiliary)
+        if self.config.architecture == "encoder_decoder":
+            assert cache is not None and cache.source is not None, "the first call of an encoder-decoder brings its encoder's text"
         if self.config.architecture == "encoder":
             assert cache is None, "an encoder reads its text at once"
             return self.encoder(self._look_up(batch), batch)

@@ -1,0 +1,104 @@
+"""The cache: a text read piece by piece, beside texts of other lengths, or in several rows, is the text read at once."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_model import tokens
+from test_stacks import DECODER, PAIR, SEVERAL, drawn
+
+from jaxlm.model import Model, RotaryConfig, empty_cache
+from jaxlm.model.cache import grow, reorder, spread
+
+LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "kv_heads": 2, "qk_norm": "heads"}
+TWO_BASES = RotaryConfig(theta=100.0, local_theta=10.0)
+MODELS = {
+    "gpt2": DECODER,
+    "llama": dataclasses.replace(DECODER, **LLAMA),
+    "windows": dataclasses.replace(DECODER, **LLAMA, layer_pattern="LG", window=3, rope=TWO_BASES),
+    "windows-relative": dataclasses.replace(DECODER, layer_pattern="L", window=3, **SEVERAL["as T5"]),
+    "alibi": dataclasses.replace(DECODER, position="alibi"),
+    "t5": dataclasses.replace(PAIR, **SEVERAL["as T5"]),
+    "bart": dataclasses.replace(PAIR, **SEVERAL["as BART"]),
+    "marian": dataclasses.replace(PAIR, position="sinusoidal", norm_position="post", activation="silu", logit_bias=True),
+    "pair-rotary": dataclasses.replace(PAIR, **LLAMA),
+}
+SOURCE = {"tokens_BL": tokens(2, 7, seed=5), "segments_BL": np.array([[1] * 7, [1] * 4 + [0] * 3], np.int32)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    """A model, its parameters, what comes before its decoder's tokens, and the jitted calls without and with a cache."""
+    model = Model(MODELS[request.param])
+    reads = model.config.architecture == "encoder_decoder"
+    return model, drawn(model), reads, jax.jit(lambda p, batch: model.apply(p, batch)[0]), jax.jit(model.apply)
+
+
+def batch_of(reads: bool, ids, source=SOURCE, **more):
+    own = {"tokens_BL": np.asarray(ids), **more}
+    return {"encoder": source, "decoder": own} if reads else own
+
+
+def test_cached_decoding_is_the_full_forward(case):
+    """At every position, in pieces of several sizes and through a cache that grows; the encoder's text is read once."""
+    model, params, reads, full, cached = case
+    ids = tokens(2, 12, seed=1)
+    expected, parts, cache = full(params, batch_of(reads, ids)), [], empty_cache(model.config, 2, 6)
+    for i, piece in enumerate(np.split(ids, [4, 5, 6, 9, 10], axis=1)):
+        cache = grow(cache, 12) if i == 3 else cache
+        logits, cache = cached(params, batch_of(reads and i == 0, piece), cache)
+        parts.append(logits)
+    assert cache.length == 12 and (cache.source is not None) == reads
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-5)
+
+
+def test_texts_of_different_length_end_together_and_do_not_touch_each_other(case):
+    """Rows of 7 and 3 tokens and an empty one, aligned to the right, then 4 more tokens one by one: the logits of the same
+    texts each from place 0, whatever the padding holds."""
+    model, params, reads, full, cached = case
+    source = {name: np.concatenate([x, x[:1]]) for name, x in SOURCE.items()}
+    texts, start_B = tokens(3, 11, seed=4), np.array([0, 4, 7], np.int32)
+    segments = (np.arange(11) < 11 - start_B[:, None]).astype(np.int32)
+    expected = full(params, batch_of(reads, texts, source, segments_BL=segments))
+    rows = np.stack([np.roll(text, start) for text, start in zip(texts, start_B, strict=True)])
+    cache = dataclasses.replace(empty_cache(model.config, 3, 12), start_B=start_B)
+    parts = []
+    for i, piece in enumerate(np.split(rows, [7, 8, 9, 10], axis=1)):
+        logits, cache = cached(params, batch_of(reads and i == 0, piece, source), cache)
+        parts.append(logits)
+    found = np.concatenate(parts, axis=1)
+    assert np.isfinite(found).all(), "padding is computed too, and must not poison what sees it not"
+    for row, start in enumerate(start_B):
+        np.testing.assert_allclose(found[row, start:], expected[row, : 11 - start], atol=1e-5)
+
+
+def test_rows_that_take_each_others_place_are_the_texts_they_then_are(case):
+    """Two texts become three rows each; after each token rows go on from others of the same text. Each row's next logits are
+    those of its own history, its source still the text's."""
+    model, params, reads, full, cached = case
+    ids, rng = tokens(2, 3, seed=3), np.random.default_rng(0)
+    _, cache = cached(params, batch_of(reads, ids), empty_cache(model.config, 2, 8))
+    cache = spread(cache, 3)
+    history = np.repeat(ids, 3, axis=0)
+    for parents in ([[0, 1, 2], [0, 1, 2]], [[2, 0, 0], [1, 1, 2]], [[1, 2, 2], [2, 0, 1]]):
+        history = history.reshape(2, 3, -1)[np.arange(2)[:, None], np.array(parents)].reshape(6, -1)
+        new = rng.integers(0, 40, (6, 1)).astype(np.int32)
+        logits, cache = cached(params, {"tokens_BL": new}, reorder(cache, np.array(parents, np.int32)))
+        history = np.concatenate([history, new], axis=1)
+    assert len({tuple(row) for row in history[:3].tolist()}) == 3
+    source = {name: np.repeat(x, 3, axis=0) for name, x in SOURCE.items()}
+    np.testing.assert_allclose(logits[:, 0], full(params, batch_of(reads, history, source))[:, -1], atol=1e-5)
+
+
+def test_the_last_place_alone_has_the_logits_of_all():
+    model, batch = Model(PAIR), batch_of(True, tokens(2, 5))
+    last, full = jax.jit(lambda p: (model.apply(p, batch, last=True)[0], model.apply(p, batch)[0]))(drawn(model))
+    assert last.shape == (2, 1, 40)
+    np.testing.assert_allclose(last[:, 0], full[:, -1], atol=1e-5)
+
+
+def test_an_encoder_decoder_begins_with_its_encoders_text():
+    model = Model(PAIR)
+    with pytest.raises(AssertionError, match="encoder's text"):
+        jax.eval_shape(lambda p: model.apply(p, {"tokens_BL": tokens(2, 3)}, empty_cache(PAIR, 2)), model.shapes)
