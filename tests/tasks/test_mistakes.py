@@ -82,7 +82,7 @@ def test_tasks_and_data_must_fit(train, tmp_path, capsys):
     code, said = train(GOOD, "--task.kind", "classificatoin")
     assert code == 1 and "did you mean 'classification'" in said
     code, said = train(GOOD, "--task.kind", "text_to_text")
-    assert code == 1 and "encoder_decoder" in said
+    assert code == 1 and "decoder" in said
 
 
 def test_predict_says_what_it_needs(train, tmp_path, capsys):

@@ -12,6 +12,7 @@ from jaxlm.experiment import Run, load_config
 from jaxlm.report import read_rows
 
 WORDS = ["red", "green", "blue", "round", "square", "big", "small", "old", "new", "warm"]
+ENDS = ["good", "fine", "great", "bad", "poor", "awful", "what"]
 GOOD, BAD = ["good", "fine", "great"], ["bad", "poor", "awful"]
 
 
@@ -40,7 +41,7 @@ def rows_of(kind, n=64):
             "multiple_choice": {"question": "which is good?", "choices": [text, other], "label": 0 if good else 1},
             "text_to_text": {"source": text, "target": word},
             "chat": {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": word}]},
-            "embedding": {"text": f"{WORDS[i % 10]} {word}", "pair": f"{word} {WORDS[i % 10]}"},
+            "embedding": {"text": f"{WORDS[i % 10]} {ENDS[i // 10]}", "pair": f"{ENDS[i // 10]} {WORDS[i % 10]}"},
             "preference": {"prompt": text, "chosen": " good", "rejected": " bad"},
             "reward": {"prompt": text, "chosen": " good fine", "rejected": " bad poor"},
         }[kind])  # fmt: skip
@@ -69,14 +70,14 @@ TASKS = {
     "classification": (ENCODER, "accuracy", 0.9, 60),
     "classification by a decoder": (DECODER, "accuracy", 0.9, 60),
     "multilabel": (ENCODER, "f1_micro", 0.85, 150),
-    "regression": (ENCODER, "pearson", 0.9, 80),
+    "regression": (ENCODER, "pearson", 0.8, 150),
     "tagging": (ENCODER, "f1", 0.9, 60),
     "extractive_qa": (ENCODER, "f1", 80, 120),
     "multiple_choice": (ENCODER, "accuracy", 0.8, 120),
     "text_to_text": (SEQ2SEQ, "exact", 80, 150),
-    "text_to_text by a decoder": (DECODER, "exact", 80, 200),
+    "text_to_text by a decoder": (DECODER, "exact", 80, 350),
     "chat": (DECODER, "rouge1", 70, 200),
-    "embedding": (ENCODER, "mrr@10", 0.5, 80),
+    "embedding": (ENCODER, "mrr@10", 0.7, 80),
     "preference": (DECODER, "accuracy", 0.9, 30),
     "reward": (ENCODER, "accuracy", 0.9, 40),
 }
@@ -123,7 +124,11 @@ def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     assert Run(load_config(file, {}).value).finished
     # From the folder alone: predictions for a file, and the scores of the rows that were held out.
     capsys.readouterr()
-    assert cli.main(["predict", str(folder), "--file", str(tmp_path / "rows.jsonl"), "--out", "out.jsonl"]) == 0
+    given = tmp_path / "rows.jsonl"
+    if kind == "reward":  # of one text
+        given = tmp_path / "texts.jsonl"
+        given.write_text("".join(json.dumps({"text": "red good"}) + "\n" for _ in range(64)))
+    assert cli.main(["predict", str(folder), "--file", str(given), "--out", "out.jsonl"]) == 0
     made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf8").splitlines()]
     assert len(made) == 64 and all(row["prediction"] for row in made)
     assert cli.main(["evaluate", str(folder), "--out", "evaluation"]) == 0
