@@ -20,7 +20,8 @@ CARD = "task.json"  # in a run's folder
 
 # The task that a head is for, where no run says which.
 _OF_HEAD = {
-    "sequence": "classification", "token": "tagging", "span": "extractive_qa", "choice": "multiple_choice", "embedding": "embedding",
+    "sequence": "classification", "token": "tagging", "span": "extractive_qa", "choice": "multiple_choice",
+    "embedding": "embedding",
 }  # fmt: skip
 
 
@@ -30,6 +31,8 @@ class Card:
 
     labels: tuple[str, ...] = ()
     metric: str = "loss"
+    start_id: int | None = None
+    """What a decoder that reads an encoder begins with."""
 
 
 def write_card(run: pathlib.Path, card: Card) -> None:
@@ -40,7 +43,7 @@ def read_card(run: pathlib.Path) -> Card:
     """The card of a run's folder; an empty one where there is none."""
     file = run / CARD
     said = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
-    return Card(tuple(said.get("labels", ())), said.get("metric", "loss"))
+    return Card(tuple(said.get("labels", ())), said.get("metric", "loss"), said.get("start_id"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Trained:
             raise ValueError(f"{self.name} was pretrained ({config.kind}): fine-tune it for a task first")
         return TASKS[config.kind](
             config, self.tokenizer, min(length or positions, positions), labels=self.labels, architecture=architecture,
-            start_id=start_id(self.theirs, self.tokenizer),
+            start_id=start_id(self.run or self.source, self.tokenizer),
         )  # fmt: skip
 
     def json(self) -> Mapping[str, Any]:
@@ -114,16 +117,19 @@ class Trained:
         if "pad" in tokenizer.special:
             said["pad_token_id"] = tokenizer.special["pad"]
         if self.model.config.architecture == "encoder_decoder":
-            said["decoder_start_token_id"] = start_id(said, tokenizer)
+            said["decoder_start_token_id"] = start_id(self.run, tokenizer)
         if self.labels:
             said["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
             said["label2id"] = {name: i for i, name in enumerate(self.labels)}
         return said
 
 
-def start_id(theirs: Mapping[str, Any] | None, tokenizer: Tokenizer) -> int:
-    """What a decoder that reads an encoder begins with: as its `config.json` says, else padding as T5's does."""
-    said = (theirs or {}).get("decoder_start_token_id")
+def start_id(folder: pathlib.Path | None, tokenizer: Tokenizer) -> int:
+    """What the decoder of a model in a folder begins with, where it reads an encoder: as its run or its `config.json`
+    says; without either the padding, as T5's does."""
+    said: Any = None
+    if folder is not None:
+        said = read_json(folder).get("decoder_start_token_id") if is_hugging_face(folder) else read_card(folder).start_id
     return int(said) if said is not None else tokenizer.special.get("pad", tokenizer.bos_id)
 
 

@@ -4,6 +4,7 @@ from jaxlm.data.cache import build_corpora, corpus_folder
 from jaxlm.data.chat import DEFAULT_TEMPLATE, Chat, ChatRows, Message, check_messages, pack_chats
 from jaxlm.data.corpus import Corpora, Corpus, DataConfig, HoldoutConfig, in_memory, xz_bits_per_byte
 from jaxlm.data.corrupt import CorruptConfig, Corruption, make_corruption
+from jaxlm.data.denoising import start_of
 from jaxlm.data.examples import Example, ExampleBatches, collate, in_order
 from jaxlm.data.frame import Framed, Framer
 from jaxlm.data.packing import Batch, Packed, Windows, best_fit_decreasing, stack
@@ -13,5 +14,54 @@ from jaxlm.data.sources import SourceConfig, describe, documents
 from jaxlm.data.tokenizer import StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 __all__ = [
-    "Batch", "Chat", "ChatRows", "ColumnsConfig", "Corpora", "Corpus", "CorruptConfig", "Corruption", "DEFAULT_TEMPLATE", "DataConfig", "EvalBatches", "Example", "ExampleBatches", "Framed", "Framer", "HoldoutConfig", "Message", "Packed", "Prefetch", "RowsConfig", "SourceConfig", "State", "StreamBatches", "StreamDecoder", "Table", "Tokenizer", "TokenizerConfig", "TrainBatches", "Windows", "best_fit_decreasing", "build_corpora", "check_messages", "collate", "corpus_folder", "describe", "documents", "eval_batches", "in_memory", "in_order", "load_tokenizer", "make_corruption", "pack_chats", "prefetch", "read_rows", "split_rows", "stack", "train_batches", "train_tokenizer", "xz_bits_per_byte",
+    "DEFAULT_TEMPLATE",
+    "Batch",
+    "Chat",
+    "ChatRows",
+    "ColumnsConfig",
+    "Corpora",
+    "Corpus",
+    "CorruptConfig",
+    "Corruption",
+    "DataConfig",
+    "EvalBatches",
+    "Example",
+    "ExampleBatches",
+    "Framed",
+    "Framer",
+    "HoldoutConfig",
+    "Message",
+    "Packed",
+    "Prefetch",
+    "RowsConfig",
+    "SourceConfig",
+    "State",
+    "StreamBatches",
+    "StreamDecoder",
+    "Table",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TrainBatches",
+    "Windows",
+    "best_fit_decreasing",
+    "build_corpora",
+    "check_messages",
+    "collate",
+    "corpus_folder",
+    "describe",
+    "documents",
+    "eval_batches",
+    "in_memory",
+    "in_order",
+    "load_tokenizer",
+    "make_corruption",
+    "pack_chats",
+    "prefetch",
+    "read_rows",
+    "split_rows",
+    "stack",
+    "start_of",
+    "train_batches",
+    "train_tokenizer",
+    "xz_bits_per_byte",
 ]

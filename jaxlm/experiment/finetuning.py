@@ -11,7 +11,7 @@ from jaxlm.data import ExampleBatches, Table, Tokenizer, read_rows, split_rows, 
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.model import Model, Params, TransformerConfig
-from jaxlm.models import read_card, start_id, with_labels, with_vocabulary
+from jaxlm.models import locate, read_card, start_id, with_labels, with_vocabulary
 from jaxlm.report import bar, say
 from jaxlm.tasks import TASKS, Examples, Predictor, Task, told, write_predictions
 from jaxlm.train import Objective
@@ -61,22 +61,17 @@ class Finetuning(Job):
         labels = read_card(self.folder).labels
         task = TASKS[c.task.kind](
             c.task, self.tokenizer, c.data.length, labels=labels, architecture=c.model.architecture,
-            start_id=start_id(self._theirs, self.tokenizer),
+            start_id=self.start_id,
         )  # fmt: skip
         task.learn(self.tables[0].rows)
         if labels and tuple(labels) != task.labels:
             raise ValueError(f"{self.folder} was trained with other labels ({', '.join(labels[:10])}): give --name NEW")
         return task
 
-    @property
-    def _theirs(self) -> Mapping[str, Any] | None:
-        """The `config.json` of the Hugging Face model that the run starts from."""
-        from jaxlm.hub import is_hugging_face, read_json
-        from jaxlm.models import locate
-
+    @functools.cached_property
+    def start_id(self) -> int | None:  # type: ignore[override]
         source = self.config.model.init_from
-        folder = None if source is None else locate(source, weights=False)
-        return read_json(folder) if folder is not None and is_hugging_face(folder) else None
+        return start_id(None if source is None else locate(source, weights=False), self.tokenizer)
 
     @property
     def labels(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -129,14 +124,14 @@ class Finetuning(Job):
         file = self.folder / "reference.npz"
         names = ("chosen_B", "rejected_B")
         if not file.is_file():
-            kept = {}
+            kept: dict[str, np.ndarray] = {}
             params = start()
             for part, examples in zip(("train", "validation"), self.examples, strict=True):
                 with bar(f"reference ({part})", len(examples), "rows") as shown:
                     passed = self.predictor.run(params, examples.items, loss=False, advance=shown.advance)
                 assert passed is not None, "nothing stops it"
                 kept |= {f"{part}_{name}": np.array([output[name] for output in passed.outputs]) for name in names}
-            np.savez(file, **kept)
+            np.savez(file, **kept)  # type: ignore[arg-type]
         held = np.load(file)
         for part, examples in zip(("train", "validation"), self.examples, strict=True):
             columns = [held[f"{part}_{name}"] for name in names]
@@ -176,7 +171,9 @@ class Finetuning(Job):
 
     def summary(self) -> str:
         train, held = self.tables
-        labels = f"; labels: {', '.join(self.task.labels[:8])}{' …' if len(self.task.labels) > 8 else ''}" if self.task.labels else ""
+        labels = (
+            f"; labels: {', '.join(self.task.labels[:8])}{' …' if len(self.task.labels) > 8 else ''}" if self.task.labels else ""
+        )
         return f"{train.summary()} to train on; {held.summary()} held out{labels}"
 
     def conclude(self, params: Callable[[], Params], rows: list[dict[str, Any]]) -> tuple[dict[str, str], str, dict[str, float]]:
@@ -189,5 +186,7 @@ class Finetuning(Job):
     def commands(self) -> list[str]:
         folder, role = self.config.folder, self.task.given[0]
         text = str(self.tables[1].rows[0].get(role, ""))[:60].replace('"', "'").replace("\n", " ")
-        given = f'--text "{text}"' if len(self.task.given) == 1 and isinstance(self.tables[1].rows[0].get(role), str) else "--file FILE"
+        given = (
+            f'--text "{text}"' if len(self.task.given) == 1 and isinstance(self.tables[1].rows[0].get(role), str) else "--file FILE"
+        )
         return [f"jaxlm predict {folder} {given}", f"jaxlm evaluate {folder} --data FILE", f"jaxlm export {folder} exported"]

@@ -15,7 +15,8 @@ from jaxlm.train import Objective
 class Batches(Protocol):
     """Training batches: `iterate(state)` goes on where a state says, `total` is their number if they end."""
 
-    total: int | None
+    @property
+    def total(self) -> int | None: ...
 
     def iterate(self, start: Any = None) -> Iterator[tuple[Batch, Any]]: ...
 
@@ -29,6 +30,8 @@ class Job:
     stochastic: ClassVar[bool] = False
     """The objective draws random numbers, with dropout or without."""
     labels: tuple[str, ...] = ()
+    start_id: int | None = None
+    """What a decoder that reads an encoder begins with."""
     tokenizer: Tokenizer
 
     def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh, folder: pathlib.Path):

@@ -100,7 +100,7 @@ class Run:
         model = job.model()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(configs.dump(c), encoding="utf8")
-        write_card(self.folder, Card(job.labels, self.metric))
+        write_card(self.folder, Card(job.labels, self.metric, job.start_id))
         job.tokenizer.save(self.folder / "tokenizer")
         tuning = Tuning(c.tune, model)
         self._introduce(model, tuning)
@@ -137,7 +137,7 @@ class Run:
 
             work = Work(
                 evaluate=lambda state, stop: job.evaluate(merged(state.scored, state), stop), metric=self.metric,
-                sample=(lambda state: job.sample(merged(state.scored, state)) or "") if c.train.sample_tokens and self._samples else None,
+                sample=(lambda state: job.sample(merged(state.scored, state)) or "") if self._samples else None,
                 shown=self.shown, figures=job.figures, unit=job.unit,
                 flops=job.flops(model.config), peak_flops=peak_flops(mesh),
             )  # fmt: skip
@@ -168,8 +168,8 @@ class Run:
 
     @property
     def _samples(self) -> bool:
-        task = self.config.task
-        return not task.pretraining or task.kind == "causal"
+        c = self.config
+        return c.train.sample_tokens > 0 and (not c.task.pretraining or c.task.kind == "causal")
 
     def _introduce(self, model: Any, tuning: Tuning) -> None:
         c = self.config

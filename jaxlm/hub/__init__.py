@@ -20,5 +20,6 @@ from jaxlm.hub.tensors import Table
 
 __all__ = [
     "FAMILIES", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face", "load",
-    "load_adapter", "load_folder", "load_parameters", "read_config", "read_json", "save", "save_adapter", "save_folder", "tensor_names",
+    "load_adapter", "load_folder", "load_parameters", "read_config",
+    "read_json", "save", "save_adapter", "save_folder", "tensor_names",
 ]  # fmt: skip

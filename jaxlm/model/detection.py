@@ -35,7 +35,7 @@ class Detection:
         c = self.config
         heads = max(1, round(c.heads * self.share))
         head = dataclasses.replace(c.head, kind="masked_lm", activation="gelu", norm=True, dense=True)
-        sizes = {"heads": heads, "kv_heads": None, "head_width": c.H, "width": heads * c.H, "embedding_width": c.W}
+        sizes: dict[str, Any] = {"heads": heads, "kv_heads": None, "head_width": c.H, "width": heads * c.H, "embedding_width": c.W}
         return Model(dataclasses.replace(c, **sizes, mlp_width=max(1, round(c.F * self.share)), head=head))
 
     def init(self, key: jax.Array) -> Params:

@@ -195,9 +195,7 @@ class LanguageModel(nn.Module):
         output = self.transformer(batch)
         return self._loss(batch, output, chunk, z_loss, smoothing), self.pair(output.hidden_BLD[:, 0])
 
-    def _loss(
-        self, batch: Batch, output: Output, chunk: int, z_loss: float, smoothing: float
-    ) -> tuple[jax.Array, jax.Array]:
+    def _loss(self, batch: Batch, output: Output, chunk: int, z_loss: float, smoothing: float) -> tuple[jax.Array, jax.Array]:
         scored = batch["decoder"] if self.config.architecture == "encoder_decoder" else batch
         parts = self.head(output.hidden_BLD, self.transformer.embed.table)
         chunk = divisor(output.hidden_BLD.shape[1], chunk)

@@ -116,7 +116,6 @@ class Preference(Task):
         return lambda predictions, rows: metrics.preference(*([p[name] for p in predictions] for name in ("chosen", "rejected")))
 
 
-
 class Reward(Task):
     """A number for an answer, higher for the preferred one."""
 
@@ -127,7 +126,9 @@ class Reward(Task):
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         if "text" in rows[0]:
-            return Examples([{**example, "weights": ONE} for example in self.framed([row["text"] for row in rows])], np.arange(len(rows)))
+            return Examples(
+                [{**example, "weights": ONE} for example in self.framed([row["text"] for row in rows])], np.arange(len(rows))
+            )
         found = [answers(row) for row in rows]
         both = [self.framed([prompt + pair[i] for prompt, *pair in found]) for i in range(2)]
         items = [{"chosen": a, "rejected": b, "weights": ONE} for a, b in zip(*both, strict=True)]

@@ -178,7 +178,9 @@ class Regression(_OfTexts):
         return [{"value": float(output["value_B"])} for output in outputs]
 
     def statistic(self) -> Callable[..., dict[str, float]]:
-        return lambda predictions, rows: metrics.regression([p["value"] for p in predictions], [float(row["label"]) for row in rows])
+        return lambda predictions, rows: metrics.regression(
+            [p["value"] for p in predictions], [float(row["label"]) for row in rows]
+        )
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return f"{prediction['value']:.4f}"
@@ -247,4 +249,6 @@ class Tagging(Task):
         return right
 
     def show(self, row: Row, prediction: Prediction) -> str:
-        return " ".join(f"{word}/{tag}" if tag != "O" else word for word, tag in zip(row["tokens"], prediction["tags"], strict=True))
+        return " ".join(
+            f"{word}/{tag}" if tag != "O" else word for word, tag in zip(row["tokens"], prediction["tags"], strict=True)
+        )

@@ -17,11 +17,13 @@ def write_predictions(
 ) -> dict[str, Interval]:
     """Write `predictions.jsonl`, `scores.json` and `scores.html` into a folder; returns the scores with their intervals."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Interval] = bootstrap(task.statistic(), predictions, rows)  # type: ignore[assignment]
+    found: dict[str, Interval] = bootstrap(task.statistic(), predictions, rows)
     lines = [json.dumps({**row, "prediction": p}, ensure_ascii=False) for row, p in zip(rows, predictions, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
     signatures = task.signatures(rows)
-    numbers = {name: {**x._asdict(), **({"signature": signatures[name]} if name in signatures else {})} for name, x in found.items()}
+    numbers = {
+        name: {**x._asdict(), **({"signature": signatures[name]} if name in signatures else {})} for name, x in found.items()
+    }
     (folder / "scores.json").write_text(json.dumps(numbers, indent=2), encoding="utf8")
     wrong = [(task.wrong(row, p), row) for row, p in zip(rows, predictions, strict=True)]
     worst = sorted(((how, row) for how, row in wrong if how is not None), key=lambda pair: -pair[0][0])[:WORST]
@@ -51,7 +53,7 @@ def paired_scores(
     task: Task, rows: Sequence[Row], predictions: Sequence[Prediction], others: Sequence[Prediction]
 ) -> dict[str, Paired]:
     """Name → how much better the predictions are than the others, with interval and p value (paired bootstrap)."""
-    return paired(task.statistic(), predictions, others, rows)  # type: ignore[return-value]
+    return paired(task.statistic(), predictions, others, rows)
 
 
 def _reliability(task: Task, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Sequence[Any] | None:

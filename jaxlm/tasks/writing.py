@@ -103,7 +103,9 @@ class TextToText(_Written):
         else:
             encoded = self.tokenizer.encode_batch([str(target) for target in targets])
             eos = np.array([self.tokenizer.eos_id], np.int32)
-            items = [self._row(prompt, np.concatenate([ids[: most - 1], eos])) for prompt, ids in zip(prompts, encoded, strict=True)]
+            items = [
+                self._row(prompt, np.concatenate([ids[: most - 1], eos])) for prompt, ids in zip(prompts, encoded, strict=True)
+            ]
         return Examples(items, np.arange(len(items)))
 
     def _pair(self, source: np.ndarray, target: np.ndarray) -> Example:

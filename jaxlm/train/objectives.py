@@ -167,7 +167,7 @@ def choices() -> Objective:
 
 def option_scores(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Float32 scores (B, O) of a batch of options; −1e9 for those that a row lacks."""
-    B, O = batch["options_BO"].shape  # noqa: E741, N806
+    B, O = batch["options_BO"].shape
     flat = {f"{name[:-3]}BL": x.reshape(B * O, -1) for name, x in batch.items() if name.endswith("_BOL")}
     scores_BO = scores_of(apply, params, flat, rng).reshape(B, O)
     return jnp.where(batch["options_BO"] > 0, scores_BO, -1e9)

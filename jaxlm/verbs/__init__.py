@@ -12,8 +12,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "show": show, "diff": diff,
 }  # fmt: skip
 OPTIONS = {
-    "predict": PredictOptions, "evaluate": EvaluateOptions, "generate": GenerateOptions, "export": ExportOptions, "show": ShowOptions,
-    "diff": DiffOptions,
+    "predict": PredictOptions, "evaluate": EvaluateOptions, "generate": GenerateOptions, "export": ExportOptions,
+    "show": ShowOptions, "diff": DiffOptions,
 }  # fmt: skip
 
 __all__ = ["INTERRUPTED", "OPTIONS", "VERBS", "GenerateOptions"]

@@ -167,7 +167,7 @@ def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions) 
         rows = dataclasses.replace(rows, header=options.header)
     if options.columns:
         pairs = dict(pair.partition("=")[::2] for pair in options.columns.split(","))
-        fields = configs.fields_of(type(rows.columns))
+        fields = [field.name for field in dataclasses.fields(rows.columns)]
         for role in pairs:
             if role not in fields:
                 raise configs.unknown("role", role, fields)

@@ -8,7 +8,8 @@ from jaxlm import cli
 
 GOOD = [f"{word} film number {i}\t{label}" for i in range(30) for word, label in (("good", "pos"), ("bad", "neg"))]
 MODEL = [
-    "--model.architecture", "encoder", "--model.positions", "32", "--model.layers", "1", "--model.width", "16", "--model.heads", "2",
+    "--model.architecture", "encoder", "--model.positions", "32", "--model.layers", "1", "--model.width", "16",
+    "--model.heads", "2",
     "--data.length", "32", "--data.batch-size", "8", "--data.tokenizer.kind", "bytes", "--data.tokenizer.special", "pad,cls,sep",
     "--train.steps", "2", "--train.sample-tokens", "0",
 ]  # fmt: skip

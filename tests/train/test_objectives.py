@@ -187,7 +187,9 @@ def test_label_smoothing_over_the_vocabulary_and_its_gradient(chunk):
 
     expected, slope = jax.value_and_grad(plain)(params)
     (loss, nll), gradient = jax.value_and_grad(
-        lambda p: (lambda parts: (parts[0], parts[1]))(model.apply(p, batch, method="loss", chunk=chunk, z_loss=0.01, smoothing=0.1)),
+        lambda p: (lambda parts: (parts[0], parts[1]))(
+            model.apply(p, batch, method="loss", chunk=chunk, z_loss=0.01, smoothing=0.1)
+        ),
         has_aux=True,
     )(params)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5) and float(nll) < float(loss)
