@@ -1,16 +1,25 @@
-"""The MODEL argument of a verb: a run folder, a Hugging Face folder, or a hub id."""
+"""The MODEL argument of a verb: a run folder, a Hugging Face folder (a model's or a PEFT adapter's), or a hub id."""
 
 import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxlm import config as configs
 from jaxlm.data import Tokenizer, load_tokenizer
-from jaxlm.hub import find, is_hugging_face, load_parameters, read_config, read_json
+from jaxlm.hub import (
+    ADAPTER,
+    find,
+    is_hugging_face,
+    load_adapter,
+    load_parameters,
+    read_adapter,
+    read_config,
+    read_json,
+)
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
 from jaxlm.tasks import TASKS, Task, TaskConfig
@@ -133,10 +142,16 @@ def start_id(folder: pathlib.Path | None, tokenizer: Tokenizer) -> int:
     return int(said) if said is not None else tokenizer.special.get("pad", tokenizer.bos_id)
 
 
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(ParallelConfig(), jax.devices()[:1])
+
+
 def load_model(argument: str, mesh: jax.sharding.Mesh | None = None) -> Trained:
     """A run folder's checkpoint with the best score, or a Hugging Face model; on one device unless a mesh is given."""
-    mesh = mesh or make_mesh(ParallelConfig(), jax.devices()[:1])
+    mesh = mesh or one_device()
     folder = locate(argument)
+    if (folder / ADAPTER).is_file():
+        return _adapted(folder, mesh)
     if is_hugging_face(folder):
         model = Model(read_config(folder))
         params = load_parameters(folder, model, mesh)
@@ -145,25 +160,66 @@ def load_model(argument: str, mesh: jax.sharding.Mesh | None = None) -> Trained:
     return Trained(model, params, mesh, folder.name, folder / "tokenizer", run=folder)
 
 
-def _restore(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Model, Params]:
-    """A run's model and its best parameters, adapters merged; of a pair of models the one that is kept."""
+class Tuned(NamedTuple):
+    """What a run trained: the tree of its tuning, the model that it is of, and what that started from."""
+
+    config: TuneConfig
+    model: Any
+    trained: Any
+    base: str | None
+    seed: int
+    task: str
+
+
+def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
+    """The best checkpoint of a run as it was trained, adapters apart from what they adapt."""
     tree = configs.read_yaml(folder / "config.yaml")[0]
     task = configs.build(TaskConfig, tree.get("task", {}))
     model: Any = Model(model_config(str(folder)))
     if task.kind == "replaced":
         model = Detection(model.config, task.generator)
-    tuning = Tuning(configs.build(TuneConfig, tree.get("tune", {})), model)
+    config = configs.build(TuneConfig, tree.get("tune", {}))
+    tuning = Tuning(config, model)
     metric = read_card(folder).metric
     checkpoints = Checkpoints(folder / "checkpoints", metric=metric, higher=metric not in LOWER)
     step = checkpoints.best()
     if step is None:
         raise ValueError(f"{folder} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")
-    params = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
-    if tuning.frozen_shapes:
-        start = start_parameters(tree["model"].get("init_from"), model, mesh, tree["seed"])
-        frozen = init_frozen(model, tree["seed"], mesh, tuning, start)
-        params = jax.jit(tuning.merge, out_shardings=stored_shardings(model.axes, model.shapes, mesh))(params, frozen)
-    return (model.discriminator, params["discriminator"]) if task.kind == "replaced" else (model, params)
+    trained = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
+    return Tuned(config, model, trained, tree["model"].get("init_from"), tree["seed"], task.kind)
+
+
+def _merged(tuned: Tuned, mesh: jax.sharding.Mesh) -> Params:
+    """All parameters of the model, adapters merged into what they adapt."""
+    tuning, model = Tuning(tuned.config, tuned.model), tuned.model
+    if not tuning.frozen_shapes:
+        return tuned.trained
+    frozen = init_frozen(model, tuned.seed, mesh, tuning, start_parameters(tuned.base, model, mesh, tuned.seed))
+    return jax.jit(tuning.merge, out_shardings=stored_shardings(model.axes, model.shapes, mesh))(tuned.trained, frozen)
+
+
+def _restore(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Model, Params]:
+    """A run's model and its best parameters; of a pair of models the one that is kept."""
+    tuned = load_tuned(folder, mesh)
+    params = _merged(tuned, mesh)
+    return (tuned.model.discriminator, params["discriminator"]) if tuned.task == "replaced" else (tuned.model, params)
+
+
+def _adapted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Trained:
+    """A PEFT folder: the model that it stands on, with its adapters merged and its head."""
+    head, labels, base = read_adapter(folder)
+    if base is None:
+        raise ValueError(f"{folder} does not say which model it adapts (base_model_name_or_path in {ADAPTER})")
+    source = locate(base)
+    if not is_hugging_face(source):
+        raise ValueError(f"{folder} adapts {base}, which is no Hugging Face model")
+    model = Model(read_config(source, head, labels))
+    adapter = load_adapter(folder, model)
+    tuning = Tuning(adapter.config, model)
+    placed = jax.device_put(adapter.trained, stored_shardings(tuning.axes, tuning.shapes, mesh))
+    params = _merged(Tuned(adapter.config, model, placed, base, 0, ""), mesh)
+    theirs = {key: value for key, value in read_json(source).items() if key not in ("id2label", "label2id")}
+    return Trained(model, params, mesh, folder.name, source, source=source, theirs=theirs)
 
 
 def start_parameters(argument: str | None, model: Any, mesh: jax.sharding.Mesh, seed: int) -> Params:
@@ -234,7 +290,7 @@ def with_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> Transfor
 def locate(argument: str, weights: bool = True) -> pathlib.Path:
     """The folder that a MODEL argument means, or ValueError with what there is; without `weights` a hub's are not fetched."""
     folder = pathlib.Path(argument)
-    if (folder / "config.yaml").is_file() or is_hugging_face(folder):
+    if (folder / "config.yaml").is_file() or (folder / ADAPTER).is_file() or is_hugging_face(folder):
         return folder
     runs = sorted(str(file.parent) for file in pathlib.Path("runs").glob("*/config.yaml"))
     hint = configs.nearest(argument, runs)

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out, every family by one declaration."""
 
-from jaxlm.hub.adapters import Adapter, load_adapter, save_adapter
+from jaxlm.hub.adapters import CONFIG as ADAPTER
+from jaxlm.hub.adapters import Adapter, load_adapter, read_adapter, save_adapter
 from jaxlm.hub.convert import (
     FAMILIES,
     family_for,
@@ -19,7 +20,6 @@ from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table
 
 __all__ = [
-    "FAMILIES", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face", "load",
-    "load_adapter", "load_folder", "load_parameters", "read_config",
-    "read_json", "save", "save_adapter", "save_folder", "tensor_names",
+    "ADAPTER", "FAMILIES", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face",
+    "load", "load_adapter", "load_folder", "load_parameters", "read_adapter", "read_config", "read_json", "save", "save_adapter", "save_folder", "tensor_names",
 ]  # fmt: skip

@@ -136,7 +136,7 @@ def save_adapter(
     kept = sorted({name.rpartition(".")[0].removeprefix(bare) for name in whole})
     tensors |= {BEFORE + name.removeprefix(bare): value for name, value in whole.items()}
     said = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name or None, "inference_mode": True,
+        "peft_type": "LORA", "task_type": _task_type(model), "base_model_name_or_path": base_name or None, "inference_mode": True,
         "r": config.lora.rank, "lora_alpha": _number(config.lora.alpha), "lora_dropout": 0.0, "bias": "none",
         "use_dora": config.lora.dora, "use_rslora": False, "init_lora_weights": True,
         "fan_in_fan_out": any(_inputs_first(module) for module in _modules(rows, tuning)),
@@ -211,6 +211,30 @@ def _write(folder: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str
 
 
 # --- reading ----------------------------------------------------------------------------------
+
+# The kind of head behind each of PEFT's task types.
+TASKS = {
+    "SEQ_CLS": "sequence", "TOKEN_CLS": "token", "QUESTION_ANS": "span", "FEATURE_EXTRACTION": "embedding",
+    "CAUSAL_LM": "language_model", "SEQ_2_SEQ_LM": "language_model",
+}  # fmt: skip
+
+
+def _task_type(model: Model) -> str | None:
+    """PEFT's name for what a model is for; None where it has none."""
+    names = {kind: name for name, kind in reversed(TASKS.items())}
+    if model.config.architecture == "encoder_decoder" and model.config.head.kind == "language_model":
+        return "SEQ_2_SEQ_LM"
+    return names.get(model.config.head.kind)
+
+
+def read_adapter(folder: pathlib.Path) -> tuple[str | None, int | None, str | None]:
+    """What an adapter folder says of its model: kind of head, number of labels, the model that it stands on; None where it
+    does not."""
+    said, index = _read_config(folder), _Stored(folder).index
+    kind = TASKS.get(str(said.get("task_type")))
+    whole = [entry.shape for name, entry in index.items() if ".lora_" not in name and len(entry.shape) == 2]
+    labels = min(int(shape[0]) for shape in whole) if kind in ("sequence", "token") and whole else None
+    return kind, labels, said.get("base_model_name_or_path")
 
 
 def load_adapter(folder: pathlib.Path | str, model: Model, family: str | None = None) -> Adapter:

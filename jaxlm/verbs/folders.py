@@ -18,6 +18,8 @@ class ExportOptions:
     """Precision of the written tensors."""
     family: str | None = None
     """The model_type to write; empty: the first that can describe the model."""
+    adapter: bool = False
+    """Write the adapters of a run alone, as PEFT's folder: the model that they stand on is named, not written."""
     max_shard_gb: float = 5.0
     """Largest file of tensors, in 10⁹ bytes."""
 
@@ -27,12 +29,20 @@ class ExportOptions:
 
 
 def export(words: Sequence[str]) -> int:
-    """jaxlm export MODEL DIR [--dtype TYPE] [--family NAME] [--max-shard-gb N]: write a Hugging Face folder."""
+    """jaxlm export MODEL DIR [--dtype TYPE] [--family NAME] [--max-shard-gb N] [--adapter]: write a Hugging Face folder."""
     (argument, target), flags = split_words(words, "MODEL", "DIR")
     options = configs.load(ExportOptions, None, flags).value
-    from jaxlm.hub import save_folder
-    from jaxlm.models import load_model
+    from jaxlm.hub import save_adapter, save_folder
+    from jaxlm.models import load_model, load_tuned, locate, one_device
 
+    if options.adapter:
+        run = locate(argument)
+        if not (run / "config.yaml").is_file():
+            raise ValueError(f"{argument} is no run: adapters are exported from the run that trained them")
+        tuned = load_tuned(run, one_device())
+        folder = save_adapter(pathlib.Path(target), tuned.config, tuned.trained, tuned.model, options.family, tuned.base or "")
+        say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+        return 0
     trained = load_model(argument)
     folder = save_folder(
         pathlib.Path(target), trained.model, trained.params, tokenizer=trained.tokenizer_folder, like=trained.json(),
