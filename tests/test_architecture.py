@@ -58,7 +58,7 @@ ROOMS = {
     "hub": ["tensors", "files", "loading", "saving", "family", "encoders", "decoders", "seq2seq", "convert", "adapters"],
     "generate": ["sample", "decode", "batch"],
     "metrics": ["intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],
-    "tasks": ["task", "labelling", "reading", "writing", "comparing", "page", "predictor"],
+    "tasks": ["task", "labelling", "reading", "writing", "comparing", "baseline", "page", "predictor"],
     "models": [],
     "experiment": ["config", "job", "pretraining", "finetuning", "run", "seeds"],
     "overview": [],

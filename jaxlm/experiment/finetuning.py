@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,19 @@ from jaxlm.experiment.job import Batches, Job
 from jaxlm.model import Model, Params, TransformerConfig
 from jaxlm.models import locate, read_card, start_id, with_labels, with_vocabulary
 from jaxlm.report import bar, say
-from jaxlm.tasks import TASKS, Examples, Predictor, Task, told, write_predictions
+from jaxlm.tasks import (
+    BASELINE,
+    TASKS,
+    Examples,
+    Prediction,
+    Predictor,
+    Row,
+    Task,
+    paired_scores,
+    told,
+    words_alone,
+    write_predictions,
+)
 from jaxlm.train import Objective
 
 SHOWN_ROWS = 3
@@ -181,7 +193,24 @@ class Finetuning(Job):
         with bar("predicting the held-out rows", len(held), "rows") as shown:
             predictions = self.predictor.predict(params(), held, advance=shown.advance)
         assert predictions is not None, "nothing stops it"
-        return told(write_predictions(self.folder, self.config.name, self.task, held, predictions)), "", {}
+        found = write_predictions(self.folder, self.config.name, self.task, held, predictions)
+        verdict, baselines = self._verdict(held, predictions)
+        return told(found), verdict, baselines
+
+    def _verdict(self, held: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[str, dict[str, float]]:
+        """How the model compares with what words alone can do on the same rows."""
+        words = words_alone(self.task, self.tables[0].rows, held)
+        if words is None:
+            return "", {}
+        name = self.config.train.metric or self.metric
+        compared = paired_scores(self.task, held, predictions, words)[name]
+        mark = self.task.scores(held, words)[name]
+        by = f"{compared.difference:+.4f} ({compared.low:+.4f} to {compared.high:+.4f})"
+        sure = "beats it" if compared.low > 0 else "is beaten by it" if compared.high < 0 else "cannot be told from it"
+        ours = self.task.scores(held, predictions)[name]
+        return f"Held-out rows: {name} {ours:.4f}; {BASELINE} on the same rows {mark:.4f}: the model {sure}, {by}.", {
+            BASELINE: mark
+        }
 
     def commands(self) -> list[str]:
         folder, role = self.config.folder, self.task.given[0]

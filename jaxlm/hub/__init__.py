@@ -20,6 +20,7 @@ from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table
 
 __all__ = [
-    "ADAPTER", "FAMILIES", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find", "is_hugging_face",
-    "load", "load_adapter", "load_folder", "load_parameters", "read_adapter", "read_config", "read_json", "save", "save_adapter", "save_folder", "tensor_names",
+    "ADAPTER", "FAMILIES", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find",
+    "is_hugging_face", "load", "load_adapter", "load_folder", "load_parameters", "read_adapter", "read_config",
+    "read_json", "save", "save_adapter", "save_folder", "tensor_names",
 ]  # fmt: skip

@@ -1,11 +1,13 @@
 """Tasks over labelled rows: features, objectives, predictions, scores."""
 
+from jaxlm.tasks.baseline import NAME as BASELINE
+from jaxlm.tasks.baseline import words_alone
 from jaxlm.tasks.comparing import Embedding, Preference, Reward
 from jaxlm.tasks.labelling import Classification, Multilabel, Regression, Tagging
 from jaxlm.tasks.page import paired_scores, told, write_predictions
 from jaxlm.tasks.predictor import Passed, Predictor
 from jaxlm.tasks.reading import ExtractiveQa, MultipleChoice
-from jaxlm.tasks.task import PRETRAINING, Examples, Prediction, Task, TaskConfig
+from jaxlm.tasks.task import PRETRAINING, Examples, Prediction, Row, Task, TaskConfig
 from jaxlm.tasks.writing import ChatTask, TextToText
 
 TASKS: dict[str, type[Task]] = {
@@ -15,6 +17,6 @@ TASKS: dict[str, type[Task]] = {
 }  # fmt: skip
 
 __all__ = [
-    "PRETRAINING", "TASKS", "Examples", "Passed", "Prediction", "Predictor", "Task", "TaskConfig", "paired_scores", "told",
-    "write_predictions",
+    "BASELINE", "PRETRAINING", "TASKS", "Examples", "Passed", "Prediction", "Predictor", "Row", "Task", "TaskConfig",
+    "paired_scores", "told", "words_alone", "write_predictions",
 ]  # fmt: skip
