@@ -1,0 +1,293 @@
+"""Generation for many prompts at once: greedy or beam search, the whole loop on the device.
+
+Letters: B texts · G beams of a text · R rows of the model (B·G) · L length of a prompt · F forced tokens · T new tokens ·
+V vocabulary · E tokens that end a text · C candidates.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.model import Cache, Model, Params, empty_cache
+from jaxlm.model.cache import grow, reorder, spread
+from jaxlm.parallel import batch_sharding
+
+# --- the search: pure functions over a step of any model ---------------------------------------
+
+Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
+"""Last tokens (R,), cache → log-probabilities (R, V) of the next ones (for `greedy` any scores do), cache."""
+
+
+class Prefilled(NamedTuple):
+    """Where a search begins: what the prompts have said."""
+
+    scores_BV: jax.Array
+    """Of the first token to be chosen."""
+    cache: Cache
+    given_BT: jax.Array
+    """Room for the new tokens; the first `given` of them are there."""
+    given: int
+    open_B: jax.Array
+    """False: a row that only fills up the batch."""
+
+
+class Found(NamedTuple):
+    """The new tokens of each text, and how many they are, without what ended it."""
+
+    tokens_BT: jax.Array
+    length_B: jax.Array
+
+
+State = TypeVar("State", bound="_Greedy | _Beams")
+
+
+def _search(advance: Callable[[State, Cache], tuple[State, Cache]], state: State, cache: Cache, T: int, chunk: int = 32) -> State:
+    """`advance` until no text is open or T tokens are there. The cache grows meanwhile, by `chunk` tokens and then ever
+    twice as many: what it costs follows how long the texts become, not how long they might."""
+    begin = cache.k_XBKSH.shape[3]
+    room = chunk
+    while True:
+        size = begin + min(room, T)
+
+        def more(carry: tuple[State, Cache], size: int = size) -> jax.Array:
+            state, cache = carry
+            return (state.new < T) & jnp.any(state.open_B) & (cache.length < size)
+
+        state, cache = jax.lax.while_loop(more, lambda carry: advance(*carry), (state, grow(cache, size)))
+        if room >= T:
+            return state
+        room *= 2
+
+
+class _Greedy(NamedTuple):
+    new: jax.Array
+    """How many new tokens there are."""
+    token_B: jax.Array
+    """The last of them."""
+    found: Found
+    open_B: jax.Array
+
+
+def greedy(step: Step, start: Prefilled, stop_E: jax.Array) -> Found:
+    """The most likely token each time, until every text has ended or fills its T tokens."""
+
+    def choose(state: _Greedy, scores_BV: jax.Array) -> _Greedy:
+        token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+        open_B = state.open_B & ~_among(token_B, stop_E)
+        tokens_BT = jax.lax.dynamic_update_slice(state.found.tokens_BT, token_B[:, None], (0, state.new))
+        return _Greedy(state.new + 1, token_B, Found(tokens_BT, state.found.length_B + open_B.astype(jnp.int32)), open_B)
+
+    def advance(state: _Greedy, cache: Cache) -> tuple[_Greedy, Cache]:
+        scores_BV, cache = step(state.token_B, cache)
+        return choose(state, scores_BV), cache
+
+    found = Found(start.given_BT, jnp.full(start.open_B.shape, start.given, jnp.int32))
+    first = choose(_Greedy(jnp.int32(start.given), start.given_BT[:, 0], found, start.open_B), start.scores_BV)
+    return _search(advance, first, start.cache, start.given_BT.shape[1]).found
+
+
+class _Beams(NamedTuple):
+    new: jax.Array
+    """How many new tokens there are."""
+    tokens_BGT: jax.Array
+    score_BG: jax.Array
+    """Log-probability of each text that may go on, best first."""
+    parent_BG: jax.Array
+    """The row that each of them goes on from."""
+    ended_BGT: jax.Array
+    """The best texts that have ended, best first."""
+    ended_length_BG: jax.Array
+    ended_score_BG: jax.Array
+    """Their log-probability / tokens^penalty, counting what ended them; −inf: none yet."""
+    open_B: jax.Array
+
+
+def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, beams: int, penalty: jax.Array) -> Found:
+    """The best text, by log-probability / tokens^penalty, of those in which `beams` beams end.
+
+    Of the best (1 + E) · G continuations those that end a text are kept if they are among the first G, and the best G of
+    the others go on. A text is closed once it has G ended beams and the best one that could go on scores, as it stands,
+    no higher than the worst of them: the rule of `transformers` with `early_stopping=False`.
+    """
+    (B, T), G, V = start.given_BT.shape, beams, start.scores_BV.shape[1]
+    C = max(2, 1 + stop_E.shape[0]) * G
+    own = min(V, C)
+    assert C <= G * own, f"a vocabulary of {V} has no continuation left beside {stop_E.shape[0]} tokens that end a text"
+
+    def choose(state: _Beams, scores_RV: jax.Array) -> _Beams:
+        # The best of each beam first, then of all of them: shorter rows to sort.
+        best_RC, token_RC = jax.lax.top_k(scores_RV, own)
+        total_BC, place_BC = jax.lax.top_k((state.score_BG[:, :, None] + best_RC.reshape(B, G, own)).reshape(B, -1), C)
+        parent_BC, token_BC = place_BC // own, _rows(token_RC.reshape(B, -1), place_BC)
+        tokens_BCT = jax.lax.dynamic_update_slice(
+            _rows(state.tokens_BGT, parent_BC), token_BC[:, :, None], (0, 0, state.new)
+        )  # fmt: skip
+        new, stops_BC = state.new + 1, _among(token_BC, stop_E)
+        ends_BC = stops_BC | (new == T)
+
+        counted = new.astype(jnp.float32) ** penalty
+        taken_BC = ends_BC & state.open_B[:, None] & (jnp.arange(C) < G)[None, :]
+        ended_BC = jnp.where(taken_BC, total_BC / counted, -jnp.inf)
+        ended_score_BG, kept_BG = jax.lax.top_k(jnp.concatenate([state.ended_score_BG, ended_BC], axis=1), G)
+        ended_BGT = _rows(jnp.concatenate([state.ended_BGT, tokens_BCT], axis=1), kept_BG)
+        ended_length_BG = _rows(jnp.concatenate([state.ended_length_BG, new - stops_BC.astype(jnp.int32)], axis=1), kept_BG)
+
+        score_BG, going_BG = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, total_BC), G)
+        open_B = state.open_B & (score_BG[:, 0] / counted > ended_score_BG[:, -1])
+        going = (_rows(tokens_BCT, going_BG), score_BG, _rows(parent_BC, going_BG))
+        return _Beams(new, *going, ended_BGT, ended_length_BG, ended_score_BG, open_B)
+
+    def advance(state: _Beams, cache: Cache) -> tuple[_Beams, Cache]:
+        token_BG = jax.lax.dynamic_index_in_dim(state.tokens_BGT, state.new - 1, axis=2, keepdims=False)
+        scores_RV, cache = step(token_BG.reshape(-1), reorder(cache, state.parent_BG))
+        return choose(state, scores_RV), cache
+
+    tokens_BGT = jnp.broadcast_to(start.given_BT[:, None], (B, G, T))
+    none_BG, zero_BG = jnp.full((B, G), -jnp.inf, jnp.float32), jnp.zeros((B, G), jnp.int32)
+    # All beams say the same as yet: the first one counts alone.
+    score_BG = jnp.where(jnp.arange(G)[None, :] == 0, 0, none_BG)
+    begin = _Beams(jnp.int32(start.given), tokens_BGT, score_BG, zero_BG, tokens_BGT, zero_BG, none_BG, start.open_B)
+    first = choose(begin, jnp.repeat(start.scores_BV, G, axis=0))
+    last = _search(advance, first, spread(start.cache, G), T)
+    return Found(last.ended_BGT[:, 0], last.ended_length_BG[:, 0])
+
+
+def _among(ids: jax.Array, some_E: jax.Array) -> jax.Array:
+    return jnp.any(ids[..., None] == some_E.reshape((1,) * ids.ndim + (-1,)), axis=-1)
+
+
+def _rows(x: jax.Array, index_BC: jax.Array) -> jax.Array:
+    """x[b, index[b, c], …]."""
+    return jnp.take_along_axis(x, index_BC.reshape(index_BC.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+# --- a model and its prompts ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How the most likely text is searched for."""
+
+    max_tokens: int = 64
+    """Most new tokens of a text."""
+    beams: int = 1
+    """Texts kept at each step; 1: greedy, the most likely token each time."""
+    length_penalty: float = 1.0
+    """Beams are compared by log-probability / tokens^length_penalty: the larger, the longer the texts."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+class BatchGenerator:
+    """The likeliest new tokens of many prompts; those of like length share a batch, and its compilation.
+
+    `vocab_size` is the tokenizer's: entries beyond it only pad the model's table. `pad_id` fills up rows, and nothing sees
+    it. Of an encoder-decoder prompts are the encoder's texts, and `start_id` is what its decoder begins with. `banned`
+    tokens are never chosen (the padding of Marian's published models).
+    """
+
+    def __init__(
+        self, model: Model, mesh: jax.sharding.Mesh, vocab_size: int, *,
+        pad_id: int, start_id: int | None = None, banned: Collection[int] = (),
+    ):  # fmt: skip
+        kind = (model.config.architecture, model.config.head.kind)
+        if kind[0] == "encoder" or kind[1] != "language_model":
+            raise ValueError(
+                f"text is generated by a decoder or encoder_decoder with head language_model, not by {' with '.join(kind)}"
+            )
+        self.reads = kind[0] == "encoder_decoder"
+        if self.reads and start_id is None:
+            raise ValueError("start_id is missing: the decoder of an encoder_decoder begins with a token")
+        self.model, self.mesh, self.pad_id, self.start_id = model, mesh, pad_id, start_id
+        ids_V = np.arange(model.config.V)
+        self._real_V, self._banned_V = ids_V < vocab_size, np.isin(ids_V, list(banned))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._run = jax.jit(self._pure, static_argnames=("T", "G"), out_shardings=whole)
+
+    def __call__(
+        self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int], *,
+        batch_size: int = 32, advance: Callable[[int], None] = lambda n: None, forced: Sequence[int] = (),
+    ) -> list[list[int]]:  # fmt: skip
+        """The new tokens of each prompt, in the prompts' order, each ending before one of `stop` or after `max_tokens`.
+
+        `forced` are the first new tokens, given instead of chosen (the language code of mBART); they are part of the
+        result. `advance` is told how many prompts each batch held. ValueError: a prompt that is empty, or longer than
+        learned positions allow.
+        """
+        self._check(prompts, config.max_tokens, len(forced))
+        sharding = batch_sharding(self.mesh)
+        ways = self.mesh.size // sharding.shard_shape((self.mesh.size,))[0]
+        rows = -(-min(batch_size, _round(len(prompts))) // ways) * ways
+        forced_F, stop_E = np.array(forced, np.int32), np.array(sorted(stop), np.int32)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        texts: list[list[int]] = [[] for _ in prompts]
+        with jax.set_mesh(self.mesh):
+            for start in range(0, len(order), rows):
+                part = order[start : start + rows]
+                batch = jax.device_put(self._batch([prompts[i] for i in part], rows, forced), sharding)
+                found = self._run(
+                    params, *batch, forced_F, stop_E, np.float32(config.length_penalty), T=config.max_tokens, G=config.beams
+                )
+                for i, tokens, length in zip(part, *jax.device_get(found), strict=False):
+                    texts[i] = tokens[:length].tolist()
+                advance(len(part))
+        return texts
+
+    def _check(self, prompts: Sequence[Sequence[int]], new: int, forced: int) -> None:
+        if forced >= new:
+            raise ValueError(f"max_tokens is {new}: it must be more than the {forced} forced tokens")
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {i} is empty: give at least one token")
+            places, there = max(len(prompt), new) if self.reads else len(prompt) + new - 1, self.model.config.positions
+            if self.model.config.position == "learned" and places > there:
+                raise ValueError(
+                    f"prompt {i} of {len(prompt)} tokens and max_tokens {new} need {places} positions: the model learned {there}"
+                )
+
+    def _batch(self, prompts: Sequence[Sequence[int]], rows: int, forced: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(B, L) tokens and (B,) lengths; the longest prompt comes first. A decoder's prompts end together, so that all
+        rows go on at the same place. Rows of length 0 fill up the batch."""
+        texts = [[*prompt] if self.reads else [*prompt, *forced] for prompt in prompts]
+        length_B = np.array([len(text) for text in texts] + [0] * (rows - len(texts)), np.int32)
+        tokens_BL = np.full((rows, max(8, _round(len(texts[0])))), self.pad_id, np.int32)
+        for text, row_L in zip(texts, tokens_BL, strict=False):
+            row_L[slice(len(text)) if self.reads else slice(-len(text), None)] = text
+        return tokens_BL, length_B
+
+    def _pure(
+        self, params: Params, tokens_BL: jax.Array, length_B: jax.Array, forced_F: jax.Array, stop_E: jax.Array, penalty: jax.Array,
+        *, T: int, G: int,
+    ) -> Found:  # fmt: skip
+        (B, L), F = tokens_BL.shape, forced_F.shape[0]
+        batch: dict[str, Any] = {"tokens_BL": tokens_BL}
+        if self.reads:
+            batch["segments_BL"] = (jnp.arange(L)[None, :] < length_B[:, None]).astype(jnp.int32)
+            begin_F = jnp.concatenate([jnp.array([self.start_id], jnp.int32), forced_F])
+            batch = {"encoder": batch, "decoder": {"tokens_BL": jnp.broadcast_to(begin_F[None, :], (B, 1 + F))}}
+            cache = empty_cache(self.model.config, B, 1 + F)
+        else:
+            cache = dataclasses.replace(empty_cache(self.model.config, B, L), start_B=L - length_B)
+
+        def scores(batch: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
+            logits_RLV, cache = self.model.apply(params, batch, cache, last=True)
+            scores_RV = jnp.where(self._real_V[None, :], logits_RLV[:, 0], -jnp.inf)
+            scores_RV = scores_RV if G == 1 else jax.nn.log_softmax(scores_RV, axis=-1)
+            return jnp.where(self._banned_V[None, :], -jnp.inf, scores_RV), cache
+
+        given_BT = jnp.broadcast_to(jnp.pad(forced_F, (0, T - F))[None, :], (B, T))
+        start = Prefilled(*scores(batch, cache), given_BT, F, length_B > 0)
+        step: Step = lambda token_R, cache: scores({"tokens_BL": token_R[:, None]}, cache)  # noqa: E731
+        return greedy(step, start, stop_E) if G == 1 else beam_search(step, start, stop_E, G, penalty)
+
+
+def _round(length: int) -> int:
+    """The next power of two: few sizes, so few compilations."""
+    return 1 << max(0, length - 1).bit_length()
