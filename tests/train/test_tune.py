@@ -287,6 +287,23 @@ def test_int8_and_nf4_round_to_the_nearest():
     np.testing.assert_allclose(np.abs(blocks - rounded) / largest, least, atol=1e-4)
 
 
+def test_matrices_come_in_the_precision_of_the_computation(params):
+    """A step in bfloat16 makes the matrices that it changes in bfloat16, half the bytes, and computes the same."""
+    model = Model(dataclasses.replace(SHAPE, dtype="bfloat16"))
+    tuning = Tuning(TuneConfig(None, LORA, "int8"), model)
+
+    @jax.jit
+    def logits(params):
+        trained, frozen = tuning.split(params, jax.random.key(1))
+        half = tuning.join(*tuning.parts(trained, frozen, jnp.bfloat16))
+        both = [model.apply(p, batch_of())[0] for p in (tuning.merge(trained, frozen), half)]
+        return both, jax.tree.map(lambda x: x.dtype == jnp.bfloat16, half)
+
+    both, halved = logits(params)
+    np.testing.assert_array_equal(*both)
+    assert {path for path, is_half in flat(halved).items() if is_half} == {path for path in flat(params) if path.endswith("kernel")}
+
+
 def test_base_needs_an_even_axis_and_something_frozen():
     odd = Model(dataclasses.replace(SHAPE, width=15, heads=3))
     with pytest.raises(ValueError, match=r"nf4 packs two numbers into a byte, but the last axis of .* is 5: give int8"):
@@ -523,11 +540,12 @@ def test_a_mesh_gives_one_devices_numbers(way, mesh):
 
 
 def test_a_run_starts_from_given_parameters(mesh):
-    """Loaded parameters, not those of the seed; the frozen part alone can be made again of the same ones."""
+    """Loaded parameters, not those of the seed, and taken over; the frozen part alone can be made again of the same ones."""
     given = jax.jit(MODEL.init)(jax.random.key(7))
     expected = copied(given)
     tuning, _, state, step = build(mesh, WAYS["lora"], params=given)
     equal(expected, jax.jit(tuning.merge)(state.params, state.frozen))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
     equal(state.frozen, init_frozen(MODEL, 0, mesh, tuning, expected))
     state, metrics = step(state, batch_of())
     assert metrics["skipped"] == 0
