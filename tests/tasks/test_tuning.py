@@ -14,9 +14,10 @@ from jaxlm.report import read_rows
 ROWS = [f"{word} film number {i}\t{label}" for i in range(40) for word, label in (("good", "pos"), ("bad", "neg"))]
 PRETRAIN = """
 task: {kind: masked}
-model: {architecture: encoder, positions: 32, layers: 2, width: 16, heads: 2, norm_position: post, embedding_norm: true, token_types: 2}
+model:
+  {architecture: encoder, positions: 32, layers: 2, width: 16, heads: 2, norm_position: post, embedding_norm: true, token_types: 2}
 data: {sources: {kind: files, path: text.txt}, holdout: {by: tail}, tokenizer: {kind: bytes, special: [pad, cls, sep, mask]},
-       length: 32, batch_size: 4}
+       length: 32, batch_size: 8}
 train: {steps: 2}
 """
 TUNE = """
