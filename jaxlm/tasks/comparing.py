@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlm import metrics
-from jaxlm.data import Example
+from jaxlm.data import Example, Framer
 from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, of_columns
 from jaxlm.train import Objective, objectives
 
@@ -20,6 +20,7 @@ class Embedding(Task):
     metric = "mrr@10"
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
+        check_texts(rows, where)
         roles = {"anchor": "text", "positive": "pair", "negative": "rejected"}
         there = {name: role for name, role in roles.items() if all(role in row for row in rows)}
         columns = {name: self.framed([row[role] for row in rows]) for name, role in there.items()}
@@ -50,14 +51,24 @@ class Embedding(Task):
         return " ".join(f"{x:.4f}" for x in prediction["anchor"])
 
 
+def check_texts(rows: Sequence[Row], where: Sequence[str] | None) -> None:
+    """Raises ValueError for a conversation where a text is expected, with its place."""
+    for i, row in enumerate(rows):
+        for role in ("prompt", "chosen", "rejected"):
+            if not isinstance(row.get(role) or "", str):
+                raise ValueError(f"{where[i] if where else f'row {i}'}: {role} is a list of messages, not a text")
+
+
 def answers(row: Row) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of a row; without a prompt it is what both texts begin with, up to a whole word."""
+    """(prompt, chosen, rejected) of a row; without a prompt it is what both texts begin with, up to a whole word. The space
+    before that word is the answer's, as a model writes it."""
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is not None:
         return row["prompt"], chosen, rejected
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
     while same and not chosen[same - 1].isspace():
         same -= 1
+    same -= chosen[:same].endswith(" ")
     return chosen[:same], chosen[same:], rejected[same:]
 
 
@@ -68,34 +79,39 @@ class Preference(Task):
     required = ("chosen", "rejected")
     optional = ("prompt",)
     given = ("prompt", "chosen", "rejected")
-    reference = ("reference_chosen", "reference_rejected")
-    """What `refer` computes once with the model at the start."""
+    chunk = 128
+    """Positions of a row whose logits exist at a time: the objective's."""
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
-        items = []
-        for row in rows:
-            prompt, *both = answers(row)
-            before = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
-            pair = {name: self._row(before, text) for name, text in zip(("chosen", "rejected"), both, strict=True)}
-            items.append({**pair, "weights": ONE})
-        return Examples(items, np.arange(len(items)))
+        check_texts(rows, where)
+        return Examples([self._pair(*answers(row)) for row in rows], np.arange(len(rows)))
 
-    def _row(self, prompt: list[int], text: str) -> Example:
-        """The answer learned behind its prompt; a prompt that leaves it no room is cut at its beginning."""
-        target = [*self.tokenizer.encode(text).tolist(), self.tokenizer.eos_id][: self.length // 2]
-        prompt = prompt[-(self.length + 1 - len(target)) :]
+    def _pair(self, prompt: str, *texts: str) -> Example:
+        """Both answers behind one prompt, which is cut at its beginning where the longer one leaves it no room, down to half
+        a row; then the answers are cut."""
+        before = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
+        ends = [[*ids.tolist(), self.tokenizer.eos_id] for ids in self.tokenizer.encode_batch(texts)]
+        whole = max(map(len, ends))
+        room = min(whole, max(self.length // 2, self.length + 1 - len(before)))
+        self.framer.truncated += whole + len(before) > self.length + 1
+        before = before[-(self.length + 1 - room) :]
+        chosen, rejected = (self._row(before, end[:room]) for end in ends)
+        return {"chosen": chosen, "rejected": rejected, "weights": ONE}
+
+    def _row(self, prompt: list[int], target: list[int]) -> Example:
         whole = np.array([*prompt, *target], np.int32)
         weights = (np.arange(1, len(whole)) >= len(prompt)).astype(np.float32)
         return {"tokens": whole[:-1], "targets": whole[1:], "weights": weights, "segments": np.ones(len(whole) - 1, np.int32)}
 
     def objective(self, chunk: int) -> Objective:
+        self.chunk = chunk
         return objectives.preference(self.config.preference, self.config.beta, chunk)
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The log-likelihood of both answers, in nats."""
 
-        def total(name: str) -> Any:
-            return apply(params, batch[name], method="log_likelihood", chunk=self.length)
+        def total(name: str) -> Any:  # with the options of the objective, so that both are computed once
+            return apply(params, batch[name], train=False, rng=None, method="log_likelihood", chunk=self.chunk)
 
         return {"chosen_B": total("chosen"), "rejected_B": total("rejected")}
 
@@ -127,12 +143,23 @@ class Reward(Task):
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         if "text" in rows[0]:
             return Examples(
-                [{**example, "weights": ONE} for example in self.framed([row["text"] for row in rows])], np.arange(len(rows))
+                [{**example, "weights": ONE} for example in self._ends([row["text"] for row in rows])], np.arange(len(rows))
             )
+        check_texts(rows, where)
         found = [answers(row) for row in rows]
-        both = [self.framed([prompt + pair[i] for prompt, *pair in found]) for i in range(2)]
+        both = [self._ends([prompt + pair[i] for prompt, *pair in found]) for i in range(2)]
         items = [{"chosen": a, "rejected": b, "weights": ONE} for a, b in zip(*both, strict=True)]
         return Examples(items, np.arange(len(items)))
+
+    def _ends(self, texts: Sequence[str]) -> list[Example]:
+        """Texts as the model reads them; one that is too long loses its beginning, since the answer stands at its end."""
+        made = []
+        for framed in Framer(self.tokenizer, 1 << 30).frame(texts):
+            excess = max(len(framed.ids) - self.length, 0)
+            self.framer.truncated += excess > 0
+            ids = np.delete(framed.ids, np.flatnonzero(framed.sequence == 0)[:excess])
+            made.append({"tokens": ids, "segments": np.ones(len(ids), np.int32)})
+        return made
 
     def objective(self, chunk: int) -> Objective:
         return objectives.reward()

@@ -115,7 +115,8 @@ class Multilabel(_OfTexts):
         self.labels = label_names({str(name) for row in rows for name in row["labels"]}, self.config)
         if self.config.class_weights == "balanced":
             yes_C = np.maximum(np.sum([self._vector(row) for row in rows], axis=0), 1)
-            self.class_weights = ((len(rows) - yes_C) / yes_C).tolist()  # of the rows that have it
+            no_C = np.maximum(len(rows) - yes_C, 1)  # a class that all have is learned too
+            self.class_weights = (no_C / yes_C).tolist()  # of the rows that have it
 
     def _vector(self, row: Row, where: str | None = None) -> np.ndarray:
         vector_C = np.zeros(len(self.labels), np.float32)
@@ -162,10 +163,13 @@ class Regression(_OfTexts):
         made = []
         for i, row in enumerate(rows):
             try:
-                made.append(np.float32(row.get("label", 0)))
+                value = np.float32(row.get("label", 0))
             except ValueError:
+                value = np.float32(np.nan)
+            if not np.isfinite(value):
                 place = where[i] if where else f"row {i}"
-                raise ValueError(f"{place}: label {row['label']!r} is no number, as task regression needs") from None
+                raise ValueError(f"{place}: label {row['label']!r} is no finite number, as task regression needs")
+            made.append(value)
         return made
 
     def objective(self, chunk: int) -> Objective:

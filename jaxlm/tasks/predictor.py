@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.data import Example, in_order
-from jaxlm.generate import BatchGenerator
+from jaxlm.generate import BatchGenerator, DecodeConfig
 from jaxlm.parallel import batch_sharding, place_batch, settle, stored_shardings
 from jaxlm.tasks.task import Examples, Outputs, Prediction, Row, Task
 
@@ -64,7 +64,7 @@ class Predictor:
         sums: dict[str, float] = {}
         kept: Outputs = [{} for _ in examples]
         with jax.set_mesh(self.mesh):
-            for numbers, batch in in_order(examples, self.batch_size, self.task.pad_id):
+            for numbers, batch in in_order(examples, self.batch_size, self.task.pad_id, self._longest):
                 if stop():
                     return None
                 part, given = jax.device_get(settle(self.mesh, self._step(params, place_batch(batch, self.mesh), (loss, outputs))))
@@ -93,10 +93,25 @@ class Predictor:
         generator = BatchGenerator(
             self.model, self.mesh, tokenizer.vocab_size, pad_id=task.pad_id, start_id=task.start_id if self._seq2seq else None
         )
-        written = generator(
-            params, task.prompts(rows), task.config.decode, task.stop_ids, batch_size=self.batch_size, advance=advance
-        )
+        prompts, decode = self._fitting(task.prompts(rows), task.config.decode)
+        written = generator(params, prompts, decode, task.stop_ids, batch_size=self.batch_size, advance=advance)
         return [task.written(tokens) for tokens in written]
+
+    def _fitting(self, prompts: list[list[int]], decode: DecodeConfig) -> tuple[list[list[int]], DecodeConfig]:
+        """Where positions are learned what is written has at most half of them, and a prompt loses its beginning for it; an
+        encoder reads its text at positions of their own."""
+        if self._longest is None:
+            return prompts, decode
+        most = self._longest if self._seq2seq else max(1, self._longest // 2)
+        decode = dataclasses.replace(decode, max_tokens=min(decode.max_tokens, most))
+        if self._seq2seq:
+            return prompts, decode
+        return [prompt[-(self._longest + 1 - decode.max_tokens) :] for prompt in prompts], decode
+
+    @property
+    def _longest(self) -> int | None:
+        """Tokens that a row may have: the model's positions, where they are learned."""
+        return self.model.config.positions if self.model.config.position == "learned" else None
 
     @property
     def _seq2seq(self) -> bool:

@@ -12,6 +12,7 @@ from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, of_c
 from jaxlm.train import Objective, objectives
 
 CANDIDATES = 20  # begins and ends of a window that are paired
+NOTHING = -1e9  # the score of a span where there is none: finite, as scores and JSON need it
 
 
 class ExtractiveQa(Task):
@@ -52,8 +53,8 @@ class ExtractiveQa(Task):
 
     def read(self, rows: Sequence[Row], examples: Examples, outputs: Outputs) -> list[Prediction]:
         """The best span over a row's windows. `no_answer` is how much better no answer scores than the best span; with
-        rows that may lack one it decides at 0."""
-        best: list[tuple[float, str]] = [(-np.inf, "")] * len(rows)
+        rows that may lack one it decides at 0. Where no begin stands near enough before an end the answer is empty."""
+        best: list[tuple[float, str]] = [(NOTHING, "")] * len(rows)
         none = [np.inf] * len(rows)
         for i, (offsets, context), output in zip(examples.row, examples.about, outputs, strict=True):
             begin, end = output["begin_BL"][: len(context)], output["end_BL"][: len(context)]
@@ -100,6 +101,8 @@ def _place(answers: Any, offsets: np.ndarray, context: np.ndarray) -> tuple[int,
 def _best(begin: np.ndarray, end: np.ndarray, context: np.ndarray, longest: int) -> tuple[float, tuple[int, int]]:
     """The span of the context with the highest begin + end among the best of each."""
     places = np.flatnonzero(context)
+    if not len(places):  # of a context that the tokenizer makes nothing of
+        return NOTHING, (0, 0)
     begins = places[np.argsort(-begin[places], kind="stable")[:CANDIDATES]]
     ends = places[np.argsort(-end[places], kind="stable")[:CANDIDATES]]
     apart = ends[None, :] - begins[:, None]
@@ -135,11 +138,14 @@ class MultipleChoice(Task):
 
     @staticmethod
     def _number(row: Row, where: str) -> int:
-        """A label is the number of a choice from 0, or its text."""
+        """A label is the number of a choice from 0, or its text; of choices that are numbers themselves a text means the
+        choice."""
         choices, label = list(row["choices"]), row["label"]
+        if isinstance(label, int) and 0 <= label < len(choices):
+            return int(label)
         if str(label) in choices:
             return choices.index(str(label))
-        if str(label).isdigit() and int(label) < len(choices):
+        if str(label).isdecimal() and int(label) < len(choices):
             return int(label)
         raise unknown(f"label ({where}) is neither a choice nor the number of one:", label, [*choices, *range(len(choices))])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -206,9 +207,10 @@ def label_names(found: Collection[str], config: TaskConfig) -> tuple[str, ...]:
 
     def key(name: str) -> tuple[int, float, str]:
         try:
-            return 0, float(name), name
+            number = float(name)
         except ValueError:
-            return 1, 0.0, name
+            number = math.nan
+        return (0, number, name) if math.isfinite(number) else (1, 0.0, name)  # "nan" is no number: it has no order
 
     return tuple(sorted(found, key=key))
 

@@ -89,7 +89,9 @@ class TextToText(_Written):
         if self.seq2seq:
             return [framed.ids.tolist() for framed in self.framer.frame(texts)]
         room = self.length - min(self.config.target_length, self.length // 2)
-        return [[self.tokenizer.bos_id, *ids[: room - 1].tolist()] for ids in self.tokenizer.encode_batch(texts)]
+        encoded = self.tokenizer.encode_batch(texts)
+        self.framer.truncated += sum(len(ids) > room - 1 for ids in encoded)
+        return [[self.tokenizer.bos_id, *ids[: room - 1].tolist()] for ids in encoded]
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         targets = [self._target(row) for row in rows]
@@ -159,6 +161,7 @@ class ChatTask(_Written):
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         messages = [check_messages(row["messages"], where[i] if where else f"row {i}") for i, row in enumerate(rows)]
         packed = pack_chats([self.chat.encode(turns) for turns in messages], self.length, self.pad_id, packed=self.config.packed)
+        self.framer.truncated += packed.cut
         return Examples([packed[i] for i in range(len(packed))], np.arange(len(packed)))
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:

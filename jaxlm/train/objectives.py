@@ -75,12 +75,16 @@ def replaced(chunk: int, rate: float, share: float = 50.0) -> Objective:
 # --- over labels ----------------------------------------------------------------------------------
 
 
-def cross_entropy(scores: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(
+    scores: jax.Array, labels: jax.Array, smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+) -> jax.Array:
     """−log p of each label, in nats, float32: scores (…, C), labels (…,). With label smoothing ε (Szegedy et al. 2016,
-    §7) the target is (1 − ε) on the label and ε spread evenly over all classes."""
-    logp = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
-    picked = -jnp.take_along_axis(logp, labels[..., None], axis=-1)[..., 0]
-    return picked if not smoothing else (1 - smoothing) * picked - smoothing * jnp.mean(logp, axis=-1)
+    §7) the target is (1 − ε) on the label and ε spread evenly over all classes. Each class's −log p counts its weight."""
+    losses = -jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+    if class_weights is not None:
+        losses = losses * jnp.asarray(class_weights, jnp.float32).reshape((1,) * (losses.ndim - 1) + (-1,))
+    picked = jnp.take_along_axis(losses, labels[..., None], axis=-1)[..., 0]
+    return picked if not smoothing else (1 - smoothing) * picked + smoothing * jnp.mean(losses, axis=-1)
 
 
 def binary_cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
@@ -96,16 +100,17 @@ def scores_of(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None = N
 def classes(class_weights: Sequence[float] | None = None, smoothing: float = 0.0) -> Objective:
     """Cross-entropy over the classes of a row (`labels_B`, `weights_B`) or of its tokens (`labels_BL`, `weights_BL`).
 
-    With class weights the mean is weighted by them, as `torch.nn.CrossEntropyLoss(weight=…)` does.
+    With class weights the mean is weighted by them, as `torch.nn.CrossEntropyLoss(weight=…, label_smoothing=…)` does.
     """
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
         scores = scores_of(apply, params, batch, rng)
         suffix = "BL" if "labels_BL" in batch else "B"
         labels, weights = batch[f"labels_{suffix}"], batch[f"weights_{suffix}"]
+        loss = jnp.sum(cross_entropy(scores, labels, smoothing, class_weights) * weights)
         if class_weights is not None:
             weights = weights * jnp.asarray(class_weights, jnp.float32)[labels]
-        return jnp.sum(cross_entropy(scores, labels, smoothing) * weights), jnp.sum(weights), {}
+        return loss, jnp.sum(weights), {}
 
     return objective
 
