@@ -169,7 +169,8 @@ def fit(
                 pending = None
 
         if start and (start % config.eval_every == 0 or start == config.steps) and not record.evaluated(start):
-            look()  # the run was interrupted between this step and the end of its evaluation
+            if scores := look():  # the run was interrupted between this step and the end of its evaluation
+                checkpoints.score(start, scores)
             log.restart()
         while step < config.steps and not asked():
             try:
