@@ -1,5 +1,6 @@
 """Checkpoints: asynchronous, atomic, the last n and the best; Orbax does the work."""
 
+import json
 import logging
 import math
 import pathlib
@@ -60,6 +61,20 @@ class Checkpoints:
             **average,
         )
         self.manager.save(step, args=items, metrics=metrics)
+
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add its metrics to a step that was saved before it was evaluated."""
+        if self.manager.metrics(step) is not None:
+            return
+        if jax.process_index() == 0:  # as Orbax writes them, which changes nothing that is saved
+            folder = pathlib.Path(self.manager.directory) / str(step) / "metrics"
+            folder.mkdir(exist_ok=True)
+            (folder / "metrics").write_text(json.dumps(dict(metrics)), encoding="utf8")
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"metrics of step {step}")
+        self.manager.reload()
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState, frozen: Any = None) -> tuple[TrainState, Any]:
         """The state at `step`, laid out by `shardings` (any mesh), and its data progress. `frozen` goes into the state:

@@ -203,7 +203,8 @@ def fit(
                 pending = None
 
         if start and (start % eval_every == 0 or start == steps) and not record.evaluated(start):
-            look()  # the run was interrupted between this step and the end of its evaluation
+            if scores := look():  # the run was interrupted between this step and the end of its evaluation
+                checkpoints.score(start, scores)
             log.restart()
         while step < steps and not asked():
             if waited(record.rows, work.metric) >= (config.patience or math.inf):

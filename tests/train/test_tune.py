@@ -505,7 +505,12 @@ def test_checkpoints_rank_by_any_metric(mesh, tmp_path):
     for name, metric, higher, best in (("a", "loss", False, 2), ("b", "accuracy", True, 2), ("c", "accuracy", False, 1)):
         checkpoints = Checkpoints(tmp_path / name, 1, metric, higher)
         for step, (loss, accuracy) in scores.items():
-            checkpoints.save(step, state, None, {"loss": loss, "accuracy": accuracy})
+            metrics = {"loss": loss, "accuracy": accuracy}
+            checkpoints.save(step, state, None, metrics if step != 2 else None)
+            if step == 2:  # stopped between saving and the end of the evaluation, and gone on
+                checkpoints.close()
+                checkpoints = Checkpoints(tmp_path / name, 1, metric, higher)
+                checkpoints.score(step, metrics)
         checkpoints.close()
         again = Checkpoints(tmp_path / name, 1, metric, higher)
         assert again.best() == best and again.manager.all_steps() == [best, 4]
