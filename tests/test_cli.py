@@ -29,7 +29,7 @@ SMALL = [
         (["generate", "nowhere", "--top-p", "7"], ["top_p is 7"]),
         (["config", "--data.sources.kind", "file"], ["'file'", "did you mean 'files'"]),
         (["config", "--data.length", "100000"], ["data.length 100000", "model.positions"]),
-        (["config", "--model.preset", "bert-tiny"], ["encoder with head masked_lm", "next token"]),
+        (["config", "--model.preset", "bert-tiny"], ["encoder with head masked_lm", "task causal needs decoder"]),
         (["show", "lama-8b"], ["no model at 'lama-8b'", "Hugging Face folder"]),
         (["show", "llama-1m"], ["--vocab-size"]),
         (["show", "bert-base", "--length", "0"], ["length is 0"]),

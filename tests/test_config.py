@@ -9,10 +9,11 @@ import pytest
 
 import jaxlm
 from jaxlm import config as configs
-from jaxlm.cli import GenerateOptions
 from jaxlm.config import Text
+from jaxlm.data import ColumnsConfig
 from jaxlm.experiment import ExperimentConfig, load_config
 from jaxlm.model import TransformerConfig
+from jaxlm.verbs import OPTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +178,15 @@ def read_attributes() -> set[str]:
 
 
 def test_no_dead_options():
-    read = read_attributes() | {"preset"}  # a preset is read by its key, in config.py
-    for root in (ExperimentConfig, GenerateOptions):
+    # A preset is read by its key, in config.py; the columns by the name of their role, in data/rows.py.
+    read = read_attributes() | {"preset"} | set(configs.fields_of(ColumnsConfig))
+    for root in (ExperimentConfig, *OPTIONS.values()):
         for path, section in configs.sections_of(root):
             for name in configs.fields_of(section):
                 assert name in read, f"nothing reads {configs.join(path, name)}"
 
 
 def test_every_option_is_documented():
-    for root in (ExperimentConfig, GenerateOptions):
+    for root in (ExperimentConfig, *OPTIONS.values()):
         undocumented = [name for name, _, _, text in configs.describe(root) if not text]
         assert not undocumented

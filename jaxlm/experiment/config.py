@@ -125,7 +125,10 @@ def complete(tree: dict[str, Any], origins: dict[str, str]) -> None:
     source = model.get("init_from")
     source = None if source is None or str(source).lower() in ("null", "none", "") else str(source)
     if source is None:
-        start = {"head": _head(head, str(model.get("architecture") or _architecture(model)))}
+        architecture = str(model.get("architecture") or _architecture(model))
+        if architecture not in _NEEDS[kind][0]:
+            return  # refused once it is built
+        start = {"head": _head(head, architecture)}
         origin = f"task {kind}"
     elif configs.fields_of(ModelConfig).keys() <= model.keys():
         return  # a run's own config.yaml, which is whole

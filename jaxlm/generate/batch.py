@@ -114,13 +114,15 @@ def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, beams: int, pen
     no higher than the worst of them: the rule of `transformers` with `early_stopping=False`.
     """
     (B, T), G, V = start.given_BT.shape, beams, start.scores_BV.shape[1]
-    C = min(V, max(2, 1 + stop_E.shape[0]) * G)
+    C = max(2, 1 + stop_E.shape[0]) * G
+    own = min(V, C)
+    assert C <= G * own, f"a vocabulary of {V} has no continuation left beside {stop_E.shape[0]} tokens that end a text"
 
     def choose(state: _Beams, scores_RV: jax.Array) -> _Beams:
         # The best of each beam first, then of all of them: shorter rows to sort.
-        best_RC, token_RC = jax.lax.top_k(scores_RV, C)
-        total_BC, place_BC = jax.lax.top_k((state.score_BG[:, :, None] + best_RC.reshape(B, G, C)).reshape(B, -1), C)
-        parent_BC, token_BC = place_BC // C, _rows(token_RC.reshape(B, -1), place_BC)
+        best_RC, token_RC = jax.lax.top_k(scores_RV, own)
+        total_BC, place_BC = jax.lax.top_k((state.score_BG[:, :, None] + best_RC.reshape(B, G, own)).reshape(B, -1), C)
+        parent_BC, token_BC = place_BC // own, _rows(token_RC.reshape(B, -1), place_BC)
         tokens_BCT = jax.lax.dynamic_update_slice(
             _rows(state.tokens_BGT, parent_BC), token_BC[:, :, None], (0, 0, state.new)
         )  # fmt: skip
@@ -132,7 +134,7 @@ def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, beams: int, pen
         ended_BC = jnp.where(taken_BC, total_BC / counted, -jnp.inf)
         ended_score_BG, kept_BG = jax.lax.top_k(jnp.concatenate([state.ended_score_BG, ended_BC], axis=1), G)
         ended_BGT = _rows(jnp.concatenate([state.ended_BGT, tokens_BCT], axis=1), kept_BG)
-        ended_length_BG = _rows(jnp.concatenate([state.ended_length_BG, new - stops_BC], axis=1), kept_BG)
+        ended_length_BG = _rows(jnp.concatenate([state.ended_length_BG, new - stops_BC.astype(jnp.int32)], axis=1), kept_BG)
 
         score_BG, going_BG = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, total_BC), G)
         open_B = state.open_B & (score_BG[:, 0] / counted > ended_score_BG[:, -1])

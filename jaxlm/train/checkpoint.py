@@ -34,7 +34,8 @@ class Checkpoints:
         self.rank = rank
         best = policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False)
         preserve = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-        options = ocp.CheckpointManagerOptions(preservation_policy=preserve, enable_async_checkpointing=True)
+        # The policy alone says what is kept; without a best_fn the metrics would not be written.
+        options = ocp.CheckpointManagerOptions(preservation_policy=preserve, best_fn=rank, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest(self) -> int | None:

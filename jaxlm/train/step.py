@@ -1,6 +1,7 @@
 """The pure train and eval steps, and the state they carry."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,8 +76,8 @@ def init_state(
 ) -> TrainState:
     """A fresh state, computed straight into its shardings: no device ever holds the whole.
 
-    It starts from `params`, the model's (loaded ones, say), or from parameters drawn from the seed. Those given become part
-    of the state, and so are gone with its first step.
+    It starts from `params`, the model's (loaded ones, say), or from parameters drawn from the seed. Those given are taken
+    over, as a step takes its state: they are gone afterwards, so that no device holds them twice.
     """
     tuning = tuning or Tuning(TuneConfig(), model)
 
@@ -85,17 +86,24 @@ def init_state(
         start = None if average is None else jax.tree.map(jnp.copy, trained)
         return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), frozen, start)
 
-    return jax.jit(init, out_shardings=state_shardings(model, optimizer, mesh, tuning, average))(jax.random.key(seed), params)
+    return _start(init, state_shardings(model, optimizer, mesh, tuning, average), seed, params)
 
 
 def init_frozen(model: Model, seed: int, mesh: Mesh, tuning: Tuning, params: Any = None) -> Any:
-    """The frozen part alone of what `init_state` makes of the same arguments: checkpoints do not hold it."""
+    """The frozen part alone of what `init_state` makes of the same arguments, for checkpoints do not hold it; it takes
+    `params` over too."""
 
     def init(key: jax.Array, params: Any) -> Any:
         return tuning.split(model.init(key) if params is None else params, jax.random.fold_in(key, 1))[1]
 
     shardings = stored_shardings(tuning.frozen_axes, tuning.frozen_shapes, mesh)
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed), params)
+    return _start(init, shardings, seed, params)
+
+
+def _start(init: Callable[[jax.Array, Any], Any], shardings: Any, seed: int, params: Any) -> Any:
+    with warnings.catch_warnings():  # matrices that are held in fewer bits leave no room for those given
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return jax.jit(init, out_shardings=shardings, donate_argnums=1)(jax.random.key(seed), params)
 
 
 def make_train_step(

@@ -66,7 +66,7 @@ class TuneConfig:
 
     train: str | None = ".*"
     """Regular expression of the paths of what is trained itself: "bias$|^head/" is BitFit (Ben Zaken et al. 2022),
-    r"layers\\.(10|11)/|^head/" the last two of twelve layers; empty: the adapters alone."""
+    "layers\\.(10|11)/|^head/" the last two of twelve layers; empty: the adapters alone."""
     lora: LoraConfig = LoraConfig()
     base: Base = "float32"
     """How frozen matrices of the blocks are held; int8 or nf4 under adapters is QLoRA (Dettmers et al. 2023)."""
@@ -241,6 +241,7 @@ class Tuning:
             if leaf.adapted:
                 # From what the adapter will stand beside: the rounded matrix, where it is held rounded.
                 beside = _pick(self._released(held, leaf), leaf.adapted, leaf)
+                # By its path, so that what other parameters get does not change it.
                 own = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()) & 0x7FFFFFFF)
                 trained[leaf.path] = start_adapter(own, beside, leaf.matrix, lora.rank, lora.dora)
         return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
