@@ -147,7 +147,9 @@ class MultipleChoice(Task):
             return choices.index(str(label))
         if str(label).isdecimal() and int(label) < len(choices):
             return int(label)
-        raise unknown(f"label ({where}) is neither a choice nor the number of one:", label, [*choices, *range(len(choices))])
+        raise unknown(
+            f"label ({where}) is neither a choice nor the number of one:", label, [*choices, *map(str, range(len(choices)))]
+        )
 
     def objective(self, chunk: int) -> Objective:
         return objectives.choices()
