@@ -87,9 +87,8 @@ def main() -> None:
     for name, runs in found.items():
         last = mean_interval([run["scores"][-1] for run in runs])
         speeds = sorted(run["steps"] / run["seconds"] for run in runs)
-        print(
-            f"{name}: {TASKS[options.task][4]} {last.value:.4f} ({last.low:.4f} to {last.high:.4f}), {speeds[len(speeds) // 2]:.3f} steps/s"
-        )
+        told = f"{last.value:.4f} ({last.low:.4f} to {last.high:.4f})"
+        print(f"{name}: {TASKS[options.task][4]} {told}, {speeds[len(speeds) // 2]:.3f} steps/s")
     ratios = sorted(one["seconds"] / other["seconds"] for one, other in zip(found["jaxlm"], found["torch"], strict=True))
     print(f"time, jaxlm/torch: {ratios[len(ratios) // 2]:.3f} (each seed: {', '.join(f'{ratio:.3f}' for ratio in ratios)})")
 
