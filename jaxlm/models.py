@@ -93,6 +93,13 @@ class Trained:
         named = (self.theirs or {}).get("id2label") or {}
         return tuple(str(named[key]) for key in sorted(named, key=int))
 
+    def start(self) -> Params:
+        """The parameters that its run started from. Raises ValueError for a model of no run."""
+        if self.run is None:
+            raise ValueError(f"{self.name} is of no run: what it started from is not known")
+        tree = configs.read_yaml(self.run / "config.yaml")[0]
+        return start_parameters(tree["model"].get("init_from"), self.model, self.mesh, tree["seed"])
+
     def task(self, kind: str | None = None, length: int | None = None) -> Task:
         """The task that it was trained for, or `kind` of a Hugging Face model, as far as its head is one's."""
         head, architecture = self.model.config.head.kind, self.model.config.architecture

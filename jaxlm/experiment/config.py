@@ -55,6 +55,10 @@ class ExperimentConfig:
                 f"data.length {self.data.length} is longer than model.positions {self.model.positions}: "
                 f"give data.length up to {self.model.positions}, or more positions"
             )
+        if self.task.kind == "text_to_text" and self.task.target_length > self.model.positions:
+            raise ValueError(
+                f"task.target_length {self.task.target_length} is longer than model.positions {self.model.positions}: give no more"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}: it must be the name of a folder, without a slash or a leading dot")
         if self.seeds < 1:

@@ -143,7 +143,9 @@ class Finetuning(Job):
                     passed = self.predictor.run(params, examples.items, loss=False, advance=shown.advance)
                 assert passed is not None, "nothing stops it"
                 kept |= {f"{part}_{name}": np.array([output[name] for output in passed.outputs]) for name in names}
-            np.savez(file, **kept)  # type: ignore[arg-type]
+            partial = self.folder / "reference.partial.npz"
+            np.savez(partial, **kept)  # type: ignore[arg-type]
+            partial.rename(file)
         held = np.load(file)
         for part, examples in zip(("train", "validation"), self.examples, strict=True):
             columns = [held[f"{part}_{name}"] for name in names]
@@ -159,7 +161,8 @@ class Finetuning(Job):
         rows, most = self.tables[1].rows, self.config.train.eval_rows
         if most is None or most >= len(rows):
             return rows, self.examples[1]
-        return rows[:most], self.task.examples(rows[:most], self.tables[1].where[:most])
+        # Of conversations that share a row only the loss is taken, over all.
+        return rows[:most], self.examples[1].first(most)
 
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
         rows, examples = self._scored
@@ -173,7 +176,8 @@ class Finetuning(Job):
 
     def sample(self, params: Params) -> str | None:
         rows = self.tables[1].rows[:SHOWN_ROWS]
-        predictions = self.predictor.predict(params, rows)
+        examples = None if self.task.generates else self.examples[1].first(SHOWN_ROWS)
+        predictions = self.predictor.predict(params, rows, examples)
         assert predictions is not None, "nothing stops it"
         given = [" | ".join(str(row.get(role, ""))[:200] for role in self.task.given) for row in rows]
         return "\n".join(f"{text} → {self.task.show(row, p)}" for text, row, p in zip(given, rows, predictions, strict=True))
@@ -191,7 +195,8 @@ class Finetuning(Job):
     def conclude(self, params: Callable[[], Params], rows: list[dict[str, Any]]) -> tuple[dict[str, str], str, dict[str, float]]:
         held = self.tables[1].rows
         with bar("predicting the held-out rows", len(held), "rows") as shown:
-            predictions = self.predictor.predict(params(), held, advance=shown.advance)
+            examples = None if self.task.generates else self.examples[1]
+            predictions = self.predictor.predict(params(), held, examples, advance=shown.advance)
         assert predictions is not None, "nothing stops it"
         found = write_predictions(self.folder, self.config.name, self.task, held, predictions)
         verdict, baselines = self._verdict(held, predictions)

@@ -80,6 +80,10 @@ class TaskConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
         if self.stride < 0:
             raise ValueError(f"stride is {self.stride}: it must not be negative")
+        if self.class_weights != "none" and self.kind not in ("classification", "multilabel"):
+            raise ValueError(f"class_weights {self.class_weights} is for classification and multilabel, not for {self.kind}")
+        if self.label_smoothing and self.kind not in (*PRETRAINING, "classification", "tagging", "text_to_text", "chat"):
+            raise ValueError(f"label_smoothing {self.label_smoothing:g} is for classes and tokens, not for {self.kind}")
         doubled = [label for label in self.labels if self.labels.count(label) > 1]
         if doubled:
             raise ValueError(f"labels names {doubled[0]!r} twice")
@@ -102,6 +106,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def first(self, rows: int) -> "Examples":
+        """Those of the first so many rows."""
+        kept = np.flatnonzero(self.row < rows)
+        return Examples([self.items[i] for i in kept], self.row[kept], [self.about[i] for i in kept] if self.about else [])
 
 
 class Task:

@@ -164,7 +164,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if draws else None
         grads, sums = gradients(state, batch, rng)
-        weight = jnp.maximum(sums["weight"], 1.0)
+        weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer step with floats

@@ -140,8 +140,13 @@ def evaluate(words: Sequence[str]) -> int:
     task = trained.task(options.task, options.length)
     held = _held_out(trained.run, task, options)
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
+    examples = None if task.generates else task.examples(held.rows, held.where)
+    if hasattr(task, "refer") and examples is not None:
+        passed = predictor.run(trained.start(), examples.items, loss=False)
+        assert passed is not None, "nothing stops it"
+        task.refer(examples, passed.outputs)
     with bar("predicting", len(held.rows), "rows") as shown:
-        predictions = predictor.predict(trained.params, held.rows, advance=shown.advance)
+        predictions = predictor.predict(trained.params, held.rows, examples, advance=shown.advance)
     assert predictions is not None, "nothing stops it"
     folder = pathlib.Path(options.out) if options.out else (trained.run or pathlib.Path()) / "evaluation"
     say(held.summary())

@@ -133,8 +133,7 @@ def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     assert len(made) == 64 and all(row["prediction"] for row in made)
     assert cli.main(["evaluate", str(folder), "--out", "evaluation"]) == 0
     again = json.loads((tmp_path / "evaluation" / "scores.json").read_text(encoding="utf8"))
-    if kind != "preference":  # whose rewards are against the model at the start, which a folder does not hold
-        assert again[score]["value"] == pytest.approx(scores[score]["value"], abs=1e-3)
+    assert again[score]["value"] == pytest.approx(scores[score]["value"], abs=1e-3)
     assert (tmp_path / "evaluation" / "scores.html").is_file()
 
 

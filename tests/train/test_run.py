@@ -210,7 +210,7 @@ def test_bits_per_byte_by_hand(make):
     run.train()
     trained = load_model(str(config.folder))
     bits, size = 0.0, 0
-    for text in run.corpora.heldout[0].texts():
+    for text in run.job.corpora.heldout[0].texts():
         ids = np.concatenate([trained.tokenizer.encode(text), [trained.tokenizer.eos_id]])[None].astype(np.int32)
         for start in range(0, ids.shape[1], 32):  # longer documents are cut where the rows are
             targets = ids[:, start : start + 32]
