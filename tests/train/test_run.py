@@ -165,6 +165,7 @@ def test_the_folder_holds_what_it_should(make):
     there = {path.name for path in config.folder.iterdir()}
     assert there == {
         "config.yaml",
+        "task.json",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",

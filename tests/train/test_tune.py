@@ -19,13 +19,13 @@ from jaxlm.train import (
     OptimConfig,
     TuneConfig,
     Tuning,
-    causal,
     init_frozen,
     init_state,
     make_eval_step,
     make_optimizer,
     make_schedule,
     make_train_step,
+    objectives,
     state_shapes,
     state_shardings,
 )
@@ -73,7 +73,7 @@ def build(mesh, config: TuneConfig, model: Model = MODEL, params=None, **options
     optimizer = options.pop("optimizer", None) or make_optimizer(settings, schedule, tuning)
     state = init_state(model, optimizer, 0, mesh, tuning, params, average)
     step = make_train_step(
-        model, causal(8), optimizer, schedule, mesh, seed=0, tuning=tuning, average=average, **options
+        model, objectives.tokens(8), optimizer, schedule, mesh, seed=0, tuning=tuning, average=average, **options
     )  # fmt: skip
     return tuning, optimizer, state, step
 
@@ -117,7 +117,7 @@ def test_every_way_learns_freezes_and_compiles_once(way, mesh):
     assert held == 2 * tuning.trained_parameters
     assert (way == "full") == tuning.full == (tuning.trained_parameters == tuning.total)
     merged = jax.jit(tuning.merge)(state.params, state.frozen)
-    sums = make_eval_step(MODEL, causal(8), mesh)(merged, batch)
+    sums = make_eval_step(MODEL, objectives.tokens(8), mesh)(merged, batch)
     assert float(sums["loss"] / sums["weight"]) < 0.8 * losses[0]
 
 
@@ -151,7 +151,7 @@ def test_full_tuning_takes_the_steps_of_a_plain_loop(mesh, params):
 
     @jax.jit
     def plain(params, opt_state):
-        grads = jax.grad(lambda p: causal(8)(MODEL.apply, p, batch, None)[0] / batch["weights_BL"].sum())(params)
+        grads = jax.grad(lambda p: objectives.tokens(8)(MODEL.apply, p, batch, None)[0] / batch["weights_BL"].sum())(params)
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
@@ -190,7 +190,7 @@ def test_gradients_of_adapters_are_those_of_brute_force(dora, accumulate, mesh, 
                 length = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(v**2, axis=over, keepdims=True)))
                 v = v * flat(trained)[f"{path}/lora_magnitude"].reshape(length.shape) / length
             changed[path] = v
-        return causal(8)(MODEL.apply, unflatten_dict(changed, sep="/"), batch, None)[0] / batch["weights_BL"].sum()
+        return objectives.tokens(8)(MODEL.apply, unflatten_dict(changed, sep="/"), batch, None)[0] / batch["weights_BL"].sum()
 
     expected = jax.jit(jax.grad(loss))(start)
     state, _ = step(state, batch)
@@ -246,7 +246,7 @@ def test_gradients_are_summed_in_the_small_tree(way, mesh):
     tuning, settings = Tuning(WAYS[way], MODEL), OptimConfig()
     schedule = make_schedule(settings, 20)
     optimizer = make_optimizer(settings, schedule, tuning)
-    step = make_train_step(MODEL, causal(8), optimizer, schedule, mesh, seed=0, accumulate=4, tuning=tuning)
+    step = make_train_step(MODEL, objectives.tokens(8), optimizer, schedule, mesh, seed=0, accumulate=4, tuning=tuning)
     program = jax.make_jaxpr(step)(state_shapes(MODEL, optimizer, tuning), batch_of())
     carried = [size for length, size in scans(program.jaxpr) if length == 4]
     assert carried == [tuning.trained_parameters + 3]  # loss, weight, nll
@@ -562,7 +562,7 @@ def test_an_objective_may_draw_though_nothing_is_dropped(mesh):
 
     def objective(apply, params, batch, rng):
         keys.append(rng)
-        loss, weight, metrics = causal(8)(apply, params, batch, None)
+        loss, weight, metrics = objectives.tokens(8)(apply, params, batch, None)
         return loss, weight, {**metrics, "drawn": jax.random.uniform(rng) if rng is not None else jnp.zeros(())}
 
     settings = OptimConfig()
