@@ -3,7 +3,7 @@
 The alphabet of every shape in jaxlm, in name suffixes, einsums and logical axes: B batch · L query
 length · S key length · D model width · W width of the token embeddings · N query heads · K key/value heads ·
 H head width · F MLP width · V vocabulary · P positions · T token types · R buckets of relative positions ·
-E experts · C classes. `q_BLNH` needs no shape comment.
+E experts · C classes · X layers of a stack. `q_BLNH` needs no shape comment.
 """
 
 import dataclasses
@@ -54,6 +54,10 @@ class Output:
     """The routers' losses, a scalar summed over the layers; 0 without experts."""
 
 
+Carry = tuple[jax.Array, KeyValue | None]
+"""What goes from block to block: the residual stream, and the cache of all layers, a buffer that each writes in place."""
+
+
 class Block(nn.Module):
     """Attention, then (in a decoder that reads an encoder) attention to it, then MLP, each with its norms and
     residual. Norms: before the sub-layer (pre, as GPT-2), after the sum (post, as Vaswani et al. 2017), before
@@ -64,18 +68,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[jax.Array, KeyValue | None],
-        layer: jax.Array,
-        local: jax.Array,
-        source: KeyValue | None,
-        context: Context,
-    ) -> tuple[tuple[jax.Array, KeyValue | None], tuple[KeyValue | None, jax.Array]]:
-        """The carry is the residual stream and the cache of all layers (one buffer, written in place); `source` what
-        this layer keeps of the encoder's text. Returns what it should keep, if it read the text now, and the router's
-        loss."""
-        c, where = self.config, self.config.norm_position
-        x_BLD, cache = carry
+        self, carry: Carry, layer: jax.Array, local: jax.Array, source: KeyValue | None, context: Context
+    ) -> tuple[Carry, tuple[KeyValue | None, jax.Array]]:
+        """`layer` is its number, `local` whether it sees a window only, `source` what its cache holds of the encoder's
+        text. Returns, beside the carry, what the cache should hold of a text that was read now, and the router's loss."""
+        (x_BLD, cache), c, where = carry, self.config, self.config.norm_position
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
 
         def before(name: str, x_BLD: jax.Array) -> jax.Array:
@@ -144,8 +141,6 @@ class Stack(nn.Module):
                 positions_BL = jnp.maximum(positions_BL - cache.start_B[:, None], 0)
         x_BLD = self._embed(x_BLW, positions_BL, batch.get("types_BL"))
         context = self._context(batch, place_L, positions_BL, cache, read)
-        if cache is not None:
-            context = dataclasses.replace(context, holder_BGS=cache.holder_BGS)
 
         stack = self._scanned()(c, self.train, name="layers")
         kv = None if cache is None else (cache.k_XBKSH, cache.v_XBKSH)
@@ -183,7 +178,8 @@ class Stack(nn.Module):
         segments_BL = batch.get("segments_BL")
         seen, size = (None, length) if cache is None else (cache.length, cache.k_XBKSH.shape[3])
         assert segments_BL is None or seen is None, "packed rows are for training: a cache holds one document a row"
-        context = Context(Mask(segments_BL, segments_BL, seen, causal=self.causal))
+        holder_BGS = None if cache is None else cache.holder_BGS
+        context = Context(Mask(segments_BL, segments_BL, seen, causal=self.causal), holder_BGS=holder_BGS)
         if segments_BL is not None:
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
         elif cache is not None and cache.start_B is not None:
