@@ -183,7 +183,7 @@ class Stack(nn.Module):
         segments_BL = batch.get("segments_BL")
         seen, size = (None, length) if cache is None else (cache.length, cache.k_XBKSH.shape[3])
         assert segments_BL is None or seen is None, "packed rows are for training: a cache holds one document a row"
-        context = Context(Mask(segments_BL, segments_BL, seen, causal=self.causal))
+        context = Context(Mask(segments_BL, segments_BL, seen, batch.get("prefix_B"), causal=self.causal))
         if segments_BL is not None:
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
         elif cache is not None and cache.start_B is not None:
