@@ -53,7 +53,14 @@ class Pretraining(Job):
 
     @property
     def shown(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("loss", "bits_per_byte") if self.causal else ("loss", "nll", "detection_accuracy")
+        if self.causal:
+            return "loss", "bits_per_byte"
+        c = self.config
+        if self.kind == "replaced":
+            return "loss", "nll", "detection_accuracy"
+        if c.task.corrupt.pairs != "none":
+            return "loss", "nll", "pair_loss"
+        return ("loss", "nll") if c.train.z_loss or c.task.label_smoothing else ("loss",)
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -64,7 +71,14 @@ class Pretraining(Job):
         c = self.config
         if self.causal:
             return None
-        return make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
+        made = make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
+        written = made.pair.target_length if c.model.architecture == "encoder_decoder" else 0
+        if written > c.model.positions:
+            raise ValueError(
+                f"task {self.kind} has up to {written} tokens written for data.length {c.data.length}, more than "
+                f"model.positions {c.model.positions}: give --model.positions {written}, or a shorter data.length"
+            )
+        return made
 
     @functools.cache  # noqa: B019, which is one job a process
     def model(self) -> Any:
@@ -135,7 +149,7 @@ class Pretraining(Job):
             return {}, "", {}
         told = {"held-out loss": f"{evals[-1]['loss']:.4f} nats per {'token' if self.causal else 'target'}"}
         if not self.causal:
-            return told, "", {}
+            return told | {f"held-out {name.replace('_', ' ')}": f"{evals[-1][name]:.4f}" for name in self.shown[1:]}, "", {}
         baselines = xz_baselines(self.corpora)
         bits = evals[-1]["bits_per_byte"]
         return {**told, "held-out bits per byte": f"{bits:.4f}"}, _verdict(bits, baselines), baselines
@@ -144,7 +158,8 @@ class Pretraining(Job):
         folder = self.config.folder
         if self.kind == "causal":
             return [f'jaxlm generate {folder} --prompt "{self.config.train.sample_prompt}"']
-        return [f"jaxlm train configs/finetune-stdlib.yaml --model.init-from {folder}"]
+        file = "answer-squad" if self.config.model.architecture == "encoder_decoder" else "finetune-stdlib"
+        return [f"jaxlm train configs/{file}.yaml --model.init-from {folder}", f"jaxlm export {folder} exported"]
 
 
 # xz reads about 2 MB a second: beyond this size its figure is not worth the wait.

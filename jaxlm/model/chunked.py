@@ -30,7 +30,8 @@ def chunked(
     """Attention without the matrix of scores: a running softmax over blocks of keys for each block of queries (Milakov
     and Gimelshein 2018), the scores computed again for the gradient (Dao et al. 2022, "FlashAttention", alg. 1 and 4).
 
-    Blocks that the mask's places hide wholly are not computed. Segments hide, but save nothing.
+    Blocks that the mask's places hide wholly are not computed; segments hide, but save nothing, and with a prefix no
+    block is known to be hidden.
     """
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -78,6 +79,8 @@ def _span(first: Any, last: Any, before: int | None, after: int | None, size: in
 
 def sight(mask: Mask) -> tuple[int | None, int | None]:
     """How many places before and after itself a query sees."""
+    if mask.causal and mask.prefix_B is not None:
+        return None, None
     if mask.causal:
         return None if mask.window is None else mask.window - 1, 0
     return (None, None) if mask.window is None else (mask.window // 2, mask.window // 2)
@@ -90,7 +93,9 @@ def _block_mask(plan: _Plan, mask: Mask, i: Any, j: Any) -> jax.Array | None:
     key = None if key is None else _slice(key, 1, j, plan.keys)
     # Only the distance of query and key counts: block j's keys begin at 0 here, block i's queries that much later.
     ahead = i * plan.rows - j * plan.keys + (0 if mask.seen is None else mask.seen)
-    shown_BLS = dataclasses.replace(mask, query_segments_BL=query, key_segments_BS=key, seen=ahead).dense(plan.rows, plan.keys)
+    prefix_B = None if mask.prefix_B is None else mask.prefix_B - j * plan.keys
+    shown = dataclasses.replace(mask, query_segments_BL=query, key_segments_BS=key, seen=ahead, prefix_B=prefix_B)
+    shown_BLS = shown.dense(plan.rows, plan.keys)
     if plan.size % plan.keys:
         true_S = jnp.arange(plan.keys, dtype=jnp.int32) < plan.size - j * plan.keys
         shown_BLS = true_S[None, None] if shown_BLS is None else shown_BLS & true_S[None, None]

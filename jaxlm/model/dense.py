@@ -30,7 +30,7 @@ def xla(
         rate, key = drop
         kept_BKGLS = jax.random.bernoulli(key, 1 - rate, (B, K, N // K, L, S))
     # Blocks of queries, each against the keys up to its own end; under 64 rows they cost more than they save.
-    square = mask.causal and mask.seen is None
+    square = mask.causal and mask.seen is None and mask.prefix_B is None
     blocks = max(1, min(4, L // 64)) if square else 1
     parts, start = [], 0
     for i in range(blocks):

@@ -22,7 +22,7 @@ def rest_of(mask: Mask, length: int, size: int, biased: bool) -> Mask | None:
     square, segmented = mask.seen is None and length == size, mask.key_segments_BS is not None
     if not mask.causal:
         return mask if segmented or mask.window is not None else None
-    if not square or (mask.window is not None and (segmented or biased)):
+    if not square or mask.prefix_B is not None or (mask.window is not None and (segmented or biased)):
         return mask
     return dataclasses.replace(mask, causal=False) if segmented else None
 

@@ -111,7 +111,7 @@ def why_not(
             f"it computes in bfloat16 or float16, given {dtype}": dtype not in (jnp.bfloat16, jnp.float16),
             f"head width {H} is above 128 or no multiple of 8": H > 128 or H % 8 > 0,
             # What it cannot say is given as a bias, and the gradient of one needs even lengths.
-            f"segments, windows and biases need even lengths, given {L} and {S}": bool(L % 2 or S % 2)
+            f"segments, prefixes, windows and biases need even lengths, given {L} and {S}": bool(L % 2 or S % 2)
             and (bias_BNLS is not None or rest_of(mask, L, S, False) is not None),
         },
         "splash": {
@@ -119,6 +119,7 @@ def why_not(
             "it has no dropout": drop is not None,
             "it has no bias": bias_BNLS is not None,
             "it has no cache": mask.seen is not None,
+            "it has no prefix": mask.prefix_B is not None,
             f"{min(L, S)} tokens are fewer than its block of {LANES}": min(L, S) < LANES,
             f"queries and keys differ in number, {L} and {S}, under a causal mask": L != S and mask.causal,
         },

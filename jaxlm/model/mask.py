@@ -14,12 +14,14 @@ class Mask:
 
     Queries and keys of different segments never see each other (segment 0 is padding); without
     segments a row is one document. Causal is by place in the row. With a cache the queries stand
-    behind its `seen` tokens.
+    behind its `seen` tokens. With a prefix a causal mask lets a row's first `prefix_B` tokens see each other, and
+    every later token sees them, through a window too (Raffel et al. 2020, §3.2.1, figure 4: "causal with prefix").
     """
 
     query_segments_BL: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
     seen: jax.Array | None = None
+    prefix_B: jax.Array | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=True)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     """Causal: a query sees itself and window − 1 keys before it; else: window // 2 on either side."""
@@ -29,7 +31,8 @@ class Mask:
         mask = None
         if self.causal or self.window is not None:
             query_L = jnp.arange(length, dtype=jnp.int32) + (0 if self.seen is None else self.seen)
-            behind_LS = query_L[:, None] - jnp.arange(size, dtype=jnp.int32)[None, :]
+            key_S = jnp.arange(size, dtype=jnp.int32)
+            behind_LS = query_L[:, None] - key_S[None, :]
             if self.causal:
                 mask = behind_LS >= 0
                 if self.window is not None:
@@ -38,6 +41,8 @@ class Mask:
                 assert self.window is not None
                 mask = jnp.abs(behind_LS) <= self.window // 2
             mask = mask[None]
+            if self.causal and self.prefix_B is not None:
+                mask = mask | (key_S[None, None, :] < self.prefix_B[:, None, None])
         if self.key_segments_BS is not None:
             query = jnp.ones((1, length), jnp.int32) if self.query_segments_BL is None else self.query_segments_BL
             same = query[:, :, None] == self.key_segments_BS[:, None, :]

@@ -179,7 +179,8 @@ class Stack(nn.Module):
         seen, size = (None, length) if cache is None else (cache.length, cache.k_XBKSH.shape[3])
         assert segments_BL is None or seen is None, "packed rows are for training: a cache holds one document a row"
         holder_BGS = None if cache is None else cache.holder_BGS
-        context = Context(Mask(segments_BL, segments_BL, seen, causal=self.causal), holder_BGS=holder_BGS)
+        mask = Mask(segments_BL, segments_BL, seen, batch.get("prefix_B"), causal=self.causal)
+        context = Context(mask, holder_BGS=holder_BGS)
         if segments_BL is not None:
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
         elif cache is not None and cache.start_B is not None:
