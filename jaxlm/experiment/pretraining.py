@@ -71,7 +71,7 @@ class Pretraining(Job):
         c = self.config
         if self.causal:
             return None
-        made = make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
+        made: Any = make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
         written = made.pair.target_length if c.model.architecture == "encoder_decoder" else 0
         if written > c.model.positions:
             raise ValueError(
