@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 
+from jaxlm.config import unknown
 from jaxlm.parallel import settle
 from jaxlm.report import Record, bar, count, say
 from jaxlm.train.checkpoint import Checkpoints
@@ -187,6 +188,8 @@ def fit(
             scores = work.evaluate(state, asked)
             if scores is None:
                 return None
+            if work.metric not in scores:
+                raise unknown("train.metric", work.metric, scores)
             record.write("eval", step, **scores)
             told = ", ".join(f"{name.replace('_', ' ')} {scores[name]:.4f}" for name in work.shown if name in scores)
             say(f"step {step:,}: held-out {told}")

@@ -96,3 +96,8 @@ def test_predict_says_what_it_needs(train, tmp_path, capsys):
     assert "not both" in capsys.readouterr().err
     assert cli.main(["predict", "runs/nowhere", "--text", "a"]) == 1
     assert "runs/task" in capsys.readouterr().err
+
+
+def test_a_metric_that_the_task_does_not_have_is_told(train):
+    code, said = train(GOOD, "--train.metric", "acuracy")
+    assert code == 1 and "did you mean 'accuracy'" in said
