@@ -511,6 +511,32 @@ def test_all_rows_of_a_corruption_have_the_shapes_of_its_blank_one():
                     assert all(value.flags.c_contiguous for value in row.values())
 
 
+def test_targets_of_another_length_hold_all_that_they_should():
+    """Short spans make many insertions, short targets leave the encoder more: neither may run over its row."""
+    for kind, config, target_length in [
+        ("denoising", {"rate": 0.5, "mean_span": 1.0}, None),
+        ("denoising", {"rate": 0.3}, 12),
+        ("prefix", {}, 7),
+        ("span", {}, 6),
+        ("mixture", {}, 14),
+    ]:
+        corruption = make(kind, 30, target_length=target_length, **config)
+        fullest = 0
+        for seed in range(100):
+            tokens = text_of_length(corruption.raw, seed)
+            row = corruption(tokens, np.random.default_rng(seed))
+            assert row["decoder"]["targets"].shape == (target_length or 30,)
+            assert row["encoder"]["tokens"].shape == (30,)
+            fullest = max(fullest, int(row["encoder"]["segments"].sum()))
+            written = spell(row["decoder"]["targets"][row["decoder"]["weights"] > 0])
+            assert written.endswith("|")
+            if kind == "denoising":
+                assert written == spell(tokens) + "|"
+            if kind == "prefix":
+                assert spell(row["encoder"]["tokens"]).rstrip("_")[:-1] + written == spell(tokens) + "|"
+        assert fullest == 30 or (kind, target_length) in (("denoising", 12), ("span", 6), ("mixture", 14)), kind
+
+
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory) -> list[Tokenizer]:
     """Ours of each kind, and a WordPiece and a SentencePiece one of transformers."""

@@ -138,7 +138,7 @@ def test_a_stream_of_held_out_documents_alone_is_told(config):
 
 
 @pytest.mark.parametrize("epochs", [1.0, 3.0])
-def test_corrupted_rows_of_a_stream_resume_exactly_and_are_never_masked_twice_alike(config, epochs):
+def test_corrupted_rows_of_a_stream_resume_exactly_and_are_each_masked_in_their_own_way(config, epochs):
     config = other(config, epochs=epochs)
     corpora = build_corpora(config)
     tokenizer = train_tokenizer(TokenizerConfig("bytes", special=("mask",)), [])
@@ -160,6 +160,6 @@ def test_corrupted_rows_of_a_stream_resume_exactly_and_are_never_masked_twice_al
     for (batch, _), *parts in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(batch["tokens_BL"], np.concatenate([part["tokens_BL"] for part, _ in parts]))
     chosen = np.concatenate([batch["weights_BL"] for batch, _ in whole])
-    assert len({row.tobytes() for row in chosen}) > 0.5 * len(chosen)  # 66 ways to choose two of twelve
+    assert len({row.tobytes() for row in chosen}) > 40  # of the 66 ways to choose two of twelve
     another = next(train_batches(config, corpora, seed=6, corruption=masked, **ALONE).iterate())[0]
     assert not np.array_equal(another["weights_BL"], whole[0][0]["weights_BL"])
