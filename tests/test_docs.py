@@ -9,11 +9,13 @@ import sys
 from pydoc_data.topics import topics
 
 import pytest
+from made_up import write_data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 INSTALL = re.compile(r"^python3 -m venv \.venv && \. \.venv/bin/activate && pip install -e (\S+) && ")
 README = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf8"), re.DOTALL)
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+BERT = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def header(file: pathlib.Path) -> dict[str, str]:
@@ -23,7 +25,8 @@ def header(file: pathlib.Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of what a clone would hold, with a small text to train on and the commands on the path."""
+    """A copy of what a clone would hold, with small texts to train on, made-up data sets, and a small BERT where the hub's
+    is named."""
     place = tmp_path_factory.mktemp("clone") / "jaxlm"
     shutil.copytree(
         ROOT, place, ignore=shutil.ignore_patterns(".git", "runs", "exported", ".venv", "__pycache__", "*.egg-info", ".*_cache")
@@ -32,6 +35,15 @@ def clone(tmp_path_factory):
     for name, text in topics.items():
         (place / "my-texts" / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf8")
     (place / "input.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 200)
+    write_data(place / "made-up")
+    small = "--model.width 32 --model.layers 1 --model.positions 512"
+    for command in (
+        "python benchmarks/prepare.py",
+        f"python train.py configs/pretrain-masked.yaml --name bert {small}",
+        f"jaxlm export runs/bert {BERT}",
+    ):
+        done = run(command, place)
+        assert done.returncode == 0, done.stderr[-2000:]
     return place
 
 
@@ -46,8 +58,7 @@ def run(command: str, clone: pathlib.Path) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST"))}
     env |= {
         "PATH": f"{bin_folder}:{env['PATH']}", "PYTHONPATH": str(clone), "JAXLM_CACHE": str(clone / "cache"),
-        "JAX_PLATFORMS": "cpu",
-        "JAXLM_DATA": os.environ.get("JAXLM_DATA", str(ROOT.parent / "shared" / "data")),
+        "JAX_PLATFORMS": "cpu", "JAXLM_DATA": str(clone / "made-up"),
     }  # fmt: skip
     return subprocess.run(command, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=400)
 
@@ -62,9 +73,10 @@ def test_every_readme_command_runs_in_order(clone):
 
 
 @pytest.mark.slow
-@pytest.mark.realdata
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_headers_command_starts(file, clone):
+    if "runs/tiny" in file.read_text(encoding="utf8") and not (clone / "runs" / "tiny").is_dir():
+        assert run("python train.py", clone).returncode == 0
     done = run(header(file)["command"] + f" --name header-{file.stem}", clone)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (clone / "runs" / f"header-{file.stem}" / "report.html").is_file()
