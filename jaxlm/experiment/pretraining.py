@@ -67,7 +67,8 @@ class Pretraining(Job):
         if self.causal:
             return None
         made = make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
-        written = made.pair.target_length if c.model.architecture == "encoder_decoder" else 0
+        pair = getattr(made, "pair", None)  # what lays out the rows of two stacks
+        written = 0 if pair is None else pair.target_length
         if written > c.model.positions:
             raise ValueError(
                 f"task {self.kind} has up to {written} tokens written for data.length {c.data.length}, more than "
@@ -83,7 +84,8 @@ class Pretraining(Job):
 
     def batches(self) -> Batches:
         c = self.config
-        return train_batches(c.data, self.corpora, seed=c.seed, corruption=self.corruption)
+        made: Any = train_batches(c.data, self.corpora, seed=c.seed, corruption=self.corruption)
+        return made
 
     def objective(self) -> Objective:
         c = self.config
