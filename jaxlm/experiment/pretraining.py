@@ -12,7 +12,6 @@ from jaxlm.data import (
     build_corpora,
     eval_batches,
     make_corruption,
-    start_of,
     train_batches,
     xz_bits_per_byte,
 )
@@ -37,10 +36,6 @@ class Pretraining(Job):
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
         return self.corpora.tokenizer
-
-    @property
-    def start_id(self) -> int | None:  # type: ignore[override]
-        return start_of(self.tokenizer, self.kind) if self.config.model.architecture == "encoder_decoder" else None
 
     @property
     def kind(self) -> str:
@@ -71,8 +66,9 @@ class Pretraining(Job):
         c = self.config
         if self.causal:
             return None
-        made: Any = make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
-        written = made.pair.target_length if c.model.architecture == "encoder_decoder" else 0
+        made = make_corruption(c.task.kind, c.task.corrupt, self.tokenizer, c.data.length, c.model.architecture)
+        pair = getattr(made, "pair", None)  # what lays out the rows of two stacks
+        written = 0 if pair is None else pair.target_length
         if written > c.model.positions:
             raise ValueError(
                 f"task {self.kind} has up to {written} tokens written for data.length {c.data.length}, more than "
@@ -88,7 +84,8 @@ class Pretraining(Job):
 
     def batches(self) -> Batches:
         c = self.config
-        return train_batches(c.data, self.corpora, seed=c.seed, corruption=self.corruption)
+        made: Any = train_batches(c.data, self.corpora, seed=c.seed, corruption=self.corruption)
+        return made
 
     def objective(self) -> Objective:
         c = self.config
