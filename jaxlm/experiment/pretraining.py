@@ -90,7 +90,7 @@ class Pretraining(Job):
     def objective(self) -> Objective:
         c = self.config
         if self.kind == "replaced":
-            return objectives.replaced(c.train.loss_chunk, c.task.corrupt.rate, c.task.detection)
+            return objectives.replaced(c.train.loss_chunk, c.task.detection)
         pair = c.task.corrupt.rate * c.data.length if c.task.corrupt.pairs != "none" else 0.0
         return objectives.tokens(c.train.loss_chunk, c.train.z_loss, c.task.label_smoothing, pair)
 

@@ -44,10 +44,11 @@ def tokens(chunk: int, z_loss: float = 0.0, smoothing: float = 0.0, pair_weight:
     return objective
 
 
-def replaced(chunk: int, rate: float, share: float = 50.0) -> Objective:
+def replaced(chunk: int, share: float = 50.0) -> Objective:
     """Replaced-token detection (Clark et al. 2020, "ELECTRA", §2): a small generator fills in the masked tokens, the
     discriminator tells for every token whether it is the original; loss = generator's + `share` · discriminator's,
-    each the mean over its own tokens: of all tokens those at `rate` are masked, which turns one mean into the other.
+    each the mean over its own tokens. That of a row counts as much as it has masked tokens, which makes it a sum like the
+    generator's.
 
     The model is a `Detection` of both. `tokens_BL` are masked, `targets_BL` the originals, `weights_BL` 1 where masked.
     The generator's draws come from `rng`; without one (evaluation) from a fixed key.
@@ -58,16 +59,17 @@ def replaced(chunk: int, rate: float, share: float = 50.0) -> Objective:
         train = {"train": rng is not None, "rng": rng}
         masked_BL = batch["weights_BL"] > 0
         weight = jnp.sum(batch["weights_BL"])
-        _, nll = apply(params, batch, part="generator", method="loss", chunk=chunk, **train)
+        # Of the two sums only the first has a gradient.
+        loss, nll = apply(params, batch, part="generator", method="loss", chunk=chunk, **train)
         guessed_BL = apply(params, batch, part="generator", method="draw", chunk=chunk, key=key, **train)
         seen_BL = jnp.where(masked_BL, jax.lax.stop_gradient(guessed_BL), batch["targets_BL"])
         other_BL = (seen_BL != batch["targets_BL"]).astype(jnp.float32)
         scores_BL = apply(params, {**batch, "tokens_BL": seen_BL}, part="discriminator", **train)
         real_BL = jnp.ones_like(other_BL) if "segments_BL" not in batch else (batch["segments_BL"] > 0).astype(jnp.float32)
-        losses_BL = binary_cross_entropy(scores_BL, other_BL) * real_BL
-        detection = jnp.sum(losses_BL) * rate
-        right = jnp.sum(((scores_BL > 0) == (other_BL > 0)).astype(jnp.float32) * real_BL) * rate
-        return nll + share * detection, weight, {"nll": nll, "detection_loss": detection, "detection_accuracy": right}
+        share_B = jnp.sum(batch["weights_BL"], axis=1) / jnp.maximum(jnp.sum(real_BL, axis=1), 1)
+        detection = jnp.sum(binary_cross_entropy(scores_BL, other_BL) * real_BL * share_B[:, None])
+        right = jnp.sum(((scores_BL > 0) == (other_BL > 0)).astype(jnp.float32) * real_BL * share_B[:, None])
+        return loss + share * detection, weight, {"nll": nll, "detection_loss": detection, "detection_accuracy": right}
 
     return objective
 

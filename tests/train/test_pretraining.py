@@ -111,12 +111,11 @@ def test_the_loss_falls(kind, trained):
     nll = [row["nll"] for row in record if row["kind"] == "train"]
     (held,) = [row for row in record if row["kind"] == "eval"]
     assert len(nll) == 50 and nll[0] == pytest.approx(math.log(384), abs=0.5)
+    assert np.mean(nll[-5:]) < 0.75 * nll[0], nll
+    assert held["nll"] < 0.75 * nll[0], "and of text that it has not seen"
     if kind == "replaced":
         losses = [row["detection_loss"] for row in record if row["kind"] == "train"]
-        assert np.mean(losses[-5:]) < 0.8 * losses[0] and held["detection_accuracy"] > 0.5
-    else:
-        assert np.mean(nll[-5:]) < 0.75 * nll[0], nll
-        assert held["nll"] < 0.75 * nll[0], "and of text that it has not seen"
+        assert np.mean(losses[-5:]) < 0.8 * losses[0] and 0.5 < held["detection_accuracy"] <= 1
     if "sentence" in kind:
         assert held["pair_loss"] == pytest.approx(math.log(2), abs=0.35), "a mean over rows, in nats"
     page = (trained(kind) / "report.html").read_text(encoding="utf8")
@@ -207,7 +206,7 @@ def test_replaced_tokens_are_told_from_the_originals(job):
     other = seen["tokens"] != originals
     losses = np.logaddexp(0, np.where(other, -seen["scores"], seen["scores"]))
     rows = [masked[i].sum() * losses[i, real[i]].mean() for i in range(len(losses)) if real[i].any()]
-    assert float(metrics["detection_loss"]) == pytest.approx(sum(rows), rel=0.1)
+    assert float(metrics["detection_loss"]) == pytest.approx(sum(rows), rel=1e-5)
     assert float(loss) == pytest.approx(float(metrics["nll"] + 50 * metrics["detection_loss"]), rel=1e-5)
     assert float(weight) == masked.sum() and 0.1 < masked.sum() / real.sum() < 0.2
 
