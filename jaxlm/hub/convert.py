@@ -164,6 +164,8 @@ def save_folder(
     named = like is not None and len(like.get("id2label") or ()) == model.config.head.labels and "id2label" in theirs
     if like is not None and named:
         kept |= {key: like[key] for key in ("id2label", "label2id") if key in like}
+    if "forced_eos_token_id" in theirs and "eos_token_id" in kept:
+        kept.setdefault("forced_eos_token_id", kept["eos_token_id"])
     theirs |= {"dtype": dtype, "transformers_version": "5.0.0", **kept}
     generates = model.config.head.kind == "language_model"
     generation: dict[str, Any] | None = None
@@ -171,8 +173,10 @@ def save_folder(
         generation = json.loads((source / "generation_config.json").read_text(encoding="utf8"))
     elif generates:
         generation = {"_from_model_config": True, **{k: v for k, v in theirs.items() if k.endswith("_token_id")}}
+    # Their layouts have no place for a head over pairs.
+    params, axes = ({name: part for name, part in tree.items() if name != "pair"} for tree in (params, model.axes))
     return save(
-        folder, table_of(chosen, model.config), params, model.axes,
+        folder, table_of(chosen, model.config), params, axes,
         dtype=dtype, config=theirs, generation_config=generation, tokenizer=tokenizer,
         card=_card(title or folder.name, chosen, model, dtype), max_shard_bytes=max_shard_bytes,
         carried=_carried(chosen, model.config, source),

@@ -264,6 +264,7 @@ def test_the_commands_that_a_run_names_fit_it(make):
 
 EXPORTS = {
     "masked": ("bert", "AutoModelForMaskedLM"),
+    "next sentence": ("bert", "AutoModelForMaskedLM"),
     "replaced": ("electra", "AutoModelForPreTraining"),
     "span": ("t5", "AutoModelForSeq2SeqLM"),
     "mixture": ("t5", "AutoModelForSeq2SeqLM"),
@@ -272,9 +273,9 @@ EXPORTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["masked", "replaced", "denoising"])
+@pytest.mark.parametrize("kind", ["next sentence", "replaced", "denoising"])
 def test_an_export_says_what_the_run_says(kind, trained, tmp_path):
-    """Of replaced tokens the discriminator is what is kept."""
+    """Of replaced tokens the discriminator is what is kept; a head over pairs has no place there."""
     assert cli.main(["export", str(trained(kind)), str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf8"))["model_type"] == EXPORTS[kind][0]
     found = compare(load_model(str(trained(kind))), load_model(str(tmp_path / "out")), " ".join(texts(3)), 96)
@@ -292,6 +293,7 @@ def test_transformers_opens_an_export(kind, trained, tmp_path):
     opened = getattr(transformers, EXPORTS[kind][1])
     theirs, told = opened.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(told.values()), told
+    assert getattr(theirs.config, "forced_eos_token_id", None) in (None, theirs.config.eos_token_id)
     ours = load_model(str(trained(kind)))
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(texts(1)[0])["input_ids"][:32]
     np.testing.assert_array_equal(ids, ours.tokenizer.encode(texts(1)[0])[:32])
