@@ -100,7 +100,7 @@ class Work:
 
 
 # The lower the better; of every other score the higher.
-LOWER = ("loss", "bits_per_byte", "perplexity", "mse", "mae", "ter", "brier", "ece")
+LOWER = ("loss", "bits_per_byte", "perplexity", "nll", "pair_loss", "detection_loss", "mse", "mae", "ter", "brier", "ece")
 
 
 def better(metric: str, one: float, other: float) -> bool:
