@@ -12,6 +12,7 @@ from jaxlm.data import (
     build_corpora,
     eval_batches,
     make_corruption,
+    start_of,
     train_batches,
     xz_bits_per_byte,
 )
@@ -36,6 +37,10 @@ class Pretraining(Job):
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
         return self.corpora.tokenizer
+
+    @property
+    def start_id(self) -> int | None:  # type: ignore[override]
+        return start_of(self.tokenizer, self.kind) if self.config.model.architecture == "encoder_decoder" else None
 
     @property
     def kind(self) -> str:
