@@ -44,6 +44,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the best metric, or the latest where none was evaluated."""
+        self.manager.wait_until_finished()  # the metrics of a step that is being written are not there yet
         found = {step: self.manager.metrics(step) for step in self.manager.all_steps()}
         scored = {step: self.rank(metrics) for step, metrics in found.items() if metrics is not None}
         return max(scored, key=lambda step: scored[step]) if scored else self.latest()

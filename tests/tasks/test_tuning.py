@@ -75,7 +75,8 @@ def test_what_is_frozen_stays_and_the_folder_gives_the_merged_model(base, way, m
     best = max(row["accuracy"] for row in scores)
     assert cli.main(["evaluate", f"runs/{name}", "--out", f"out-{name}"]) == 0
     again = json.loads((base / f"out-{name}" / "scores.json").read_text())
-    assert again["accuracy"]["value"] == pytest.approx(best)
+    told = json.loads((tuned.folder / "scores.json").read_text())  # at the end of training, of the best checkpoint
+    assert again["accuracy"]["value"] == told["accuracy"]["value"] == pytest.approx(best)
 
 
 def test_a_stopped_run_with_adapters_and_an_average_ends_bit_equal(base, monkeypatch):
