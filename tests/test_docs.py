@@ -36,6 +36,7 @@ def clone(tmp_path_factory):
         (place / "my-texts" / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf8")
     (place / "input.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 200)
     write_data(place / "made-up")
+    shutil.copy(place / "made-up" / "sentiment-sst2" / "train.tsv", place / "my.tsv")
     small = "--model.width 32 --model.layers 1 --model.positions 512"
     for command in (
         "python benchmarks/prepare.py",
