@@ -16,6 +16,7 @@ import collections
 import csv
 import hashlib
 import json
+import os
 import re
 import string
 import sys
@@ -357,7 +358,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="longest example in tokens; 128, for squad 384")
     parser.add_argument("--limit", type=int, help="take so many records of each split, evenly spread")
     parser.add_argument("--freeze-embeddings", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="by default one for each core given")
     parser.add_argument("--out", type=Path, required=True, help="file that the result is appended to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
