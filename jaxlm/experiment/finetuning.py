@@ -22,7 +22,6 @@ from jaxlm.tasks import (
     Row,
     Task,
     paired_scores,
-    told,
     words_alone,
     write_predictions,
 )
@@ -200,7 +199,7 @@ class Finetuning(Job):
         assert predictions is not None, "nothing stops it"
         found = write_predictions(self.folder, self.config.name, self.task, held, predictions)
         verdict, baselines = self._verdict(held, predictions)
-        return told(found), verdict, baselines
+        return found, verdict, baselines
 
     def _verdict(self, held: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[str, dict[str, float]]:
         """How the model compares with what words alone can do on the same rows."""
