@@ -127,7 +127,7 @@ class Finetuning(Job):
         return self.task.objective(self.config.train.loss_chunk)
 
     def prepare(self, start: Callable[[], Params]) -> None:
-        if hasattr(self.task, "refer"):
+        if self.task.refers:
             self._refer(start)
 
     def _refer(self, start: Callable[[], Params]) -> None:
@@ -148,7 +148,7 @@ class Finetuning(Job):
         held = np.load(file)
         for part, examples in zip(("train", "validation"), self.examples, strict=True):
             columns = [held[f"{part}_{name}"] for name in names]
-            self.task.refer(examples, [dict(zip(names, pair, strict=True)) for pair in zip(*columns, strict=True)])  # type: ignore[attr-defined]
+            self.task.refer(examples, [dict(zip(names, pair, strict=True)) for pair in zip(*columns, strict=True)])
 
     @functools.cached_property
     def predictor(self) -> Predictor:

@@ -141,7 +141,7 @@ def evaluate(words: Sequence[str]) -> int:
     held = _held_out(trained.run, task, options)
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
     examples = None if task.generates else task.examples(held.rows, held.where)
-    if hasattr(task, "refer") and examples is not None:
+    if task.refers and examples is not None:
         passed = predictor.run(trained.start(), examples.items, loss=False)
         assert passed is not None, "nothing stops it"
         task.refer(examples, passed.outputs)
