@@ -32,8 +32,9 @@ class Masked:
     """`[CLS] tokens [SEP]`, or a pair `[CLS] A [SEP] B [SEP]`, of which a share is hidden.
 
     Rows hold `tokens`, `targets` (the tokens as they were), `weights` (1 at the chosen ones), `segments` (0: padding);
-    pairs add `types` (1: B and the separator behind it) and the scalar `labels`. A tokenizer without cls or sep makes rows without them. Special tokens are never chosen, nor
-    put in at random. A row without ordinary tokens, and `blank`, has no weights.
+    pairs add `types` (1: B and the separator behind it) and the scalar `labels`. A tokenizer without cls or sep makes
+    rows without them. Special tokens are never chosen, nor put in at random. A row without ordinary tokens, and `blank`,
+    has no weights.
 
     Of n ordinary tokens max(1, round(rate n)) are chosen. Whole words are chosen in random order until as many tokens
     are reached; the word that would pass that number is taken with the chance that keeps the mean.
