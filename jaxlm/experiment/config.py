@@ -12,7 +12,7 @@ from jaxlm.data import DataConfig
 from jaxlm.hub import is_hugging_face, read_config
 from jaxlm.model import TransformerConfig
 from jaxlm.models import locate, model_config
-from jaxlm.parallel import ParallelConfig
+from jaxlm.parallel import ParallelConfig, batch_ways
 from jaxlm.tasks import TASKS, TaskConfig
 from jaxlm.train import OptimConfig, TrainConfig, TuneConfig
 
@@ -104,7 +104,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 RESUMABLE = (
     "train.steps", "train.eval_every", "train.log_every", "train.keep", "train.sample_prompt", "train.sample_tokens",
     "train.patience", "train.eval_rows", "data.epochs", "data.cache", "data.prefetch", "parallel.data", "parallel.fsdp",
-    "parallel.tensor", "seeds",
+    "parallel.context", "parallel.tensor", "parallel.across", "seeds",
 )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _start(source: str, head: Mapping[str, Any]) -> tuple[dict[str, Any], pathli
 def check_fits(config: ExperimentConfig, model: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
     """Refuse sizes that the mesh does not divide, with what would be allowed."""
     sizes = dict(mesh.shape)
-    ways = sizes["data"] * sizes["fsdp"]
+    ways = batch_ways(mesh)
     rows = ways * config.train.accumulate
     if config.data.batch_size % rows:
         near = max(rows, round(config.data.batch_size / rows) * rows)
@@ -195,6 +195,7 @@ def check_fits(config: ExperimentConfig, model: TransformerConfig, mesh: jax.sha
         ("tensor", "model.mlp_width", model.F),
         ("tensor", "model.vocab_size", model.V),
         ("fsdp", "model.width", model.width),
+        ("context", "data.length", config.data.length),
     ):
         if size % sizes[axis]:
             fits = [n for n in range(1, sizes[axis] + 1) if size % n == 0]

@@ -22,7 +22,7 @@ from jaxlm.generate import Generator, SampleConfig
 from jaxlm.metrics import perplexity
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.models import with_vocabulary
-from jaxlm.parallel import place_batch, settle
+from jaxlm.parallel import batch_ways, place_batch, settle
 from jaxlm.train import Objective, make_eval_step, objectives
 
 SAMPLING = SampleConfig(temperature=0.7, top_p=0.95)
@@ -102,7 +102,7 @@ class Pretraining(Job):
 
     @functools.cached_property
     def _scored(self) -> Any:
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        ways = batch_ways(self.mesh)
         rows = -(-self.config.data.batch_size // ways) * ways  # of a training batch, up to what the mesh divides
         return eval_batches(self.config.data, self.corpora, rows=rows, corruption=self.corruption)
 

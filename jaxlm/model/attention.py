@@ -62,6 +62,7 @@ class Attention(nn.Module):
             return attend(
                 q_BLNH, k_BSKH, v_BSKH, dataclasses.replace(mask, window=window),
                 scale=c.attention_scale, softcap=c.attention_softcap, bias_BNLS=bias_BNLS, drop=drop, kernel=c.kernel,
+                context=c.context,
             )  # fmt: skip
 
         return core

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlm.model.mask import Mask
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What is known of the blocks when compiling: their sizes, how many keys are true, and the cap."""
 
     rows: int
@@ -35,7 +35,7 @@ def chunked(
     """
     B, L, N, H = q_BLNH.shape
     S, K = k_BSKH.shape[1:3]
-    plan = _Plan(even(L, block), even(S, block), S, softcap)
+    plan = Plan(even(L, block), even(S, block), S, softcap)
     q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * jnp.asarray(scale, q_BLNH.dtype)
     bias_BKGLS = None if bias_BNLS is None else bias_BNLS.reshape(bias_BNLS.shape[0], K, N // K, L, S)
     if mask.key_segments_BS is not None:
@@ -86,7 +86,7 @@ def sight(mask: Mask) -> tuple[int | None, int | None]:
     return (None, None) if mask.window is None else (mask.window // 2, mask.window // 2)
 
 
-def _block_mask(plan: _Plan, mask: Mask, i: Any, j: Any) -> jax.Array | None:
+def _block_mask(plan: Plan, mask: Mask, i: Any, j: Any) -> jax.Array | None:
     """The mask of query block i and key block j, to be broadcast over heads; what was filled in is hidden."""
     query, key = mask.query_segments_BL, mask.key_segments_BS
     query = None if query is None else _slice(query, 1, i, plan.rows)
@@ -102,7 +102,7 @@ def _block_mask(plan: _Plan, mask: Mask, i: Any, j: Any) -> jax.Array | None:
     return None if shown_BLS is None else shown_BLS[:, None, None]
 
 
-def _block_scores(plan: _Plan, q: jax.Array, k: jax.Array, bias: jax.Array | None, i: Any, j: Any) -> tuple[jax.Array, Any]:
+def _block_scores(plan: Plan, q: jax.Array, k: jax.Array, bias: jax.Array | None, i: Any, j: Any) -> tuple[jax.Array, Any]:
     """Scores of the queries in block i and the keys in block j, and the slope of the cap where there is one."""
     scores_BKGLS, slope = jnp.einsum("BKGLH,BKSH->BKGLS", q, k, preferred_element_type=jnp.float32), None
     if plan.softcap is not None:
@@ -119,13 +119,22 @@ def _hide(shown: jax.Array | None, x: jax.Array, value: float) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stream(plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask) -> jax.Array:
+def _stream(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask) -> jax.Array:
     return _stream_forward(plan, q, k, v, bias, mask)[0]
 
 
 def _stream_forward(
-    plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask
+    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask
 ) -> tuple[jax.Array, Any]:
+    mixed, logs = stream_forward(plan, q, k, v, bias, mask)
+    return mixed, (q, k, v, bias, mask, mixed, logs)
+
+
+def stream_forward(
+    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask
+) -> tuple[jax.Array, jax.Array]:
+    """Of q (B, K, G, L, H), scaled, and k, v (B, K, S, H), whole blocks each: what is mixed, like q, and the logarithm of
+    the sum of all weights (B, K, G, L) in float32; where a query sees no key, that is float32's lowest number."""
     before, after = sight(mask)
     seen = 0 if mask.seen is None else mask.seen
     low = float(jnp.finfo(jnp.float32).min)
@@ -155,11 +164,17 @@ def _stream_forward(
         return None, ((mixed / total[..., None]).astype(q.dtype), most + jnp.log(total))
 
     _, (mixed, logs) = jax.lax.scan(rows, None, jnp.arange(q.shape[3] // plan.rows, dtype=jnp.int32))
-    mixed = jnp.moveaxis(mixed, 0, 3).reshape(q.shape)
-    return mixed, (q, k, v, bias, mask, mixed, jnp.moveaxis(logs, 0, 3).reshape(q.shape[:-1]))
+    return jnp.moveaxis(mixed, 0, 3).reshape(q.shape), jnp.moveaxis(logs, 0, 3).reshape(q.shape[:-1])
 
 
-def _stream_backward(plan: _Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    q, k, v, bias = saved[:4]
+    dq, dk, dv, dbias = stream_backward(plan, saved, grad)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None if bias is None else dbias.astype(bias.dtype), None
+
+
+def stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    """Gradients of q, k, v and the bias in float32, from what the forward pass was given and gave."""
     q, k, v, bias, mask, mixed, logs = saved
     before, after = sight(mask)
     seen = 0 if mask.seen is None else mask.seen
@@ -194,7 +209,7 @@ def _stream_backward(plan: _Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...
         start, stop = _span(first, first + plan.keys - 1, after, before, plan.rows, q.shape[3] // plan.rows)
         none = jnp.zeros_like(k_BKSH, dtype=jnp.float32)
         dq, dbias, dk_BKSH, dv_BKSH = jax.lax.fori_loop(start, stop, rows, (*carry, none, none))
-        return (dq, dbias), (dk_BKSH.astype(k.dtype), dv_BKSH.astype(v.dtype))
+        return (dq, dbias), (dk_BKSH, dv_BKSH)
 
     carry: tuple[Any, ...] = (
         jnp.zeros_like(q, dtype=jnp.float32),
@@ -202,7 +217,7 @@ def _stream_backward(plan: _Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...
     )
     (dq, dbias), (dk, dv) = jax.lax.scan(keys, carry, jnp.arange(k.shape[2] // plan.keys, dtype=jnp.int32))
     dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in (dk, dv))
-    return dq.astype(q.dtype), dk, dv, None if dbias is None else dbias.astype(bias.dtype), None
+    return dq, dk, dv, dbias
 
 
 _stream.defvjp(_stream_forward, _stream_backward)

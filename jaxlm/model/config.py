@@ -184,6 +184,9 @@ class TransformerConfig:
     """Bound attention scores to ±cap by cap · tanh(score / cap)."""
     kernel: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"
     """What computes attention; auto: the fastest that this platform and these shapes allow."""
+    context: Literal["auto", "ring", "ulysses", "gather"] = "auto"
+    """How devices that share a row's length (parallel.context) attend: keys and values go round them (ring), each takes
+    some heads of the whole length (ulysses), or each gets all keys and values (gather). auto: the first that can."""
     bias: bool = True
     """Biases in linear layers and LayerNorms."""
     qkv_bias: bool | None = None

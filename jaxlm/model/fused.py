@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.model.chunked import even, fill, sight
 from jaxlm.model.mask import Mask
-from jaxlm.parallel.rules import COMPUTED, spec
+from jaxlm.parallel.rules import COMPUTED, Rules, spec
 
 
 def rest_of(mask: Mask, length: int, size: int, biased: bool) -> Mask | None:
@@ -53,7 +53,7 @@ LANES = 128
 
 def splash(
     q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
-    scale: float, softcap: float | None, block: int = 512, interpret: bool = False,
+    scale: float, softcap: float | None, rules: Rules = COMPUTED, block: int = 512, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """JAX's Pallas kernel for TPUs, which also skips the blocks that the mask hides. `interpret` runs it on a CPU.
 
@@ -80,7 +80,7 @@ def splash(
     )
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or mesh.size == 1):
-        q, kv = (spec(axes, x.shape, mesh, COMPUTED) for axes, x in (("BLNH", q_BLNH), ("BSKH", k_BSKH)))
+        q, kv = (spec(axes, x.shape, mesh, rules) for axes, x in (("BLNH", q_BLNH), ("BSKH", k_BSKH)))
         if q[2] != kv[2] and k_BSKH.shape[2] > 1:
             # Query heads are split but key/value heads cannot be: each query head brings its own.
             k_BSKH, v_BSKH = (jnp.repeat(x, q_BLNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))

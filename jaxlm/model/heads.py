@@ -16,7 +16,7 @@ from jaxlm.model.cache import Cache
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import Linear, Norm, activate, parameter
 from jaxlm.model.transformer import Batch, Output, Transformer
-from jaxlm.parallel.rules import constrain
+from jaxlm.parallel.rules import constrain, length_ways
 
 
 def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -32,9 +32,24 @@ def _logits(hidden_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None
     return constrain(soft_cap(logits_BCV, cap), "BLV")
 
 
+def _cut(length: int, chunk: int) -> tuple[int, int]:
+    """Devices that share the length, and chunks of it; each holds a part of every device's places, so that all have work."""
+    ways = length_ways() if length % length_ways() == 0 else 1
+    return ways, length // ways // divisor(length // ways, chunk)
+
+
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """(B, L, …) → (L/chunk, B, chunk, …): along the length, so that rows stay on their devices."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+    """(B, L, …) → (number of chunks, B, chunk, …): along the length, so that rows stay on their devices."""
+    ways, count = _cut(x.shape[1], chunk)
+    split = x.reshape(x.shape[0], ways, count, -1, *x.shape[2:])
+    return jnp.moveaxis(split, 2, 0).reshape(count, x.shape[0], -1, *x.shape[2:])
+
+
+def _joined(y: jax.Array, length: int, chunk: int) -> jax.Array:
+    """What chunks gave, in the order of the length again."""
+    ways, count = _cut(length, chunk)
+    split = y.reshape(count, y.shape[1], ways, -1, *y.shape[3:])
+    return jnp.moveaxis(split, 0, 2).reshape(y.shape[1], length, *y.shape[3:])
 
 
 def _over_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, chunk: int) -> tuple[Any, Any]:
@@ -56,11 +71,11 @@ def linear_cross_entropy(
     In the first sum the target is (1 − smoothing) on the token and `smoothing` spread evenly over the vocabulary
     (Szegedy et al. 2016, §7), in the second it is the token alone.
 
-    Logits exist for `chunk` positions of each row at a time, in float32, and never for the whole
-    batch. Under differentiation the gradients are computed together with the logits, so that those are
-    computed once. Only the first sum is differentiable, and only in `hidden_BLD`, `table_VD` and `bias_V`.
+    Logits exist for up to `chunk` positions of each row (on each device, where the length is split) at a time, in
+    float32, and never for the whole batch. Under differentiation the gradients are computed together with the logits, so
+    that those are computed once. Only the first sum is differentiable, and only in `hidden_BLD`, `table_VD` and `bias_V`.
 
-    `chunk` must divide L. log²Z is the z-loss of Chowdhery et al. 2022, "PaLM", §5.
+    log²Z is the z-loss of Chowdhery et al. 2022, "PaLM", §5.
     """
 
     def step(sums: Any, part: Any) -> tuple[Any, None]:
@@ -114,7 +129,7 @@ def _forward(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss
     bias_grad = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
     carry = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(table_VD.shape, jnp.float32), bias_grad)
     (sums, grad_VD, grad_V), grad_XBCD = _over_chunks(step, carry, (hidden_BLD, targets_BL, weights_BL), chunk)
-    grad_BLD = jnp.moveaxis(grad_XBCD, 0, 1).reshape(hidden_BLD.shape)
+    grad_BLD = _joined(grad_XBCD, hidden_BLD.shape[1], chunk)
     return sums, (grad_BLD, grad_VD.astype(table_VD.dtype), grad_V)
 
 
@@ -198,7 +213,6 @@ class LanguageModel(nn.Module):
     def _loss(self, batch: Batch, output: Output, chunk: int, z_loss: float, smoothing: float) -> tuple[jax.Array, jax.Array]:
         scored = batch["decoder"] if self.config.architecture == "encoder_decoder" else batch
         parts = self.head(output.hidden_BLD, self.transformer.embed.table)
-        chunk = divisor(output.hidden_BLD.shape[1], chunk)
         loss, nll = linear_cross_entropy(
             *parts, scored["targets_BL"], scored["weights_BL"], chunk, z_loss, self.config.logit_softcap, smoothing
         )
@@ -221,7 +235,7 @@ class LanguageModel(nn.Module):
 
         parts = (hidden_BLD, scored["targets_BL"], scored["weights_BL"])
         zeros_B = jnp.zeros(hidden_BLD.shape[0], jnp.float32)
-        return _over_chunks(step, zeros_B, parts, divisor(hidden_BLD.shape[1], chunk))[0]
+        return _over_chunks(step, zeros_B, parts, chunk)[0]
 
     def draw(self, batch: Batch, *, chunk: int, key: jax.Array) -> jax.Array:
         """(B, L) int32: at each position a token drawn from the model's own distribution."""
@@ -232,8 +246,8 @@ class LanguageModel(nn.Module):
             key, own = jax.random.split(key)
             return key, jax.random.categorical(own, _logits(hidden_BCD, table_VD, bias_V, self.config.logit_softcap))
 
-        _, drawn_XBC = _over_chunks(step, key, hidden_BLD, divisor(hidden_BLD.shape[1], chunk))
-        return jnp.moveaxis(drawn_XBC, 0, 1).reshape(hidden_BLD.shape[:2]).astype(jnp.int32)
+        _, drawn_XBC = _over_chunks(step, key, hidden_BLD, chunk)
+        return _joined(drawn_XBC, hidden_BLD.shape[1], chunk).astype(jnp.int32)
 
 
 def divisor(length: int, chunk: int) -> int:

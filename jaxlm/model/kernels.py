@@ -20,9 +20,15 @@ from jaxlm.model.chunked import chunked
 from jaxlm.model.dense import xla
 from jaxlm.model.fused import LANES, cudnn, rest_of, splash
 from jaxlm.model.mask import Mask
-from jaxlm.parallel.rules import COMPUTED, spec
+from jaxlm.model.ring import ring, why_not_ring
+from jaxlm.parallel.rules import COMPUTED, Rules, constrain, length_ways, spec
 
 Kernel = Literal["auto", "xla", "chunked", "cudnn", "splash"]
+Sharing = Literal["auto", "ring", "ulysses", "gather"]
+
+# Where devices share a length: each with the whole length of some heads, or of all keys.
+HEADS: Rules = {**COMPUTED, "L": (), "N": ("tensor", "context"), "K": ("tensor", "context")}
+WHOLE: Rules = {**COMPUTED, "L": ()}
 
 _log = logging.getLogger(__name__)
 
@@ -38,23 +44,78 @@ def attend(
     bias_BNLS: jax.Array | None = None,
     drop: tuple[float, jax.Array] | None = None,
     kernel: Kernel = "auto",
+    context: Sharing = "auto",
 ) -> jax.Array:
     """softmax(q·kᵀ · scale + bias)·v over the keys that `mask` shows, the softmax in float32 (Vaswani et al. 2017,
     eq. 1) → (B, L, N, H). `scale` is 1/√H by default; `bias_BNLS` may have 1 for B; `drop` is the share of the
     weights that is dropped, and the key to draw them with.
 
     Query heads share key/value heads in groups of N / K (Ainslie et al. 2023, "GQA"). A kernel that is asked for by
-    name but cannot compute this gives way to one that can, and the log says why.
+    name but cannot compute this gives way to one that can, and the log says why. Where the mesh splits the length,
+    `context` says how its devices share it.
     """
     scale = 1 / math.sqrt(q_BLNH.shape[-1]) if scale is None else scale
+    how = sharing(context, q_BLNH, k_BSKH, mask, bias_BNLS, drop) if length_ways() > 1 else None
+    if how == "ring":
+        return ring(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap)
+    rules = COMPUTED if how is None else HEADS if how == "ulysses" else WHOLE
+    if how == "ulysses":
+        # All-to-all (Jacobs et al. 2023, "DeepSpeed Ulysses"): each device changes its part of the length for some heads.
+        if k_BSKH.shape[2] % _ways(rules["K"]):
+            k_BSKH, v_BSKH = (jnp.repeat(x, q_BLNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+        q_BLNH, k_BSKH, v_BSKH = (constrain(x, axes, rules) for x, axes in ((q_BLNH, "BLNH"), (k_BSKH, "BLKH"), (v_BSKH, "BLKH")))
+    elif how == "gather":
+        k_BSKH, v_BSKH = (constrain(x, "BLKH", rules) for x in (k_BSKH, v_BSKH))
+    mixed_BLNH = _attend(kernel, q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, drop, rules)
+    return mixed_BLNH if how is None else constrain(mixed_BLNH, "BLNH")
+
+
+def _attend(
+    kernel: Kernel, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float,
+    softcap: float | None, bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None, rules: Rules,
+) -> jax.Array:  # fmt: skip
     chosen = choose(kernel, q_BLNH, k_BSKH, mask, softcap, bias_BNLS, drop)
     if chosen == "splash":
-        return splash(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap)
+        return splash(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, rules)
     if chosen == "cudnn":
         return cudnn(q_BLNH, k_BSKH, v_BSKH, mask, scale, bias_BNLS)
     if chosen == "chunked":
         return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS)
     return xla(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, drop)
+
+
+# --- how a length is shared --------------------------------------------------------------------
+
+
+def sharing(
+    context: Sharing, q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask,
+    bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None,
+) -> Sharing:  # fmt: skip
+    """How the devices that share this length attend: as asked, or by the first way that can. The log says why not."""
+    heads = _ways(HEADS["N"])
+    reasons: dict[Sharing, str | None] = {
+        "ring": why_not_ring(q_BLNH, k_BSKH)
+        or next(
+            (
+                f"it has no {name}"
+                for name, given in (("bias", bias_BNLS), ("dropout", drop), ("cache", mask.seen))
+                if given is not None
+            ),
+            None,
+        ),
+        "ulysses": f"{heads} devices (tensor × context) do not divide {q_BLNH.shape[2]} heads" if q_BLNH.shape[2] % heads else None,
+        "gather": None,
+    }
+    if context != "auto":
+        if (why := reasons[context]) is None:
+            return context
+        _say(f"by {context}", why)
+    return next(way for way, why in reasons.items() if why is None)
+
+
+def _ways(axes: tuple[str, ...]) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 # --- which kernel ------------------------------------------------------------------------------
@@ -72,7 +133,7 @@ def choose(
     if kernel != "auto":
         if (why := asked(kernel)) is None:
             return kernel
-        _say(kernel, why)
+        _say(f"kernel {kernel}", why)
     special: Kernel | None = {"tpu": "splash", "gpu": "cudnn"}.get(platform())  # type: ignore[assignment]
     if special and special != kernel and asked(special) is None:
         return special
@@ -81,8 +142,8 @@ def choose(
 
 
 @functools.cache
-def _say(kernel: Kernel, why: str) -> None:
-    _log.warning("attention kernel %s cannot be used here: %s", kernel, why)
+def _say(name: str, why: str) -> None:
+    _log.warning("attention %s cannot be used here: %s", name, why)
 
 
 def platform() -> str:

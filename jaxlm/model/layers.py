@@ -141,7 +141,10 @@ class Embed(nn.Module):
         self.table = parameter(self, "table", self.axes, nn.initializers.normal(self.config.init_std))
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        return constrain(jnp.take(self.table, ids_BL, axis=0).astype(self.config.dtype), "BLD")
+        # Its vectors are brought together first, as a matrix is before its product: a look-up in parts of vectors would
+        # have to change every token's place and part at once, for which the compiler copies all of them to every device.
+        table = constrain(self.table, self.axes)
+        return constrain(jnp.take(table, ids_BL, axis=0).astype(self.config.dtype), "BLD")
 
 
 def activate(kind: str, x: jax.Array) -> jax.Array:

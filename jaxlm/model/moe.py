@@ -151,12 +151,12 @@ def _split(
         return mix(config, x, probabilities, up, gate, down)
     letters = [(x, "BLD"), (probabilities, "BLE"), (up, "EDF"), (gate, "EDF"), (down, "EFD")]
     specs = [None if array is None else spec(axes, array.shape, mesh, COMPUTED) for array, axes in letters]
-    over_B, over_F = (_axes(specs[0], 0), _axes(specs[2], 2))
+    over_BL, over_F = _axes(specs[0], 0) + _axes(specs[0], 1), _axes(specs[2], 2)
 
     def local(x: jax.Array, probabilities: jax.Array, *matrices: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        # Said before `grouped`, whose gradient is our own, that x differs along over_F and the matrices along over_B:
+        # Said before `grouped`, whose gradient is our own, that x differs along over_F and the matrices along over_BL:
         # the gradients are then summed over these.
-        differ = [None if w is None else jax.lax.pcast(w, over_B, to="varying") for w in matrices]
+        differ = [None if w is None else jax.lax.pcast(w, over_BL, to="varying") for w in matrices]
         y, chosen = mix(config, jax.lax.pcast(x, over_F, to="varying"), probabilities, *differ)  # type: ignore[arg-type]
         return jax.lax.psum(y, over_F), chosen
 

@@ -1,13 +1,16 @@
 """The device mesh: which axes there are, how large, and how to run on devices that are only emulated."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest: neighbours on the last axis are neighbours in the machine.
+AXES = ("data", "fsdp", "context", "tensor")
+Across = Literal["data", "fsdp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +21,17 @@ class ParallelConfig:
     """Copies of the model, each on its own rows of the batch."""
     fsdp: int = 1
     """Parameters and optimiser state split over this many devices, each on its own rows of the batch."""
+    context: int = 1
+    """The length of the rows split over this many devices."""
     tensor: int = 1
     """Heads, MLP and vocabulary split over this many devices that share the same rows."""
+    across: Across = "data"
+    """The axis that spans several slices of a pod, or several hosts' islands of fast links, whose links are slow."""
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
+    def sizes(self) -> tuple[int, ...]:
         """Sizes in the order of AXES."""
-        return self.data, self.fsdp, self.tensor
+        return tuple(getattr(self, axis) for axis in AXES)
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -34,21 +41,45 @@ class ParallelConfig:
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A `data × fsdp × tensor` mesh over all devices, or ValueError with the sizes that would fit."""
+    """A mesh of AXES over all devices, or ValueError with sizes that would fit.
+
+    Devices of several slices lie so that only the axis `across` leads from one slice to another.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = config.sizes
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    left = len(devices) // fixed
-    if (-1 in sizes and (left < 1 or left * fixed != len(devices))) or (-1 not in sizes and fixed != len(devices)):
-        given = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    sizes, count = config.sizes, len(devices)
+    fixed = math.prod(size for size in sizes if size != -1)
+    left = count // fixed
+    if left * fixed != count or (-1 not in sizes and left != 1):
+        given = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1)
         raise ValueError(
-            f"parallel: {given} does not fit {len(devices)} {devices[0].platform} device(s): "
-            f"the sizes must multiply to {len(devices)}; --parallel.data -1 takes what the others leave"
+            f"parallel: {given or 'data 1'} does not fit {count} {devices[0].platform} device(s): the sizes must multiply to "
+            f"{count}, as {_fitting(config, count)} do (--parallel.data -1 takes what the others leave)"
         )
     shape = [left if size == -1 else size for size in sizes]
     # Auto: the compiler spreads shardings from the parameters and constraints that the rules name.
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    place = AXES.index(config.across)
+    if shape[place] % slices:
+        raise ValueError(
+            f"parallel.{config.across} {shape[place]} spans {slices} slices (parallel.across): it must be a multiple of {slices}"
+        )
+    outer = [slices if axis == config.across else 1 for axis in AXES]
+    inner = [size // ways for size, ways in zip(shape, outer, strict=True)]
+    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, axis_types=auto)
+
+
+def _fitting(config: ParallelConfig, count: int) -> str:
+    """Sizes near those asked for that multiply to `count`: each, the fastest links first, as large as still divides."""
+    found, left = {}, count
+    for axis in reversed(AXES[1:]):
+        asked = max(getattr(config, axis), 1)
+        found[axis] = next(size for size in range(min(asked, left), 0, -1) if left % size == 0)
+        left //= found[axis]
+    found["data"] = left
+    return " × ".join(f"{axis} {found[axis]}" for axis in AXES if found[axis] != 1) or "data 1"
 
 
 def settle(mesh: jax.sharding.Mesh, tree: Any) -> Any:

@@ -4,6 +4,7 @@ Logical axes are the letters of the shape alphabet (`jaxlm/model/transformer.py`
 model names letters only, so what is split over which devices is decided here alone.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ Rules = Mapping[str, tuple[str, ...]]
 STORED: Rules = {"D": ("fsdp",), "W": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 
 # Activations. fsdp splits the batch as well: it is data parallelism that stores its parameters in parts.
-COMPUTED: Rules = {"B": ("data", "fsdp"), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+COMPUTED: Rules = {
+    "B": ("data", "fsdp"), "L": ("context",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",),
+}  # fmt: skip
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rules) -> PartitionSpec:
@@ -37,23 +40,48 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rul
     return PartitionSpec(*parts)
 
 
-def constrain(x: jax.Array, axes: str) -> jax.Array:
+def constrain(x: jax.Array, axes: str, rules: Rules = COMPUTED) -> jax.Array:
     """Say inside jit how an activation lies, e.g. `constrain(x_BLD, "BLD")`; no effect without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, COMPUTED))
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, rules))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes."""
+    """Rows of a batch over the data and fsdp axes; of few numbers, so that each device holds the whole length."""
     return NamedSharding(mesh, PartitionSpec(COMPUTED["B"]))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in COMPUTED["B"])
+
+
+def length_ways() -> int:
+    """Over how many devices the mesh that is set splits the length of an activation."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COMPUTED["L"])
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch (host arrays) as global device arrays."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def fitting(array: Any, like: NamedSharding) -> NamedSharding:
+    """The sharding of an array that belongs to a parameter: as that lies, in the dimensions that can be split so; whole, if
+    it has others (the rows and columns of a factored moment)."""
+    parts = (*like.spec, *(None,) * (len(array.shape) - len(like.spec)))
+    if len(parts) != len(array.shape):
+        return NamedSharding(like.mesh, PartitionSpec())
+
+    def ways(over: Any) -> int:
+        return math.prod(like.mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over or ()))
+
+    fits = (over if length % ways(over) == 0 else None for over, length in zip(parts, array.shape, strict=True))
+    return NamedSharding(like.mesh, PartitionSpec(*fits))
 
 
 def stored_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.data import Example, in_order
 from jaxlm.generate import BatchGenerator, DecodeConfig
-from jaxlm.parallel import batch_sharding, place_batch, settle, stored_shardings
+from jaxlm.parallel import batch_sharding, batch_ways, place_batch, settle, stored_shardings
 from jaxlm.tasks.task import Examples, Outputs, Prediction, Row, Task
 
 
@@ -43,7 +43,7 @@ class Predictor:
 
     def __init__(self, task: Task, model: Any, mesh: jax.sharding.Mesh, batch_size: int, chunk: int = 128):
         self.task, self.model, self.mesh = task, model, mesh
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = batch_ways(mesh)
         self.batch_size = -(-batch_size // ways) * ways
         objective = task.objective(chunk)
 

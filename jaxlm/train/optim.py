@@ -1,4 +1,4 @@
-"""Schedules and the optimiser, Optax's own, with rates and decay by the names of parameters."""
+"""Schedules and the optimiser: clipping, moments, decay and rate, the last two by the names of parameters."""
 
 import dataclasses
 import re
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
+from jaxlm.train.moments import Betas, Name, make_moments
 from jaxlm.train.tune import Tuning, check_regex, matching
 
 Tree = Any
@@ -34,8 +35,10 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019) under a schedule, with clipping by global norm."""
+    """An optimiser under a schedule, with clipping by global norm and decoupled weight decay."""
 
+    name: Name = "adamw"
+    """What makes a step of a gradient; adam8bit: AdamW with moments of a byte a number."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -108,11 +111,12 @@ def parameter_paths(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, tuning: Tuning | None = None) -> optax.GradientTransformation:
-    """AdamW over a tree of parameters; `layer_decay` and `groups` need the `tuning` that says which layers its leaves hold.
+    """The optimiser of a tree of parameters; `layer_decay` and `groups` need the `tuning` that says which layers its leaves hold.
 
     Raises ValueError for a group that finds nothing.
     """
-    adam, rate = optax.scale_by_adam(config.beta1, config.beta2, config.eps), optax.scale_by_learning_rate(schedule)
+    betas = Betas(config.beta1, config.beta2, config.eps)
+    moments, rate = make_moments(config.name, betas, tuning), optax.scale_by_learning_rate(schedule)
     scale: list[optax.GradientTransformation] = []
     if tuning is None:
         assert config.layer_decay == 1 and not config.groups, "layer_decay and groups are by layer: make_optimizer needs a tuning"
@@ -125,8 +129,8 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, tuning: Tuning
         rates, shares = multipliers(config, tuning)
         decay = _decay(config.weight_decay, shares)
         scale = [] if all(np.all(value == 1) for value in jax.tree.leaves(rates)) else [_times(rates)]
-    adamw = optax.chain(adam, decay, *scale, rate)
-    return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    step = optax.chain(moments, decay, *scale, rate)
+    return step if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), step)
 
 
 def multipliers(config: OptimConfig, tuning: Tuning) -> tuple[Tree, Tree]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.model import Model
-from jaxlm.parallel import batch_sharding, stored_shardings
+from jaxlm.parallel import batch_sharding, fitting, stored_shardings
 from jaxlm.train.objectives import Objective
 from jaxlm.train.tune import TuneConfig, Tuning
 
@@ -55,13 +55,14 @@ def state_shardings(
     whole = NamedSharding(mesh, PartitionSpec())
     params = stored_shardings(tuning.axes, tuning.shapes, mesh)
     frozen = stored_shardings(tuning.frozen_axes, tuning.frozen_shapes, mesh)
+
+    def place(array: Any, sharding: NamedSharding) -> Any:
+        return array if isinstance(array, optax.MaskedNode) else fitting(array, sharding)
+
     opt_state = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state_shapes(model, optimizer, tuning).opt_state,
-        params,
-        transform_non_params=lambda _: whole,
-    )
+        optimizer, place, state_shapes(model, optimizer, tuning).opt_state, params,
+        transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
     return TrainState(whole, params, opt_state, frozen, None if average is None else params)
 
 

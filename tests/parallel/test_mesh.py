@@ -19,15 +19,33 @@ LLAMA = dataclasses.replace(
 
 
 def test_sizes():
-    assert dict(make_mesh(ParallelConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(ParallelConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(ParallelConfig(data=1, fsdp=-1, tensor=2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    def sizes(**given):
+        return tuple(make_mesh(ParallelConfig(**given)).shape.values())
+
+    assert tuple(make_mesh(ParallelConfig()).shape) == ("data", "fsdp", "context", "tensor")
+    assert sizes() == (8, 1, 1, 1)
+    assert sizes(fsdp=2, tensor=2) == (2, 2, 1, 2)
+    assert sizes(data=1, fsdp=-1, tensor=2) == (1, 4, 1, 2)
+    assert sizes(data=1, context=-1) == (1, 1, 8, 1)
 
 
-@pytest.mark.parametrize("config", [ParallelConfig(tensor=3), ParallelConfig(data=2, fsdp=2), ParallelConfig(data=-1, fsdp=16)])
-def test_sizes_that_do_not_fit_are_refused(config):
-    with pytest.raises(ValueError, match=r"does not fit 8 cpu device.*--parallel\.data -1"):
+@pytest.mark.parametrize(
+    "config, given, legal",
+    [
+        (ParallelConfig(tensor=3), "data -1 × tensor 3", "data 4 × tensor 2"),
+        (ParallelConfig(data=2, fsdp=2), "data 2 × fsdp 2", "data 4 × fsdp 2"),
+        (ParallelConfig(fsdp=16), "data -1 × fsdp 16", "fsdp 8"),
+        (ParallelConfig(data=4, context=4, tensor=2), "data 4 × context 4 × tensor 2", "context 4 × tensor 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sizes_that_do_not_fit_are_refused_with_some_that_do(config, given, legal):
+    with pytest.raises(ValueError) as error:
         make_mesh(config)
+    assert str(error.value) == (
+        f"parallel: {given} does not fit 8 cpu device(s): the sizes must multiply to 8, as {legal} do "
+        "(--parallel.data -1 takes what the others leave)"
+    )
 
 
 def test_rules_split_what_divides():
