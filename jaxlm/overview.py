@@ -11,19 +11,22 @@ import numpy as np
 from jaxlm.data import SourceConfig, documents
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.models import Trained
+from jaxlm.parallel import STORED, ParallelConfig, abstract_mesh, spec
 from jaxlm.report import count
 
 # --- show ------------------------------------------------------------------------------------------
 
 
-def describe_model(config: TransformerConfig, length: int) -> list[str]:
-    """Lines: the tree of modules with shapes, logical axes and parameters; then FLOPs and memory at `length` tokens."""
+def describe_model(config: TransformerConfig, length: int, parallel: ParallelConfig | None = None) -> list[str]:
+    """Lines: the tree of modules with shapes, logical axes and parameters; then FLOPs and memory at `length` tokens. With the
+    sizes of a mesh also how each parameter lies on it, and what one of its devices holds."""
     if config.vocab_size is None:
         raise ValueError("the vocabulary's size comes from the tokenizer: give --vocab-size, or show the run that it makes")
     model = Model(config)
     shapes, axes = model.shapes, model.axes
     lines = [", ".join(f"{name} of {layers} layer{'s' if layers > 1 else ''}" for name, layers in config.stacks.items())]
-    lines += list(_tree(shapes, axes, ""))
+    mesh = None if parallel is None else abstract_mesh(parallel)
+    lines += list(_tree(shapes, axes, "", mesh))
     total, matrices = model.parameters(), config.matmul_parameters()
     exact, rough = config.train_flops_per_token(length), 6.0 * total
     cache = 2 * config.stacks.get("decoder", 0) * config.K * config.H * 2 * length
@@ -36,19 +39,49 @@ def describe_model(config: TransformerConfig, length: int) -> list[str]:
         f"serving memory        {size(2 * total)} of bfloat16 parameters"
         + (f" + {size(cache)} of cache a text of {length:,} tokens" if cache else ""),
     ]
+    if mesh is not None:
+        held = sum(_held(leaf, letters, mesh) for leaf, letters in _leaves(shapes, axes))
+        sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+        lines += [
+            f"mesh                  {sizes}: {mesh.size:,} devices",
+            f"on each device        {count(held)} parameters, {100 * held / total:.3g}%; {size(16 * held)} of training memory",
+        ]
     return lines
 
 
-def _tree(shapes: Mapping[str, Any], axes: Mapping[str, Any], indent: str) -> Iterator[str]:
+def _leaves(shapes: Mapping[str, Any], axes: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    letters = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    yield from zip(jax.tree.leaves(shapes), letters, strict=True)
+
+
+def _held(leaf: Any, letters: Any, mesh: Any) -> int:
+    """Numbers of a parameter that one device stores."""
+    lies = jax.sharding.NamedSharding(mesh, spec(tuple(letters), leaf.shape, mesh, STORED))
+    return int(np.prod(lies.shard_shape(leaf.shape)))
+
+
+def _tree(shapes: Mapping[str, Any], axes: Mapping[str, Any], indent: str, mesh: Any) -> Iterator[str]:
     for name, below in shapes.items():
         if isinstance(below, Mapping):
             total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(below))
             yield f"{indent + name:<44}{count(total):>10}"
-            yield from _tree(below, axes[name], indent + "  ")
+            yield from _tree(below, axes[name], indent + "  ", mesh)
         else:
             letters = " ".join("layers" if letter == "layers" else str(letter or "·") for letter in axes[name])
             shown = " × ".join(map(str, below.shape))
-            yield f"{indent + name:<44}{count(int(np.prod(below.shape))):>10}  {shown}  ({letters})"
+            lies = "" if mesh is None else f"  {_where(below, axes[name], mesh)}"
+            yield f"{indent + name:<44}{count(int(np.prod(below.shape))):>10}  {shown}  ({letters}){lies}"
+
+
+def _where(leaf: Any, letters: Any, mesh: Any) -> str:
+    """How a parameter lies on a mesh: which mesh axes split which of its own."""
+    parts = spec(tuple(letters), leaf.shape, mesh, STORED)
+    split = [
+        f"{letter} over {' × '.join((over,) if isinstance(over, str) else over)}"
+        for letter, over in zip(letters, parts, strict=True)
+        if over
+    ]
+    return ", ".join(split) or "whole on every device"
 
 
 def size(value: float) -> str:

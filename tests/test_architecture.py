@@ -29,6 +29,7 @@ ROOMS = {
         "cache",
         "attention",
         "moe",
+        "pipeline",
         "transformer",
         "heads",
         "functions",

@@ -104,7 +104,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 RESUMABLE = (
     "train.steps", "train.eval_every", "train.log_every", "train.keep", "train.sample_prompt", "train.sample_tokens",
     "train.patience", "train.eval_rows", "data.epochs", "data.cache", "data.prefetch", "parallel.data", "parallel.fsdp",
-    "parallel.context", "parallel.tensor", "parallel.across", "seeds",
+    "parallel.stage", "parallel.context", "parallel.tensor", "parallel.across", "seeds",
 )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ Tensors = dict[str, dict[str, str]]
 
 # Choices of how to compute and train, which no family knows of.
 OURS = frozenset((
-    "preset", "vocab_multiple", "kernel", "context", "init", "init_std", "unroll", "remat", "dtype", "moe.router_z_loss", "dropout",
+    "preset", "vocab_multiple", "kernel", "context", "microbatches", "rounds",
+    "init", "init_std", "unroll", "remat", "dtype", "moe.router_z_loss", "dropout",
     "head.pair",
 ))  # fmt: skip
 

@@ -211,13 +211,18 @@ class TransformerConfig:
     """Precision of the computation; parameters are always float32."""
     unroll: bool = False
     """Unroll the layers instead of scanning them: slower to compile, faster to run on a CPU."""
+    microbatches: int | None = None
+    """Parts of a batch that go through the stages (parallel.stage) one behind the other; empty: as many as stages. The more,
+    the less of the time stages idle: (stages − 1) / (microbatches · rounds + stages − 1) of it."""
+    rounds: int = 1
+    """How often a part of the batch goes through all stages, each of which then holds as many runs of layers."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matrix products, everything."""
 
     def __post_init__(self) -> None:
         for name in (
             "vocab_size", "vocab_multiple", "positions", "layers", "decoder_layers", "width", "embedding_width", "heads",
-            "kv_heads", "head_width", "mlp_width", "window", "relative_distance",
+            "kv_heads", "head_width", "mlp_width", "window", "relative_distance", "microbatches", "rounds",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxlm.model.cache import Cache
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.layers import Linear, Norm, activate, parameter
+from jaxlm.model.layers import Linear, Norm, activate, divisor, parameter
 from jaxlm.model.transformer import Batch, Output, Transformer
 from jaxlm.parallel.rules import constrain, length_ways
 
@@ -248,11 +248,6 @@ class LanguageModel(nn.Module):
 
         _, drawn_XBC = _over_chunks(step, key, hidden_BLD, chunk)
         return _joined(drawn_XBC, hidden_BLD.shape[1], chunk).astype(jnp.int32)
-
-
-def divisor(length: int, chunk: int) -> int:
-    """The largest size up to `chunk` that divides the length."""
-    return max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
 
 
 class PairHead(nn.Module):

@@ -27,6 +27,11 @@ def parameter(module: Any, name: str, axes: str, init: Any, split: bool = True) 
     return module.param(name, nn.with_logical_partitioning(init, letters), tuple(sizes[letter] for letter in axes))
 
 
+def divisor(length: int, chunk: int) -> int:
+    """The largest size up to `chunk` that divides the length."""
+    return max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
+
+
 def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """The einsum of a map whose last axes of x are the first of w.
 

@@ -151,16 +151,15 @@ def _split(
         return mix(config, x, probabilities, up, gate, down)
     letters = [(x, "BLD"), (probabilities, "BLE"), (up, "EDF"), (gate, "EDF"), (down, "EFD")]
     specs = [None if array is None else spec(axes, array.shape, mesh, COMPUTED) for array, axes in letters]
-    over_BL, over_F = _axes(specs[0], 0) + _axes(specs[0], 1), _axes(specs[2], 2)
+    over_F = _axes(specs[2], 2)
 
     def local(x: jax.Array, probabilities: jax.Array, *matrices: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        # Said before `grouped`, whose gradient is our own, that x differs along over_F and the matrices along over_BL:
-        # the gradients are then summed over these.
-        differ = [None if w is None else jax.lax.pcast(w, over_BL, to="varying") for w in matrices]
-        y, chosen = mix(config, jax.lax.pcast(x, over_F, to="varying"), probabilities, *differ)  # type: ignore[arg-type]
+        y, chosen = mix(config, x, probabilities, *matrices)  # type: ignore[arg-type]
         return jax.lax.psum(y, over_F), chosen
 
-    return jax.shard_map(local, in_specs=tuple(specs), out_specs=(specs[0], specs[1]))(x, probabilities, up, gate, down)
+    # What `grouped`, whose gradient is our own, varies over cannot be checked where a pipeline adds its stages to it.
+    split = jax.shard_map(local, in_specs=tuple(specs), out_specs=(specs[0], specs[1]), check_vma=False)
+    return split(x, probabilities, up, gate, down)
 
 
 def _axes(of: Any, dimension: int) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxlm.model.attention import Attention, KeyValue
 from jaxlm.model.cache import Cache, Source
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm
+from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm, divisor
 from jaxlm.model.mask import Mask
 from jaxlm.model.moe import Moe
+from jaxlm.model.pipeline import pipelined, stages
 from jaxlm.model.positions import RelativeBias, alibi, distances, rotary_angles, sinusoids
 
 Batch = Mapping[str, Any]
@@ -142,6 +143,9 @@ class Stack(nn.Module):
         x_BLD = self._embed(x_BLW, positions_BL, batch.get("types_BL"))
         context = self._context(batch, place_L, positions_BL, cache, read)
 
+        if stages() > 1 and cache is None and not self.is_initializing() and not c.share_layers:
+            x_BLD, auxiliary = self._in_stages(x_BLD, context)
+            return Output(Norm(c, c.norm, name="final_norm")(x_BLD) if c.norm_position != "post" else x_BLD, None, auxiliary)
         stack = self._scanned()(c, self.train, name="layers")
         kv = None if cache is None else (cache.k_XBKSH, cache.v_XBKSH)
         source = None if cache is None or cache.source is None or read is not None else (cache.source.k_XBKSH, cache.source.v_XBKSH)
@@ -203,6 +207,30 @@ class Stack(nn.Module):
         elif cache is not None and cache.source is not None:
             context = dataclasses.replace(context, read_mask=Mask(None, cache.source.segments_BS, causal=False))
         return context
+
+    def _in_stages(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        """The layers as stages of a pipeline, which are pure functions of their part of the stacked parameters."""
+        c, rows = self.config, x_BLD.shape[0]
+        parts = divisor(rows, c.microbatches or stages())
+        key = self.make_rng("dropout") if self.train and c.dropout else None
+        local_X = jnp.asarray(c.local(self.layers))
+
+        def run(params: Any, x_BLD: jax.Array, layer: jax.Array, part: jax.Array, context: Any) -> tuple[jax.Array, jax.Array]:
+            own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), part)
+            (y_BLD, _), (_, loss) = Block(c, self.train).apply(
+                {"params": params},
+                (x_BLD, None),
+                layer,
+                local_X[layer],
+                None,
+                context,
+                rngs=None if own is None else {"dropout": own},
+            )
+            return y_BLD, loss
+
+        if c.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        return pipelined(run, self.variables["params"]["layers"], x_BLD, context, self.layers, parts, c.rounds)
 
     def _scanned(self) -> Any:
         c, block = self.config, Block

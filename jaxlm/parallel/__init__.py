@@ -1,10 +1,22 @@
 """Where arrays lie: the mesh of devices and the rules that split logical axes over it."""
 
-from jaxlm.parallel.mesh import ParallelConfig, make_mesh, peak_flops, settle
-from jaxlm.parallel.rules import batch_sharding, batch_ways, constrain, fitting, length_ways, place_batch, stored_shardings
+from jaxlm.parallel.mesh import ParallelConfig, abstract_mesh, make_mesh, peak_flops, settle
+from jaxlm.parallel.rules import (
+    STORED,
+    batch_sharding,
+    batch_ways,
+    constrain,
+    fitting,
+    length_ways,
+    place_batch,
+    spec,
+    stored_shardings,
+)
 
 __all__ = [
+    "STORED",
     "ParallelConfig",
+    "abstract_mesh",
     "batch_sharding",
     "batch_ways",
     "constrain",
@@ -14,5 +26,6 @@ __all__ = [
     "peak_flops",
     "place_batch",
     "settle",
+    "spec",
     "stored_shardings",
 ]

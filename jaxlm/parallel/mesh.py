@@ -9,8 +9,8 @@ import jax
 from jax.experimental import mesh_utils
 
 # From the slowest links to the fastest: neighbours on the last axis are neighbours in the machine.
-AXES = ("data", "fsdp", "context", "tensor")
-Across = Literal["data", "fsdp"]
+AXES = ("stage", "data", "fsdp", "context", "tensor")
+Across = Literal["stage", "data", "fsdp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,8 @@ class ParallelConfig:
     """Copies of the model, each on its own rows of the batch."""
     fsdp: int = 1
     """Parameters and optimiser state split over this many devices, each on its own rows of the batch."""
+    stage: int = 1
+    """The layers split over this many devices, through which parts of the batch go one behind the other."""
     context: int = 1
     """The length of the rows split over this many devices."""
     tensor: int = 1
@@ -71,10 +73,16 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, axis_types=auto)
 
 
+def abstract_mesh(config: ParallelConfig) -> jax.sharding.AbstractMesh:
+    """The mesh of these sizes without devices; -1 counts as 1."""
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.sharding.AbstractMesh(tuple(max(size, 1) for size in config.sizes), AXES, axis_types=auto)
+
+
 def _fitting(config: ParallelConfig, count: int) -> str:
     """Sizes near those asked for that multiply to `count`: each, the fastest links first, as large as still divides."""
     found, left = {}, count
-    for axis in reversed(AXES[1:]):
+    for axis in [axis for axis in reversed(AXES) if axis != "data"]:
         asked = max(getattr(config, axis), 1)
         found[axis] = next(size for size in range(min(asked, left), 0, -1) if left % size == 0)
         left //= found[axis]

@@ -15,11 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Rules = Mapping[str, tuple[str, ...]]
 
 # Parameters and optimiser state. A letter that is not named is held whole by every device.
-STORED: Rules = {"D": ("fsdp",), "W": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+STORED: Rules = {
+    "layers": ("stage",), "D": ("fsdp",), "W": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",),
+}  # fmt: skip
 
 # Activations. fsdp splits the batch as well: it is data parallelism that stores its parameters in parts.
 COMPUTED: Rules = {
-    "B": ("data", "fsdp"), "L": ("context",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",),
+    "Z": ("stage",), "B": ("data", "fsdp"), "L": ("context",),
+    "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",),
 }  # fmt: skip
 
 
@@ -40,12 +43,16 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rul
     return PartitionSpec(*parts)
 
 
-def constrain(x: jax.Array, axes: str, rules: Rules = COMPUTED) -> jax.Array:
-    """Say inside jit how an activation lies, e.g. `constrain(x_BLD, "BLD")`; no effect without a mesh."""
+def constrain(x: jax.Array, axes: str, rules: Rules = COMPUTED, free: bool = False) -> jax.Array:
+    """Say inside jit how an activation lies, e.g. `constrain(x_BLD, "BLD")`; no effect without a mesh. With `free` the
+    compiler may split as it likes the dimensions that no rule names."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, rules))
+    parts = spec(axes, x.shape, mesh, rules)
+    if free:
+        parts = PartitionSpec(*(PartitionSpec.UNCONSTRAINED if part is None else part for part in parts))
+    return jax.lax.with_sharding_constraint(x, parts)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

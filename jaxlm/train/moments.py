@@ -120,7 +120,7 @@ class Adam8bitState(NamedTuple):
     """Moments as codes with their scales: bytes like the parameter, and for each block its largest magnitude. A leaf that is
     too small for it has the moment itself in place of the codes, and no scale."""
 
-    count: jax.Array
+    step: jax.Array
     mu: Tree
     mu_scale: Tree
     nu: Tree
@@ -148,8 +148,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         )  # fmt: skip
 
     def update(updates: Tree, state: Adam8bitState, params: Tree | None = None) -> tuple[Tree, Adam8bitState]:
-        count = state.count + 1
-        steps = count.astype(jnp.float32)
+        taken = state.step + 1
+        steps = taken.astype(jnp.float32)
 
         def one(g: jax.Array, mu: Any, mu_scale: Any, nu: Any, nu_scale: Any) -> tuple[Any, ...]:
             g32 = g.astype(jnp.float32)
@@ -162,7 +162,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
         moved = jax.tree.map(one, updates, state.mu, state.mu_scale, state.nu, state.nu_scale)
         parts = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0,) * 5), moved)
-        return parts[0], Adam8bitState(count, *parts[1:])
+        return parts[0], Adam8bitState(taken, *parts[1:])
 
     return optax.GradientTransformation(init, update)
 

@@ -61,6 +61,8 @@ class ShowOptions:
     """Tokens of a text, for FLOPs and cache; empty: the model's positions."""
     vocab_size: int | None = None
     """Entries of the vocabulary, where a preset or a config file leaves it to the tokenizer."""
+    mesh: str | None = None
+    """Sizes of a mesh, such as fsdp=8,tensor=4, to show how the parameters would lie on it; no device is needed."""
 
     def __post_init__(self) -> None:
         for name in ("length", "vocab_size"):
@@ -70,16 +72,22 @@ class ShowOptions:
 
 
 def show(words: Sequence[str]) -> int:
-    """jaxlm show MODEL [--length N] [--vocab-size N]: modules, parameters, FLOPs, memory; of a preset or config file too."""
+    """jaxlm show MODEL [--length N] [--vocab-size N] [--mesh fsdp=8,tensor=4]: modules, parameters, FLOPs, memory; of a
+    preset or config file too."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(ShowOptions, None, flags).value
     from jaxlm.models import model_config
     from jaxlm.overview import describe_model
+    from jaxlm.parallel import ParallelConfig
 
     config = model_config(argument)
     if options.vocab_size is not None:
         config = dataclasses.replace(config, vocab_size=options.vocab_size)
-    for line in describe_model(config, options.length or config.positions):
+    parallel = None
+    if options.mesh is not None:
+        flags = {name: size for name, _, size in (pair.partition("=") for pair in options.mesh.split(","))}
+        parallel = configs.load(ParallelConfig, None, flags).value
+    for line in describe_model(config, options.length or config.positions, parallel):
         say(line)
     return 0
 

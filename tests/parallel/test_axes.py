@@ -32,7 +32,9 @@ MODELS = {
 MESHES = [
     {"data": 8}, {"fsdp": 8}, {"context": 8}, {"tensor": 4, "data": 2},
     {"data": 2, "fsdp": 4}, {"data": 4, "context": 2}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 4},
-    {"context": 4, "tensor": 2}, {"context": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
+    {"context": 4, "tensor": 2}, {"context": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "context": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "data": 4}, {"stage": 2, "fsdp": 2, "tensor": 2},
+    {"stage": 2, "data": 2, "context": 2}, {"stage": 2, "context": 2, "tensor": 2},
     {"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2},
 ]  # fmt: skip
 
@@ -98,10 +100,22 @@ def alone():
 @pytest.mark.parametrize("mesh", MESHES, ids=name_of)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_mesh_gives_one_devices_numbers(kind, mesh, alone):
-    if kind not in alone:
-        alone[kind] = three_steps(MODELS[kind], ParallelConfig(data=1))
-    losses, grads = alone[kind]
-    ours, theirs = three_steps(MODELS[kind], ParallelConfig(**{"data": 1, **mesh}))
+    check(MODELS[kind], mesh, alone)
+
+
+@pytest.mark.parametrize("rounds, parts", [(1, 8), (2, 2), (2, 4), (4, 2)])
+def test_rounds_and_parts_of_a_pipeline(rounds, parts, alone):
+    config = dataclasses.replace(DECODER, layers=8)
+    check(config, {"stage": 2, "data": 1, "fsdp": 4}, alone, rounds=rounds, microbatches=parts)
+
+
+def check(config, mesh, alone, **pipeline):
+    if "stage" in mesh:  # the balance of experts is that of each microbatch, as it is of each part in accumulation
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balance_loss=0.0, router_z_loss=0.0))
+    if config not in alone:
+        alone[config] = three_steps(config, ParallelConfig(data=1))
+    losses, grads = alone[config]
+    ours, theirs = three_steps(dataclasses.replace(config, **pipeline), ParallelConfig(**{"data": 1, **mesh}))
     assert losses[2] < losses[0]
     np.testing.assert_allclose(ours, losses, rtol=1e-5)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
