@@ -104,7 +104,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 RESUMABLE = (
     "train.steps", "train.eval_every", "train.log_every", "train.keep", "train.sample_prompt", "train.sample_tokens",
     "train.patience", "train.eval_rows", "data.epochs", "data.cache", "data.prefetch", "parallel.data", "parallel.fsdp",
-    "parallel.stage", "parallel.context", "parallel.tensor", "parallel.across", "seeds",
+    "parallel.stage", "parallel.expert", "parallel.context", "parallel.tensor", "parallel.across", "seeds",
 )  # fmt: skip
 
 
@@ -195,6 +195,7 @@ def check_fits(config: ExperimentConfig, model: TransformerConfig, mesh: jax.sha
         ("tensor", "model.mlp_width", model.F),
         ("tensor", "model.vocab_size", model.V),
         ("fsdp", "model.width", model.width),
+        ("expert", "model.moe.experts", model.moe.experts or 1),
         ("context", "data.length", config.data.length),
     ):
         if size % sizes[axis]:

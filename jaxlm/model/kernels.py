@@ -21,7 +21,7 @@ from jaxlm.model.dense import xla
 from jaxlm.model.fused import LANES, cudnn, rest_of, splash
 from jaxlm.model.mask import Mask
 from jaxlm.model.ring import ring, why_not_ring
-from jaxlm.parallel.rules import COMPUTED, Rules, constrain, length_ways, spec
+from jaxlm.parallel.rules import COMPUTED, Rules, constrain, length_ways, platform, spec
 
 Kernel = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 Sharing = Literal["auto", "ring", "ulysses", "gather"]
@@ -144,17 +144,6 @@ def choose(
 @functools.cache
 def _say(name: str, why: str) -> None:
     _log.warning("attention %s cannot be used here: %s", name, why)
-
-
-def platform() -> str:
-    """cpu, gpu or tpu: of the mesh that is set, which when compiling ahead of time is not this machine's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        found = jax.default_backend()
-    else:  # JAX 0.10.0 knows the kind of an abstract device only: "cpu", "TPU v5 lite", "NVIDIA H100"
-        kind = device.device_kind
-        found = getattr(device, "platform", "tpu" if kind.startswith("TPU") else "cpu" if kind == "cpu" else "gpu")
-    return "gpu" if found in ("cuda", "rocm") else found
 
 
 def why_not(

@@ -2,12 +2,13 @@
 
 Letters: B batch · L length · D model width · F width of an expert · E experts · J experts chosen for a token ·
 R rows, one for each token and expert chosen for it (B·L·J) · P blocks of M rows, each of one expert ·
-I, O width of what a matrix takes and gives.
+Z devices that share the experts · I, O width of what a matrix takes and gives.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import Mlp, activate, parameter
-from jaxlm.parallel.rules import COMPUTED, spec
+from jaxlm.parallel.rules import COMPUTED, platform, spec
 
 
 class Moe(nn.Module):
@@ -69,40 +70,87 @@ class _Matrix(nn.Module):
 
 def mix(
     config: TransformerConfig, x_BLD: jax.Array, probabilities_BLE: jax.Array,
-    up_EDF: jax.Array, gate_EDF: jax.Array | None, down_EFD: jax.Array,
+    up_EDF: jax.Array, gate_EDF: jax.Array | None, down_EFD: jax.Array, ways: int = 1,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Σ_j weight_j · expert_j(x) over each token's chosen experts → (B, L, D), and who they are, (B, L, J).
-
-    Each expert's rows are gathered into blocks of their own, the last of which is filled up.
-    """
-    J, E = config.moe.chosen, config.moe.experts
+    """Σ_j weight_j · expert_j(x) over each token's chosen experts → (B, L, D), and who they are, (B, L, J). Of `ways`
+    devices each has its part of the experts, and the tokens travel to them."""
+    J = config.moe.chosen
     weights_BLJ, chosen_BLJ = jax.lax.top_k(probabilities_BLE, J)
     if config.moe.normalize:
         weights_BLJ = weights_BLJ / jnp.sum(weights_BLJ, axis=-1, keepdims=True)
+    x_RD, chosen_R = jnp.repeat(x_BLD.reshape(-1, x_BLD.shape[-1]), J, axis=0), chosen_BLJ.reshape(-1)
+    run = functools.partial(experts, config.activation, up_EDF=up_EDF, gate_EDF=gate_EDF, down_EFD=down_EFD)
+    y_RD = run(x_RD, chosen_R) if ways == 1 else travel(run, x_RD, chosen_R, up_EDF.shape[0], ways)
+    y_BLJD = y_RD.reshape(*chosen_BLJ.shape, -1)
+    return jnp.einsum("BLJD,BLJ->BLD", y_BLJD, weights_BLJ.astype(y_BLJD.dtype)), chosen_BLJ
 
-    chosen_R = chosen_BLJ.reshape(-1)
-    R, D = chosen_R.size, x_BLD.shape[-1]
+
+def travel(
+    run: Callable[[jax.Array, jax.Array], jax.Array], x_RD: jax.Array, chosen_R: jax.Array, held: int, ways: int
+) -> jax.Array:
+    """`run(rows, their experts)` where those experts are: device i of the axis `expert` holds `held` of them from i · held on.
+
+    Rows are sorted by expert and so by device, sent there, and what comes back is put in order again. No row is turned away:
+    a device makes room for all rows of all devices, of which the compiler's ragged exchange sends only those that are there.
+    """
+    R, D = x_RD.shape
+    order_R = jnp.argsort(chosen_R)
+    sorted_R = jnp.take(chosen_R, order_R)
+    home_R = sorted_R // held
+    sent_Z = jnp.sum((home_R[:, None] == jnp.arange(ways, dtype=home_R.dtype)[None]).astype(jnp.int32), axis=0)
+    begin_Z = jnp.cumsum(sent_Z) - sent_Z
+    swap = functools.partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0)
+    x_RD = jnp.take(x_RD, order_R, axis=0)
+    if platform() == "cpu":  # which has no ragged exchange: every device gets a whole buffer, mostly empty
+        slot_R = home_R * R + jnp.arange(R, dtype=home_R.dtype) - jnp.take(begin_Z, home_R)
+
+        def there(rows: jax.Array, empty: Any) -> jax.Array:
+            buffer = jnp.full((ways * R, *rows.shape[1:]), empty, rows.dtype).at[slot_R].set(rows, unique_indices=True)
+            return swap(buffer.reshape(ways, R, *rows.shape[1:])).reshape(buffer.shape)
+
+        y_RD = run(there(x_RD, 0), there(sorted_R % held, held))
+        y_RD = jnp.take(swap(y_RD.reshape(ways, R, D)).reshape(ways * R, D), slot_R, axis=0, unique_indices=True)
+    else:
+        # Device z writes its rows for me at z · R of my buffer, and gets them back from there.
+        me, mine_Z = jax.lax.axis_index("expert"), swap(sent_Z)
+        slots_Z = jnp.arange(ways, dtype=jnp.int32) * R
+
+        def send(rows: jax.Array, empty: Any) -> jax.Array:
+            buffer = jnp.full((ways * R, *rows.shape[1:]), empty, rows.dtype)
+            at_Z = jnp.full((ways,), me * R, jnp.int32)
+            return jax.lax.ragged_all_to_all(rows, buffer, begin_Z, sent_Z, at_Z, mine_Z, axis_name="expert")
+
+        y_RD = run(send(x_RD, 0), send(sorted_R % held, held))
+        y_RD = jax.lax.ragged_all_to_all(y_RD, jnp.zeros_like(x_RD), slots_Z, mine_Z, swap(begin_Z), sent_Z, axis_name="expert")
+    return jnp.zeros_like(y_RD).at[order_R].set(y_RD, unique_indices=True)
+
+
+def experts(
+    activation: str, x_RD: jax.Array, chosen_R: jax.Array, *, up_EDF: jax.Array, gate_EDF: jax.Array | None, down_EFD: jax.Array
+) -> jax.Array:
+    """Each row through its expert; a row whose expert is E, one more than there are, is empty and gives zeros.
+
+    Each expert's rows are gathered into blocks of their own, the last of which is filled up.
+    """
+    E, (R, D) = up_EDF.shape[0], x_RD.shape
     # Large blocks keep matrix units busy; but what fills them up, half a block an expert, is computed too.
     M = min(512, max(8, R // (4 * E)))
     hits_RE = (chosen_R[:, None] == jnp.arange(E, dtype=chosen_R.dtype)[None, :]).astype(jnp.int32)
-    rank_R = jnp.take_along_axis(jnp.cumsum(hits_RE, axis=0), chosen_R[:, None], axis=1)[:, 0] - 1
+    rank_R = jnp.take_along_axis(jnp.cumsum(hits_RE, axis=0), jnp.minimum(chosen_R, E - 1)[:, None], axis=1)[:, 0] - 1
     ends_E = jnp.cumsum(-(-jnp.sum(hits_RE, axis=0) // M))  # in blocks
     begin_E = jnp.concatenate([jnp.zeros_like(ends_E[:1]), ends_E[:-1]])
-    place_R = jnp.take(begin_E, chosen_R) * M + rank_R
 
     P = min(R, R // M + E)  # never more blocks than this, whatever the router says
-    x_RD = jnp.repeat(x_BLD.reshape(-1, D), J, axis=0)
-    x_PMD = jnp.zeros_like(x_BLD, shape=(P * M, D)).at[place_R].set(x_RD, unique_indices=True).reshape(P, M, D)
+    place_R = jnp.where(chosen_R < E, jnp.take(begin_E, chosen_R, mode="clip") * M + rank_R, P * M)
+    x_PMD = jnp.zeros_like(x_RD, shape=(P * M, D)).at[place_R].set(x_RD, mode="drop").reshape(P, M, D)
     expert_P = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(P, dtype=jnp.int32), side="right"), E - 1)
     multiply = functools.partial(grouped, expert_P=expert_P, used=ends_E[-1])
     inner_PMF = multiply(x_PMD, up_EDF)
     if gate_EDF is None:
-        inner_PMF = activate(config.activation, inner_PMF)
+        inner_PMF = activate(activation, inner_PMF)
     else:
-        inner_PMF = activate(config.activation, multiply(x_PMD, gate_EDF)) * inner_PMF
-    y_RD = jnp.take(multiply(inner_PMF, down_EFD).reshape(P * M, D), place_R, axis=0, unique_indices=True)
-    y_BLJD = y_RD.reshape(*chosen_BLJ.shape, D)
-    return jnp.einsum("BLJD,BLJ->BLD", y_BLJD, weights_BLJ.astype(y_BLJD.dtype)), chosen_BLJ
+        inner_PMF = activate(activation, multiply(x_PMD, gate_EDF)) * inner_PMF
+    return jnp.take(multiply(inner_PMF, down_EFD).reshape(P * M, D), place_R, axis=0, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
@@ -145,16 +193,19 @@ def _split(
     config: TransformerConfig, x: jax.Array, probabilities: jax.Array, up: jax.Array, gate: jax.Array | None, down: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`mix` on a mesh: each device gathers its own rows of the batch, for a top-k or a gather of all would bring every
-    token to every device. Devices that share rows each compute a part of F and add up."""
+    token to every device. Devices that share rows each compute a part of F and add up; devices that share the experts
+    send each other tokens."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return mix(config, x, probabilities, up, gate, down)
-    letters = [(x, "BLD"), (probabilities, "BLE"), (up, "EDF"), (gate, "EDF"), (down, "EFD")]
+    letters = [(x, "BLD"), (probabilities, "BL·"), (up, "EDF"), (gate, "EDF"), (down, "EFD")]
     specs = [None if array is None else spec(axes, array.shape, mesh, COMPUTED) for array, axes in letters]
-    over_F = _axes(specs[2], 2)
+    over_F, ways = _axes(specs[2], 2), mesh.shape["expert"] if _axes(specs[2], 0) else 1
+
+    run = functools.partial(mix, config, ways=ways)
 
     def local(x: jax.Array, probabilities: jax.Array, *matrices: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        y, chosen = mix(config, x, probabilities, *matrices)  # type: ignore[arg-type]
+        y, chosen = run(x, probabilities, *matrices)  # type: ignore[arg-type]
         return jax.lax.psum(y, over_F), chosen
 
     # What `grouped`, whose gradient is our own, varies over cannot be checked where a pipeline adds its stages to it.

@@ -226,11 +226,12 @@ class Stack(nn.Module):
                 context,
                 rngs=None if own is None else {"dropout": own},
             )
-            return y_BLD, loss
+            return jnp.asarray(y_BLD), jnp.asarray(loss)
 
         if c.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        return pipelined(run, self.variables["params"]["layers"], x_BLD, context, self.layers, parts, c.rounds)
+        layers = self.variables["params"]["layers"]
+        return pipelined(run, layers, x_BLD, context, self.layers, parts, c.rounds)
 
     def _scanned(self) -> Any:
         c, block = self.config, Block

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 
 # From the slowest links to the fastest: neighbours on the last axis are neighbours in the machine.
-AXES = ("stage", "data", "fsdp", "context", "tensor")
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 Across = Literal["stage", "data", "fsdp"]
 
 
@@ -23,6 +23,8 @@ class ParallelConfig:
     """Parameters and optimiser state split over this many devices, each on its own rows of the batch."""
     stage: int = 1
     """The layers split over this many devices, through which parts of the batch go one behind the other."""
+    expert: int = 1
+    """Experts split over this many devices, each on its own rows of the batch, which send each other tokens."""
     context: int = 1
     """The length of the rows split over this many devices."""
     tensor: int = 1

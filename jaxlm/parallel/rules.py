@@ -17,11 +17,13 @@ Rules = Mapping[str, tuple[str, ...]]
 # Parameters and optimiser state. A letter that is not named is held whole by every device.
 STORED: Rules = {
     "layers": ("stage",), "D": ("fsdp",), "W": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",),
+    "E": ("expert",),
 }  # fmt: skip
 
-# Activations. fsdp splits the batch as well: it is data parallelism that stores its parameters in parts.
+# Activations. fsdp and expert split the batch as well: they are data
+# parallelism that stores its parameters, or its experts, in parts.
 COMPUTED: Rules = {
-    "Z": ("stage",), "B": ("data", "fsdp"), "L": ("context",),
+    "Z": ("stage",), "B": ("data", "fsdp", "expert"), "L": ("context",), "E": ("expert",),
     "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",),
 }  # fmt: skip
 
@@ -53,6 +55,17 @@ def constrain(x: jax.Array, axes: str, rules: Rules = COMPUTED, free: bool = Fal
     if free:
         parts = PartitionSpec(*(PartitionSpec.UNCONSTRAINED if part is None else part for part in parts))
     return jax.lax.with_sharding_constraint(x, parts)
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh that is set, which when compiling ahead of time is not this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        found = jax.default_backend()
+    else:  # JAX 0.10.0 knows the kind of an abstract device only: "cpu", "TPU v5 lite", "NVIDIA H100"
+        kind = device.device_kind
+        found = getattr(device, "platform", "tpu" if kind.startswith("TPU") else "cpu" if kind == "cpu" else "gpu")
+    return "gpu" if found in ("cuda", "rocm") else found
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -103,6 +103,18 @@ def test_every_mesh_gives_one_devices_numbers(kind, mesh, alone):
     check(MODELS[kind], mesh, alone)
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"expert": 4, "data": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 2, "context": 2, "tensor": 2},
+        {"stage": 2, "expert": 2, "fsdp": 2}, {"expert": 4, "tensor": 2},
+    ],
+    ids=name_of,
+)  # fmt: skip
+def test_experts_on_devices_of_their_own(mesh, alone):
+    check(MODELS["experts"], mesh, alone)
+
+
 @pytest.mark.parametrize("rounds, parts", [(1, 8), (2, 2), (2, 4), (4, 2)])
 def test_rounds_and_parts_of_a_pipeline(rounds, parts, alone):
     config = dataclasses.replace(DECODER, layers=8)

@@ -22,12 +22,12 @@ def test_sizes():
     def sizes(**given):
         return tuple(make_mesh(ParallelConfig(**given)).shape.values())
 
-    assert tuple(make_mesh(ParallelConfig()).shape) == ("stage", "data", "fsdp", "context", "tensor")
-    assert sizes() == (1, 8, 1, 1, 1)
-    assert sizes(fsdp=2, tensor=2) == (1, 2, 2, 1, 2)
-    assert sizes(data=1, fsdp=-1, tensor=2) == (1, 1, 4, 1, 2)
-    assert sizes(data=1, context=-1) == (1, 1, 1, 8, 1)
-    assert sizes(stage=2, context=2, tensor=2) == (2, 1, 1, 2, 2)
+    assert tuple(make_mesh(ParallelConfig()).shape) == ("stage", "data", "fsdp", "expert", "context", "tensor")
+    assert sizes() == (1, 8, 1, 1, 1, 1)
+    assert sizes(fsdp=2, tensor=2) == (1, 2, 2, 1, 1, 2)
+    assert sizes(data=1, fsdp=-1, tensor=2) == (1, 1, 4, 1, 1, 2)
+    assert sizes(data=1, context=-1) == (1, 1, 1, 1, 8, 1)
+    assert sizes(stage=2, context=2, tensor=2) == (2, 1, 1, 1, 2, 2)
 
 
 @pytest.mark.parametrize(
