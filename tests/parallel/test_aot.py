@@ -1,0 +1,109 @@
+"""Each kind of parallelism compiles for TPUs that are not here, of one host and of a pod, with the collectives it should.
+
+This file is started as a script: libtpu must find its environment before JAX is imported.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.model import Model, MoeConfig, TransformerConfig
+from jaxlm.parallel import ParallelConfig, make_mesh
+from jaxlm.train import OptimConfig, make_optimizer, make_schedule, make_train_step, objectives, state_shapes
+
+LAYERS, WIDTH, LENGTH = 4, 512, 1024
+DECODER = TransformerConfig(
+    vocab_size=4096, positions=LENGTH, layers=LAYERS, width=WIDTH, heads=8, mlp_width=1024, position="rotary", norm="rmsnorm",
+    activation="swiglu", bias=False, tie_embeddings=False, dtype="bfloat16",
+)  # fmt: skip
+EXPERTS = dataclasses.replace(DECODER, moe=MoeConfig(experts=8, chosen=2))
+# Topology, model, mesh, kinds of collective that must be there.
+CASES: dict[str, tuple[str, TransformerConfig, dict[str, int], set[str]]] = {
+    "fsdp": ("v5e:2x4", DECODER, {"fsdp": 8}, {"all-gather"}),
+    "tensor": ("v5e:2x4", dataclasses.replace(DECODER, unroll=True), {"data": 2, "tensor": 4}, {"all-reduce"}),
+    "ring": ("v5e:2x4", DECODER, {"context": 4, "tensor": 2}, {"collective-permute"}),
+    "ulysses": ("v5e:2x4", dataclasses.replace(DECODER, context="ulysses"), {"data": 2, "context": 4}, {"all-to-all"}),
+    "stages": ("v5e:2x4", DECODER, {"stage": 2, "data": 2, "tensor": 2}, {"collective-permute"}),
+    "rounds": ("v5e:2x4", dataclasses.replace(DECODER, rounds=2), {"stage": 2, "fsdp": 4}, {"collective-permute"}),
+    "experts": ("v5e:2x4", EXPERTS, {"expert": 4, "data": 2}, {"ragged-all-to-all"}),
+    "128 chips": ("v5p:4x4x8", DECODER, {"stage": 2, "data": 4, "fsdp": 4, "context": 2, "tensor": 2}, {"collective-permute", "all-gather"}),
+    "128 chips, experts": ("v5p:4x4x8", EXPERTS, {"data": 4, "expert": 8, "context": 2, "tensor": 2}, {"ragged-all-to-all"}),
+    "256 chips": ("v6e:16x16", DECODER, {"data": 8, "fsdp": 16, "tensor": 2}, {"all-gather"}),
+    "256 chips, long": ("v6e:16x16", DECODER, {"data": 2, "fsdp": 8, "context": 8, "tensor": 2}, {"collective-permute"}),
+}  # fmt: skip
+
+
+def compile_step(name: str) -> dict[str, Any]:
+    """Compile forward, backward and AdamW; what it sends, or what went wrong."""
+    from jax.experimental import topologies
+
+    topology, config, sizes, _ = CASES[name]
+    mesh = make_mesh(
+        ParallelConfig(**{"data": 1, **sizes}), topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    )
+    began, rows = time.monotonic(), 4 * sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("expert", 1)
+    whole = jax.ShapeDtypeStruct((rows, LENGTH), jnp.int32)
+    batch = dict.fromkeys(("tokens_BL", "segments_BL", "positions_BL", "targets_BL"), whole)
+    batch["weights_BL"] = jax.ShapeDtypeStruct((rows, LENGTH), jnp.float32)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            model, schedule = Model(config), make_schedule(OptimConfig(), 1000)
+            optimizer = make_optimizer(OptimConfig(), schedule)
+            step = make_train_step(model, objectives.tokens(128), optimizer, schedule, mesh, seed=0)
+            compiled = step.lower(state_shapes(model, optimizer), batch).compile()
+    except Exception as error:
+        return {"name": name, "error": f"{type(error).__name__}: {error}"[:1500]}
+    hlo = compiled.as_text()
+    kinds = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
+    sent = re.findall(rf" ({kinds})(?:-start)?\(", hlo)
+    sums = [line for line in hlo.splitlines() if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line)]
+    return {
+        "name": name, "error": None, "seconds": round(time.monotonic() - began, 1),
+        "sent": {kind: sent.count(kind) for kind in sorted(set(sent))}, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "activation_sums": sum(len(re.findall(rf"bf16\[[\d,]*{LENGTH},{WIDTH}\]", line.split("=", 1)[1].split("(")[0])) for line in sums),
+    }  # fmt: skip
+
+
+def main() -> None:
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    for name in sys.argv[1:] or CASES:
+        print(json.dumps(compile_step(name)), flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_every_kind_of_parallelism_compiles_for_tpus(tmp_path):
+    if importlib.util.find_spec("libtpu") is None:
+        (pytest.fail if os.environ.get("JAXLM_REQUIRE_PARITY") else pytest.skip)(
+            "libtpu is not installed: pip install -e '.[plan]'"
+        )
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
+    noise = tmp_path / "stderr"
+    with noise.open("w") as stderr:
+        done = subprocess.run(
+            [sys.executable, __file__], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=1200
+        )
+    rows = {row["name"]: row for row in map(json.loads, (line for line in done.stdout.splitlines() if line.startswith("{")))}
+    assert done.returncode == 0, noise.read_text(errors="replace")[-3000:]
+    assert not {name: row["error"] for name, row in rows.items() if row["error"]}
+    assert set(rows) == set(CASES)
+    for name, (_, _, _, expected) in CASES.items():
+        assert expected <= set(rows[name]["sent"]), rows[name]
+    # Megatron's four sums of activations a layer, and one for the tokens' look-up or the head's gradient.
+    assert 4 * LAYERS <= rows["tensor"]["activation_sums"] <= 4 * LAYERS + 2, rows["tensor"]
+
+
+if __name__ == "__main__":
+    main()
