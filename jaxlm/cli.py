@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fault() -> int:
     import traceback
 
+    if "jaxlm.parallel" in sys.modules:
+        sys.modules["jaxlm.parallel"].failed()
     traceback.print_exc()
     print("error: this is a fault of jaxlm, not of yours; please report it with the lines above", file=sys.stderr)
     return 2

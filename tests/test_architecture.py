@@ -14,7 +14,7 @@ ROOMS = {
     "config": [],
     "host": [],
     "report": ["console", "record", "page", "scores"],
-    "parallel": ["mesh", "rules"],
+    "parallel": ["hosts", "mesh", "rules"],
     "model": [
         "presets",
         "config",

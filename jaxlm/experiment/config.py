@@ -12,7 +12,7 @@ from jaxlm.data import DataConfig
 from jaxlm.hub import is_hugging_face, read_config
 from jaxlm.model import TransformerConfig
 from jaxlm.models import locate, model_config
-from jaxlm.parallel import ParallelConfig, batch_ways
+from jaxlm.parallel import HostsConfig, ParallelConfig, batch_ways
 from jaxlm.tasks import TASKS, TaskConfig
 from jaxlm.train import OptimConfig, TrainConfig, TuneConfig
 
@@ -48,6 +48,7 @@ class ExperimentConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
+    hosts: HostsConfig = HostsConfig()
 
     def __post_init__(self) -> None:
         if self.data.length > self.model.positions:
@@ -104,7 +105,8 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 RESUMABLE = (
     "train.steps", "train.eval_every", "train.log_every", "train.keep", "train.sample_prompt", "train.sample_tokens",
     "train.patience", "train.eval_rows", "data.epochs", "data.cache", "data.prefetch", "parallel.data", "parallel.fsdp",
-    "parallel.stage", "parallel.expert", "parallel.context", "parallel.tensor", "parallel.across", "seeds",
+    "parallel.stage", "parallel.expert", "parallel.context", "parallel.tensor", "parallel.across", "hosts.coordinator",
+    "hosts.count", "hosts.index", "seeds",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.model import Model, Params, TransformerConfig
 from jaxlm.models import locate, read_card, start_id, with_labels, with_vocabulary
+from jaxlm.parallel import speaks
 from jaxlm.report import bar, say
 from jaxlm.tasks import (
     BASELINE,
@@ -120,8 +121,9 @@ class Finetuning(Job):
         c = self.config
         epochs = c.data.epochs if c.data.epochs is not None or c.train.steps is not None else 3.0
         return ExampleBatches(
-            self.examples[0].items, c.data.batch_size, seed=c.seed, epochs=epochs, pad_id=self.task.pad_id, grouped=c.data.grouped
-        )
+            self.examples[0].items, c.data.batch_size, seed=c.seed, epochs=epochs, pad_id=self.task.pad_id, grouped=c.data.grouped,
+            **self.processes,
+        )  # fmt: skip
 
     def objective(self) -> Objective:
         return self.task.objective(self.config.train.loss_chunk)
@@ -142,10 +144,13 @@ class Finetuning(Job):
                     passed = self.predictor.run(params, examples.items, loss=False, advance=shown.advance)
                 assert passed is not None, "nothing stops it"
                 kept |= {f"{part}_{name}": np.array([output[name] for output in passed.outputs]) for name in names}
-            partial = self.folder / "reference.partial.npz"
-            np.savez(partial, **kept)  # type: ignore[arg-type]
-            partial.rename(file)
-        held = np.load(file)
+            if speaks():
+                partial = self.folder / "reference.partial.npz"
+                np.savez(partial, **kept)  # type: ignore[arg-type]
+                partial.rename(file)
+            held: Mapping[str, np.ndarray] = kept
+        else:
+            held = np.load(file)
         for part, examples in zip(("train", "validation"), self.examples, strict=True):
             columns = [held[f"{part}_{name}"] for name in names]
             self.task.refer(examples, [dict(zip(names, pair, strict=True)) for pair in zip(*columns, strict=True)])
@@ -197,6 +202,8 @@ class Finetuning(Job):
             examples = None if self.task.generates else self.examples[1]
             predictions = self.predictor.predict(params(), held, examples, advance=shown.advance)
         assert predictions is not None, "nothing stops it"
+        if not speaks():
+            return {}, "", {}
         found = write_predictions(self.folder, self.config.name, self.task, held, predictions)
         verdict, baselines = self._verdict(held, predictions)
         return found, verdict, baselines

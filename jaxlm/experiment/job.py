@@ -1,5 +1,6 @@
 """What a run learns from what: the part of it that depends on the task. Two kinds: from text, and from rows."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
@@ -9,6 +10,7 @@ import jax
 from jaxlm.data import Batch, Tokenizer
 from jaxlm.experiment.config import ExperimentConfig
 from jaxlm.model import Params, TransformerConfig
+from jaxlm.parallel import share
 from jaxlm.train import Objective
 
 
@@ -40,6 +42,12 @@ class Job:
 
     def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh, folder: pathlib.Path):
         self.config, self.mesh, self.folder = config, mesh, folder
+
+    @functools.cached_property
+    def processes(self) -> dict[str, int]:
+        """Which rows of each batch this process makes."""
+        index, count = share(self.mesh)
+        return {"process_index": index, "process_count": count}
 
     def model(self) -> Any:
         """The model of the run, its vocabulary and labels filled in."""

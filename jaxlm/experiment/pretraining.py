@@ -90,7 +90,7 @@ class Pretraining(Job):
 
     def batches(self) -> Batches:
         c = self.config
-        made: Any = train_batches(c.data, self.corpora, seed=c.seed, corruption=self.corruption)
+        made: Any = train_batches(c.data, self.corpora, seed=c.seed, corruption=self.corruption, **self.processes)
         return made
 
     def objective(self) -> Objective:
@@ -104,7 +104,7 @@ class Pretraining(Job):
     def _scored(self) -> Any:
         ways = batch_ways(self.mesh)
         rows = -(-self.config.data.batch_size // ways) * ways  # of a training batch, up to what the mesh divides
-        return eval_batches(self.config.data, self.corpora, rows=rows, corruption=self.corruption)
+        return eval_batches(self.config.data, self.corpora, rows=rows, corruption=self.corruption, **self.processes)
 
     @functools.cached_property
     def _eval_step(self) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from jaxlm.experiment.job import Batches, Job
 from jaxlm.experiment.pretraining import Pretraining
 from jaxlm.model import Params
 from jaxlm.models import Card, start_parameters, write_card
-from jaxlm.parallel import make_mesh, peak_flops, place_batch, stored_shardings
+from jaxlm.parallel import make_mesh, peak_flops, place_batch, speaks, stored_shardings
 from jaxlm.report import Page, Record, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
     LOWER,
@@ -100,10 +100,12 @@ class Run:
         """Train to the end, or until interrupted; returns how it ended (see `Outcome`)."""
         c, mesh, job = self.config, self.mesh, self.job
         model = job.model()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(configs.dump(c), encoding="utf8")
-        write_card(self.folder, Card(job.labels, self.metric, job.start_id))
-        job.tokenizer.save(self.folder / "tokenizer")
+        card = Card(job.labels, self.metric, job.start_id)  # every process makes the data: a mistake in it is found by all
+        if speaks():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(configs.dump(c), encoding="utf8")
+            write_card(self.folder, card)
+            job.tokenizer.save(self.folder / "tokenizer")
         tuning = Tuning(c.tune, model)
         self._introduce(model, tuning)
 
@@ -142,7 +144,7 @@ class Run:
                 shown=self.shown, figures=job.figures, unit=job.unit,
                 flops=job.flops(model.config), peak_flops=peak_flops(mesh),
             )  # fmt: skip
-            record = Record(self.folder, self.start)
+            record = Record(self.folder, self.start, writes=speaks())
             batches = prefetch(self.batches.iterate(progress), lambda pair: (place_batch(pair[0], mesh), pair[1]), c.data.prefetch)
             outcome = fit(
                 c.train, steps, self.eval_every, state, self.start,
@@ -196,6 +198,8 @@ class Run:
             "training time": f"{seconds(took)} (this start)",
             **told,
         }
+        if not speaks():
+            return
         page = Page(c.name, summary, verdict, baselines, commands, configs.dump(c), self.shown, self.job.unit)
         write_page(self.folder, page, rows)
         say()

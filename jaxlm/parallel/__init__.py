@@ -1,5 +1,6 @@
-"""Where arrays lie: the mesh of devices and the rules that split logical axes over it."""
+"""Where arrays lie: the processes, the mesh of devices, and the rules that split logical axes over it."""
 
+from jaxlm.parallel.hosts import HostsConfig, failed, join, speaks
 from jaxlm.parallel.mesh import ParallelConfig, abstract_mesh, make_mesh, peak_flops, settle
 from jaxlm.parallel.rules import (
     STORED,
@@ -9,23 +10,29 @@ from jaxlm.parallel.rules import (
     fitting,
     length_ways,
     place_batch,
+    share,
     spec,
     stored_shardings,
 )
 
 __all__ = [
     "STORED",
+    "HostsConfig",
     "ParallelConfig",
     "abstract_mesh",
     "batch_sharding",
     "batch_ways",
     "constrain",
+    "failed",
     "fitting",
+    "join",
     "length_ways",
     "make_mesh",
     "peak_flops",
     "place_batch",
     "settle",
+    "share",
+    "speaks",
     "spec",
     "stored_shardings",
-]
+]  # fmt: skip

@@ -78,16 +78,37 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in COMPUTED["B"])
 
 
+def share(mesh: Mesh) -> tuple[int, int]:
+    """(which, of how many) equal runs of a batch's rows this process holds: of as many as there are processes, or of fewer
+    where processes share rows (a mesh whose other axes reach from one to the next)."""
+    ways = batch_ways(mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((ways,))
+    mine = sorted({(index[0].start or 0) for index in held.values() if index is not None})
+    if mine != list(range(mine[0], mine[0] + len(mine))) or ways % len(mine) or mine[0] % len(mine):
+        raise ValueError(
+            f"process {jax.process_index()} would hold parts {mine} of {ways} of a batch, which are no run of them: let the axes "
+            "that split the batch (data, fsdp, expert) multiply to a multiple of the number of processes, or to fewer"
+        )
+    return mine[0] // len(mine), ways // len(mine)
+
+
 def length_ways() -> int:
     """Over how many devices the mesh that is set splits the length of an activation."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COMPUTED["L"])
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch (host arrays) as global device arrays."""
+def place_batch(batch: Any, mesh: Mesh, whole: bool = False) -> Any:
+    """This process's rows of a batch (a tree of host arrays) as global device arrays; with `whole` every process gives all
+    rows."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+    def place(rows: np.ndarray) -> jax.Array:
+        if whole:
+            return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(place, batch)
 
 
 def fitting(array: Any, like: NamedSharding) -> NamedSharding:

@@ -13,15 +13,19 @@ class Record:
     """Appends rows to `folder/metrics.jsonl` and their numbers to `folder/tensorboard/`.
 
     A row is `{"kind": …, "step": …, …}`. Opening a record at step n drops later rows, which an
-    interrupted run may have written after its last checkpoint.
+    interrupted run may have written after its last checkpoint. With `writes` false it only remembers: of several processes
+    one writes.
     """
 
-    def __init__(self, folder: pathlib.Path, step: int = 0):
+    def __init__(self, folder: pathlib.Path, step: int = 0, writes: bool = True):
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
+        self.writes = writes
         self.file = folder / "metrics.jsonl"
         self.rows = [row for row in read_rows(self.file) if row["step"] <= step]
+        if not writes:
+            return
         partial = self.file.with_suffix(".tmp")
         partial.write_text("".join(_line(row) for row in self.rows), encoding="utf8")
         partial.replace(self.file)
@@ -32,6 +36,8 @@ class Record:
         """Add one row; numbers also go to TensorBoard as `kind/name`, texts as text."""
         row = {"kind": kind, "step": step, **values}
         self.rows.append(row)
+        if not self.writes:
+            return
         self.stream.write(_line(row))
         self.stream.flush()
         for name, value in values.items():
@@ -45,6 +51,8 @@ class Record:
         return any(row["kind"] == "eval" and row["step"] == step for row in self.rows)
 
     def close(self) -> None:
+        if not self.writes:
+            return
         self.stream.close()
         self.board.close()
 

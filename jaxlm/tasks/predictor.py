@@ -67,7 +67,9 @@ class Predictor:
             for numbers, batch in in_order(examples, self.batch_size, self.task.pad_id, self._longest):
                 if stop():
                     return None
-                part, given = jax.device_get(settle(self.mesh, self._step(params, place_batch(batch, self.mesh), (loss, outputs))))
+                part, given = jax.device_get(
+                    settle(self.mesh, self._step(params, place_batch(batch, self.mesh, whole=True), (loss, outputs)))
+                )
                 sums = {name: sums.get(name, 0.0) + float(value) for name, value in part.items()}
                 for place, number in enumerate(numbers):
                     kept[number] = {name: np.asarray(array[place]) for name, array in given.items()}

@@ -110,7 +110,11 @@ def better(metric: str, one: float, other: float) -> bool:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it SIGINT and SIGTERM ask for a stop after the step at hand; a second SIGINT stops at once."""
+    """Within it SIGINT and SIGTERM ask for a stop after the step at hand; a second SIGINT stops at once. Of several processes
+    one that is asked to by SIGTERM has all of them stop after the same step."""
+    if jax.process_count() > 1:
+        yield _Agreed()
+        return
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -124,6 +128,20 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Agreed:
+    """Whether all processes are to stop now: JAX's own handler of SIGTERM passes the wish on, and they agree on a step."""
+
+    def __init__(self) -> None:
+        self.calls, self.stop = 0, False
+
+    def __call__(self) -> bool:
+        from jax.experimental import multihost_utils
+
+        self.calls += 1  # all processes ask equally often, so that a call is the same moment in all
+        self.stop = self.stop or bool(multihost_utils.reached_preemption_sync_point(self.calls))
+        return self.stop
 
 
 class _Log:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxlm import config as configs
-from jaxlm.report.console import say
+from jaxlm.report.console import console, say
 from jaxlm.verbs.words import split_words
 
 INTERRUPTED = 42
@@ -14,8 +14,11 @@ def train(words: Sequence[str]) -> int:
     """jaxlm train [FILE] [--section.option VALUE …] [--name NAME]: train what FILE describes, or resume it."""
     (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
     from jaxlm.experiment import Run, load_config, train_seeds
+    from jaxlm.parallel import join, speaks
 
     config = load_config(file, flags).value
+    join(config.hosts)
+    console().quiet = not speaks()
     if config.seeds > 1:
         return INTERRUPTED if train_seeds(config) == "interrupted" else 0
     run = Run(config)
