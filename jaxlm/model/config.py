@@ -216,8 +216,9 @@ class TransformerConfig:
     the less of the time stages idle: (stages − 1) / (microbatches · rounds + stages − 1) of it."""
     rounds: int = 1
     """How often a part of the batch goes through all stages, each of which then holds as many runs of layers."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but the matrix products, everything."""
+    remat: Literal["none", "dots", "attention", "offload", "full"] = "none"
+    """What the backward pass recomputes: nothing; all but the matrix products; all but what attention gives, kept on the
+    device or, by offload, in the host's memory; everything."""
 
     def __post_init__(self) -> None:
         for name in (

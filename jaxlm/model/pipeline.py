@@ -21,18 +21,6 @@ def stages() -> int:
     return 1 if mesh.empty else int(mesh.shape.get("stage", 1))
 
 
-def why_not(layers: int, rows: int, parts: int, rounds: int) -> str | None:
-    """Why a stack cannot be run in stages; None if it can."""
-    ways = stages()
-    if layers % (ways * rounds):
-        return f"{ways} stages × {rounds} round(s) do not divide {layers} layers"
-    if rows % parts:
-        return f"{parts} microbatches do not divide {rows} rows"
-    if rounds > 1 and parts < ways:
-        return f"{parts} microbatches are fewer than {ways} stages, which {rounds} rounds need"
-    return None
-
-
 def pipelined(run: Run, params: Any, x_BLD: jax.Array, shared: Any, layers: int, parts: int, rounds: int) -> tuple[Any, Any]:
     """x after all layers, and the sum over layers and mean over parts of what `run` gives beside it.
 
@@ -42,16 +30,19 @@ def pipelined(run: Run, params: Any, x_BLD: jax.Array, shared: Any, layers: int,
     round again, each stage holding a run of layers for each round (Narayanan et al. 2021, §2.2, "interleaved"): the same
     idle ticks among more, against more sending, and against moving the layers, which are stored in their order, once a step.
 
-    Leaves of `shared` with a row for each of the batch are cut with it; those with one row, or none, go to all parts.
+    Layers that the stages do not divide are filled up with ones that do nothing. `parts` divides the rows, and with several
+    rounds there are at least as many as stages. Leaves of `shared` with a row for each of the batch are cut with it; those with one row, or none, go to all parts.
     """
     ways, rows = stages(), x_BLD.shape[0]
-    each = layers // (ways * rounds)
+    assert rows % parts == 0 and (rounds == 1 or parts >= ways), f"{parts} parts of {rows} rows for {ways} stages"
+    each = -(-layers // (ways * rounds))
 
     def cut(leaf: jax.Array) -> jax.Array:  # every M-th row, so that each device keeps its own
         return jnp.moveaxis(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 1, 0)
 
     def staged(leaf: jax.Array) -> jax.Array:
         """(X, …) → (Z, rounds, layers of a run, …)."""
+        leaf = jnp.pad(leaf, [(0, ways * rounds * each - layers), *[(0, 0)] * (leaf.ndim - 1)])
         by_run = jnp.moveaxis(leaf.reshape(rounds, ways, each, *leaf.shape[1:]), 1, 0)
         return constrain(by_run, "Z" + "·" * (by_run.ndim - 1), free=True)
 
@@ -71,7 +62,11 @@ def pipelined(run: Run, params: Any, x_BLD: jax.Array, shared: Any, layers: int,
 
         def layer(x_BLD: jax.Array, numbered: Any) -> tuple[jax.Array, jax.Array]:
             i, one = numbered
-            return run(one, x_BLD, first + i, part, about)
+            y_BLD, loss = run(one, x_BLD, jnp.minimum(first + i, layers - 1), part, about)
+            if ways * rounds * each == layers:
+                return y_BLD, loss
+            there = first + i < layers
+            return jnp.where(there, y_BLD, x_BLD), jnp.where(there, loss, 0.0)
 
         x_BLD, losses = jax.lax.scan(layer, x_BLD, (jnp.arange(each, dtype=jnp.int32), run_of))
         return x_BLD, jnp.where((step >= 0) & (step < parts * rounds), jnp.sum(losses), 0.0)

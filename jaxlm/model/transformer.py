@@ -14,6 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.model.attention import Attention, KeyValue
 from jaxlm.model.cache import Cache, Source
@@ -92,6 +93,7 @@ class Block(nn.Module):
         attention = Attention(c, self.train, name="attention")
         held = None if cache is None else (cache, layer, context.holder_BGS)
         y_BLD, cache = attention(before("attention", x_BLD), held, local, context.mask, context.angles, context.bias_BNLS)
+        y_BLD = checkpoint_name(y_BLD, "attention")
         x_BLD = after("attention", x_BLD, y_BLD)
         kept = None
         if context.read_mask is not None:
@@ -115,6 +117,10 @@ class Block(nn.Module):
 # What the backward pass may keep, by the config's name for it.
 REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["attention"], offload_src="device", offload_dst="pinned_host"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -212,6 +218,7 @@ class Stack(nn.Module):
         """The layers as stages of a pipeline, which are pure functions of their part of the stacked parameters."""
         c, rows = self.config, x_BLD.shape[0]
         parts = divisor(rows, c.microbatches or stages())
+        rounds = c.rounds if parts >= stages() else 1  # of a batch of few rows, as in an evaluation
         key = self.make_rng("dropout") if self.train and c.dropout else None
         local_X = jnp.asarray(c.local(self.layers))
 
@@ -231,7 +238,7 @@ class Stack(nn.Module):
         if c.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         layers = self.variables["params"]["layers"]
-        return pipelined(run, layers, x_BLD, context, self.layers, parts, c.rounds)
+        return pipelined(run, layers, x_BLD, context, self.layers, parts, rounds)
 
     def _scanned(self) -> Any:
         c, block = self.config, Block

@@ -88,7 +88,7 @@ def test_scanned_is_unrolled_and_rematerialised(model):
         return jax.jit(jax.value_and_grad(lambda p: other.apply(p, batch, method="loss", chunk=8)[0]))(params)
 
     plain = loss_and_grads()
-    for changes in ({"unroll": True}, {"remat": "full"}, {"remat": "dots", "unroll": True}):
+    for changes in ({"unroll": True}, {"remat": "full"}, {"remat": "attention"}, {"remat": "dots", "unroll": True}):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), plain, loss_and_grads(**changes))
 
 
