@@ -1,5 +1,6 @@
 """Every command that README.md and the configs' headers show runs, in a copy of the repository, cut short."""
 
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -71,6 +72,18 @@ def test_every_readme_command_runs_in_order(clone):
         assert "\n" not in command, f"one line a command: {command}"
         done = run(command, clone)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_the_commands_on_parallelism_run(clone):
+    """The last two together: they are two processes of one run."""
+    text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf8")
+    *alone, first, second = re.findall(r"```sh\n(.*?)\n```", text, re.DOTALL)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        together = list(pool.map(lambda command: run(command, clone), (first, second)))
+    for command, done in [*((command, run(command, clone)) for command in alone), *zip((first, second), together, strict=True)]:
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "2 × cpu" in together[0].stdout and not together[1].stdout
 
 
 @pytest.mark.slow

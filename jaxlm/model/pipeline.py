@@ -31,7 +31,8 @@ def pipelined(run: Run, params: Any, x_BLD: jax.Array, shared: Any, layers: int,
     idle ticks among more, against more sending, and against moving the layers, which are stored in their order, once a step.
 
     Layers that the stages do not divide are filled up with ones that do nothing. `parts` divides the rows, and with several
-    rounds there are at least as many as stages. Leaves of `shared` with a row for each of the batch are cut with it; those with one row, or none, go to all parts.
+    rounds there are at least as many as stages. Leaves of `shared` with a row for each of the batch are cut with it; those
+    with one row, or none, go to all parts.
     """
     ways, rows = stages(), x_BLD.shape[0]
     assert rows % parts == 0 and (rounds == 1 or parts >= ways), f"{parts} parts of {rows} rows for {ways} stages"
