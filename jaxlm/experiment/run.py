@@ -181,8 +181,9 @@ class Run:
         trained = "" if not tuning.frozen_shapes else f" ({count(tuning.trained_parameters)} of them trained)"
         say(f"{self.folder}: {count(model.parameters())} parameters{trained}, {rows}, {self.steps:,} steps")
         say(f"data: {self.job.summary()}")
-        axes = " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-        say(f"devices: {devices.size} × {devices.flat[0].device_kind} ({axes})")
+        axes = " × ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(f"devices: {devices.size} × {devices.flat[0].device_kind}{processes}{f' ({axes})' if axes else ''}")
 
     def _conclude(self, ended: str, step: int, rows: list[dict[str, Any]], took: float, best: Any) -> None:
         """Write the page of the run and say what was reached and what to type next."""
