@@ -90,7 +90,7 @@ def make_corruption(
         _check_tokens(kind, tokenizer, roles, ("mask", "cls", "sep"))
         return Masked(
             tokenizer, length, rate=config.rate, whole_words=config.whole_words, pairs=config.pairs,
-            shares=ELECTRA if kind == "replaced" else BERT, original=kind == "replaced",
+            shares=ELECTRA if kind == "replaced" else BERT,
         )  # fmt: skip
     if kind == "span":
         return Spans(tokenizer, length, target_length, [Denoiser(config.mean_span, config.rate)], kind)

@@ -91,23 +91,28 @@ class Framer:
         return [self._single(sentence) for sentence in self._encode(sentences, split=True)]
 
     def windows(self, questions: Sequence[str], contexts: Sequence[str], stride: int) -> list[list[Framed]]:
-        """For each question and its context, the rows that cover the context: the question whole in each, the context cut
-        into windows of which each repeats the last `stride` tokens of the one before.
+        """For each question and its context, the rows that cover the context: the question in each, the context cut into
+        windows of which each repeats the last `stride` tokens of the one before. A question that leaves no more
+        than that of a row is cut, so that windows move on by at least as many tokens as it has.
 
-        Raises ValueError for a question that leaves no more than `stride` tokens of a row.
+        Raises ValueError where `stride` leaves nothing of a row.
         """
         if stride < 0:
             raise ValueError(f"stride {stride} must be 0 or more: the tokens that neighbouring windows share")
         assert len(questions) == len(contexts), f"{len(questions)} questions cannot have {len(contexts)} contexts"
         rows = []
         both = zip(self._encode(questions, whole=True), self._encode(contexts, whole=True), strict=True)
-        for i, (question, context) in enumerate(both):
+        most = (self._room(True) - stride) // 2
+        if most < 1:
+            raise ValueError(
+                f"windows that share {stride} tokens leave none of a row of {self.length} for a question and more of its "
+                f"context: the stride may be {max(self._room(True) - 2, 0)} at most"
+            )
+        for question, context in both:
+            if question.size >= self._room(True) - stride:
+                self.truncated += 1
+                question = _part(question, 0, most)
             room = self._room(True) - question.size
-            if room <= stride:
-                raise ValueError(
-                    f"question {questions[i]!r:.60} has {question.size} tokens, which leaves {max(room, 0)} of {self.length} "
-                    f"for its context: windows that share {stride} need more than that"
-                )
             starts = range(0, max(context.size - stride, 1), room - stride)
             rows.append([self._fill(True, question, _part(context, start, start + room)) for start in starts])
         return rows

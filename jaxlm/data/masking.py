@@ -32,19 +32,16 @@ class Masked:
     """`[CLS] tokens [SEP]`, or a pair `[CLS] A [SEP] B [SEP]`, of which a share is hidden.
 
     Rows hold `tokens`, `targets` (the tokens as they were), `weights` (1 at the chosen ones), `segments` (0: padding);
-    with `original`, the targets under that name too; pairs add `types` (1: B and the separator behind it) and the
-    scalar `labels`. A tokenizer without cls or sep makes rows without them. Special tokens are never chosen, nor
-    put in at random. A row without ordinary tokens, and `blank`, has no weights.
+    pairs add `types` (1: B and the separator behind it) and the scalar `labels`. A tokenizer without cls or sep makes
+    rows without them. Special tokens are never chosen, nor put in at random. A row without ordinary tokens, and `blank`,
+    has no weights.
 
     Of n ordinary tokens max(1, round(rate n)) are chosen. Whole words are chosen in random order until as many tokens
     are reached; the word that would pass that number is taken with the chance that keeps the mean.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, length: int, *, rate: float, whole_words: bool, pairs: Pairs, shares: Shares, original: bool
-    ):
-        self.length, self.rate, self.whole_words, self.pairs = length, rate, whole_words, pairs
-        self.shares, self.original = shares, original
+    def __init__(self, tokenizer: Tokenizer, length: int, *, rate: float, whole_words: bool, pairs: Pairs, shares: Shares):
+        self.length, self.rate, self.whole_words, self.pairs, self.shares = length, rate, whole_words, pairs, shares
         self.vocabulary = Vocabulary(tokenizer)
         self.mask_id = tokenizer.special["mask"]
         self.pad_id = tokenizer.special.get("pad", tokenizer.eos_id)
@@ -71,8 +68,7 @@ class Masked:
 
     def blank(self) -> Row:
         """A row of padding alone: segments 0 throughout, label 0."""
-        row = self._frame(None, None, 0)
-        return row | {"original": row["targets"]} if self.original else row
+        return self._frame(None, None, 0)
 
     def _frame(self, first: np.ndarray | None, second: np.ndarray | None, label: int) -> Row:
         """The row before anything is hidden."""
@@ -105,7 +101,7 @@ class Masked:
         other = chosen[(fate >= self.shares.masked) & (fate < self.shares.masked + self.shares.random)]
         ids = self.vocabulary.ordinary_ids
         row["tokens"][other] = ids[rng.integers(len(ids), size=len(other))]
-        return row | {"original": row["targets"]} if self.original else row
+        return row
 
     def _choose(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The places of the tokens to name."""

@@ -87,6 +87,7 @@ class TrainBatches:
         weights = [source.weight for source in config.sources]
         assert len(weights) == len(sources), f"{len(sources)} corpora for {len(weights)} sources"
         self._dataset = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights=weights)
+        self.per_epoch: int | None = None  # of a mixture each source has its own
         self.total_rows: int | None = None
         """Rows in all the epochs; None: without end."""
         if config.epochs is not None:

@@ -22,7 +22,6 @@ from jaxlm.tasks import (
     Row,
     Task,
     paired_scores,
-    told,
     words_alone,
     write_predictions,
 )
@@ -128,7 +127,7 @@ class Finetuning(Job):
         return self.task.objective(self.config.train.loss_chunk)
 
     def prepare(self, start: Callable[[], Params]) -> None:
-        if hasattr(self.task, "refer"):
+        if self.task.refers:
             self._refer(start)
 
     def _refer(self, start: Callable[[], Params]) -> None:
@@ -149,7 +148,7 @@ class Finetuning(Job):
         held = np.load(file)
         for part, examples in zip(("train", "validation"), self.examples, strict=True):
             columns = [held[f"{part}_{name}"] for name in names]
-            self.task.refer(examples, [dict(zip(names, pair, strict=True)) for pair in zip(*columns, strict=True)])  # type: ignore[attr-defined]
+            self.task.refer(examples, [dict(zip(names, pair, strict=True)) for pair in zip(*columns, strict=True)])
 
     @functools.cached_property
     def predictor(self) -> Predictor:
@@ -200,7 +199,7 @@ class Finetuning(Job):
         assert predictions is not None, "nothing stops it"
         found = write_predictions(self.folder, self.config.name, self.task, held, predictions)
         verdict, baselines = self._verdict(held, predictions)
-        return told(found), verdict, baselines
+        return found, verdict, baselines
 
     def _verdict(self, held: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[str, dict[str, float]]:
         """How the model compares with what words alone can do on the same rows."""

@@ -13,7 +13,11 @@ from jaxlm.train import Objective
 
 
 class Batches(Protocol):
-    """Training batches: `iterate(state)` goes on where a state says, `total` is their number if they end."""
+    """Training batches: `iterate(state)` goes on where a state says, `total` is their number if they end, `per_epoch` that of
+    an epoch where they have epochs."""
+
+    @property
+    def per_epoch(self) -> int | None: ...
 
     @property
     def total(self) -> int | None: ...

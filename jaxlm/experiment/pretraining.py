@@ -19,6 +19,7 @@ from jaxlm.data import (
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.generate import Generator, SampleConfig
+from jaxlm.metrics import perplexity
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.models import with_vocabulary
 from jaxlm.parallel import place_batch, settle
@@ -154,7 +155,19 @@ class Pretraining(Job):
             return told | {f"held-out {name.replace('_', ' ')}": f"{evals[-1][name]:.4f}" for name in self.shown[1:]}, "", {}
         baselines = xz_baselines(self.corpora)
         bits = evals[-1]["bits_per_byte"]
-        return {**told, "held-out bits per byte": f"{bits:.4f}"}, _verdict(bits, baselines), baselines
+        told |= {"held-out bits per byte": f"{bits:.4f}", **self._perplexities(bits, evals[-1]["loss"])}
+        return told, _verdict(bits, baselines), baselines
+
+    def _perplexities(self, bits: float, nats_per_token: float) -> dict[str, str]:
+        """Of the held-out text, where counting its words takes no while."""
+        size = self.corpora.heldout_bytes
+        if size > _XZ_BYTES or nats_per_token <= 0:
+            return {}
+        nats = bits * math.log(2) * size
+        found = perplexity(nats, nats / nats_per_token, len(self.corpora.heldout_text().split()), size)
+        return {
+            "held-out perplexity": ", ".join(f"{found[f'{unit}_perplexity']:.4g} by {unit}" for unit in ("token", "word", "byte"))
+        }
 
     def commands(self) -> list[str]:
         folder = self.config.folder

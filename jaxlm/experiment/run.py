@@ -10,7 +10,7 @@ from jaxlm import config as configs
 from jaxlm.data import prefetch
 from jaxlm.experiment.config import RESUMABLE, ExperimentConfig
 from jaxlm.experiment.finetuning import Finetuning
-from jaxlm.experiment.job import Job
+from jaxlm.experiment.job import Batches, Job
 from jaxlm.experiment.pretraining import Pretraining
 from jaxlm.model import Params
 from jaxlm.models import Card, start_parameters, write_card
@@ -74,15 +74,17 @@ class Run:
         return Checkpoints(self.folder / "checkpoints", self.config.train.keep, self.metric, higher=self.metric not in LOWER)
 
     @functools.cached_property
+    def batches(self) -> Batches:
+        return self.job.batches()
+
+    @functools.cached_property
     def steps(self) -> int:
         """Steps of the whole run."""
-        total = self.job.batches().total
-        return self.config.train.steps or total or 1000
+        return self.config.train.steps or self.batches.total or 1000
 
     @property
     def eval_every(self) -> int:
-        per_epoch = getattr(self.job.batches(), "per_epoch", None)
-        return self.config.train.eval_every or per_epoch or 200
+        return self.config.train.eval_every or self.batches.per_epoch or 200
 
     @property
     def finished(self) -> bool:
@@ -109,7 +111,6 @@ class Run:
         schedule = make_schedule(c.optim, steps)
         optimizer = make_optimizer(c.optim, schedule, tuning)
         average = c.optim.average
-        source = job.batches()
 
         @functools.cache
         def begin() -> Params:
@@ -142,7 +143,7 @@ class Run:
                 flops=job.flops(model.config), peak_flops=peak_flops(mesh),
             )  # fmt: skip
             record = Record(self.folder, self.start)
-            batches = prefetch(source.iterate(progress), lambda pair: (place_batch(pair[0], mesh), pair[1]), c.data.prefetch)
+            batches = prefetch(self.batches.iterate(progress), lambda pair: (place_batch(pair[0], mesh), pair[1]), c.data.prefetch)
             outcome = fit(
                 c.train, steps, self.eval_every, state, self.start,
                 make_train_step(

@@ -15,7 +15,7 @@ from jaxlm.metrics.classes import (
     weighted_classification,
     weighted_multilabel,
 )
-from jaxlm.metrics.confidence import Bin, calibration, fit_temperature, reliability, softmax, weighted_calibration
+from jaxlm.metrics.confidence import Bin, calibration, fit_temperature, reliability, scaled, softmax, weighted_calibration
 from jaxlm.metrics.intervals import (
     Interval,
     Paired,
@@ -26,10 +26,9 @@ from jaxlm.metrics.intervals import (
     mcnemar,
     mean_interval,
     paired,
-    wilson,
 )
 from jaxlm.metrics.numbers import perplexity, regression
-from jaxlm.metrics.ranking import preference, retrieval, sts, weighted_retrieval
+from jaxlm.metrics.ranking import preference, retrieval, weighted_retrieval
 from jaxlm.metrics.tags import Span, span_scores, spans, spans_of, weighted_spans
 from jaxlm.metrics.texts import Scored, summarisation, translation, weighted_summarisation, weighted_translation
 
@@ -37,7 +36,7 @@ __all__ = [
     "Bin", "Interval", "Paired", "PerClass", "Scored", "Span", "Weighted", "approximate_randomisation", "averaged",
     "bootstrap", "calibration", "class_scores", "classification", "confusion", "fit_temperature", "mcnemar",
     "mean_interval", "multilabel", "paired", "perplexity", "preference", "regression", "reliability", "retrieval",
-    "softmax", "span_scores", "spans", "spans_of", "squad", "sts", "summarisation", "translation",
+    "scaled", "softmax", "span_scores", "spans", "spans_of", "squad", "summarisation", "translation",
     "weighted_calibration", "weighted_classification", "weighted_multilabel", "weighted_retrieval", "weighted_spans",
-    "weighted_squad", "weighted_summarisation", "weighted_translation", "wilson",
+    "weighted_squad", "weighted_summarisation", "weighted_translation",
 ]  # fmt: skip

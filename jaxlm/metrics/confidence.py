@@ -103,6 +103,18 @@ def fit_temperature(logits_BC: Any, labels_B: Any, lowest: float = 0.01, highest
     return float(np.exp(brentq(slope, low, high, xtol=1e-12)))
 
 
+def scaled(probabilities_BC: Any, labels_B: Any, bins: int = 15) -> tuple[float, float]:
+    """The temperature that fits these examples best, and the ece that one leaves: each half of them (every second example)
+    is scaled by the temperature of the other half, so that none is judged by a fit to itself."""
+    table_BC, right_B = _checked(probabilities_BC, labels_B)
+    logits_BC = np.log(np.maximum(table_BC, np.finfo(float).tiny))
+    halves = [np.arange(len(right_B)) % 2 == part for part in range(2 if len(right_B) > 1 else 1)]
+    scaled_BC = np.empty_like(table_BC)
+    for half, other in zip(halves, halves[::-1], strict=True):
+        scaled_BC[half] = softmax(logits_BC[half], fit_temperature(logits_BC[other], right_B[other]))
+    return fit_temperature(logits_BC, right_B), calibration(scaled_BC, right_B, bins)["ece"]
+
+
 def _checked(probabilities_BC: Any, labels_B: Any) -> tuple[np.ndarray, np.ndarray]:
     check_sizes(probabilities_BC, labels_B)
     table_BC = check_numbers("probabilities", probabilities_BC, (None, None))

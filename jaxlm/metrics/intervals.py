@@ -277,16 +277,3 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         return Interval(mean, np.nan, np.nan)
     half = float(t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half)
-
-
-def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
-    """A proportion with its score interval (Wilson 1927), which keeps its coverage for few trials and near 0 and 1."""
-    from scipy.stats import binomtest
-
-    _check(1, level)
-    if trials < 1:
-        raise ValueError("no predictions to score")
-    if not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials: expected 0 to {trials}")
-    found = binomtest(successes, trials).proportion_ci(level, "wilson")
-    return Interval(successes / trials, float(found.low), float(found.high))

@@ -1,6 +1,6 @@
-"""Scores of embeddings and of preferences: similarity of sentences, retrieval, which of two answers is better.
+"""Scores of embeddings and of preferences: retrieval, which of two answers is better.
 
-B pairs · Q queries · D documents (of a corpus; width of an embedding in `sts`) · K ranks.
+B pairs · Q queries · D documents · K ranks.
 """
 
 from collections.abc import Sequence
@@ -9,20 +9,6 @@ from typing import Any
 import numpy as np
 
 from jaxlm.metrics.intervals import Weighted, averaged, check_numbers, check_sizes
-from jaxlm.metrics.numbers import correlations
-
-
-def sts(first_BD: Any, second_BD: Any, actual_B: Any) -> dict[str, float]:
-    """Spearman's and Pearson's correlation of the cosine of two embeddings with how alike people find the texts.
-
-    spearman is what MTEB reports for STS. The cosine with a vector of zeros counts as 0.
-    """
-    check_sizes(first_BD, second_BD, actual_B)
-    one_BD = check_numbers("embeddings", first_BD, (None, None))
-    other_BD = check_numbers("embeddings", second_BD, one_BD.shape)
-    lengths_B = np.linalg.norm(one_BD, axis=1) * np.linalg.norm(other_BD, axis=1)
-    cosine_B = np.divide((one_BD * other_BD).sum(1), lengths_B, out=np.zeros(len(lengths_B)), where=lengths_B > 0)
-    return correlations(cosine_B, check_numbers("references", actual_B))
 
 
 def retrieval(scores_QD: Any, relevant_QD: Any, recalls: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

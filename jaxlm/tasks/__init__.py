@@ -4,7 +4,7 @@ from jaxlm.tasks.baseline import NAME as BASELINE
 from jaxlm.tasks.baseline import words_alone
 from jaxlm.tasks.comparing import Embedding, Preference, Reward
 from jaxlm.tasks.labelling import Classification, Multilabel, Regression, Tagging
-from jaxlm.tasks.page import paired_scores, told, write_predictions
+from jaxlm.tasks.page import paired_scores, paired_tests, write_predictions
 from jaxlm.tasks.predictor import Passed, Predictor
 from jaxlm.tasks.reading import ExtractiveQa, MultipleChoice
 from jaxlm.tasks.task import PRETRAINING, Examples, Prediction, Row, Task, TaskConfig
@@ -18,5 +18,5 @@ TASKS: dict[str, type[Task]] = {
 
 __all__ = [
     "BASELINE", "PRETRAINING", "TASKS", "Examples", "Passed", "Prediction", "Predictor", "Row", "Task", "TaskConfig",
-    "paired_scores", "told", "words_alone", "write_predictions",
+    "paired_scores", "paired_tests", "words_alone", "write_predictions",
 ]  # fmt: skip

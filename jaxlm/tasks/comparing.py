@@ -79,6 +79,7 @@ class Preference(Task):
     required = ("chosen", "rejected")
     optional = ("prompt",)
     given = ("prompt", "chosen", "rejected")
+    refers = True
     chunk = 128
     """Positions of a row whose logits exist at a time: the objective's."""
 
@@ -116,7 +117,6 @@ class Preference(Task):
         return {"chosen_B": total("chosen"), "rejected_B": total("rejected")}
 
     def refer(self, examples: Examples, outputs: Outputs) -> None:
-        """Keep what the model at the start gave with each example."""
         for item, output in zip(examples.items, outputs, strict=True):
             item |= {f"reference_{name}": np.float32(output[f"{name}_B"]) for name in ("chosen", "rejected")}
 

@@ -2,10 +2,10 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jaxlm.metrics import Interval, Paired, bootstrap, paired, reliability
+from jaxlm.metrics import Paired, approximate_randomisation, bootstrap, mcnemar, paired, reliability, scaled
 from jaxlm.report import write_scores
 from jaxlm.tasks.task import Prediction, Row, Task, label_ids
 
@@ -14,10 +14,10 @@ WORST = 30
 
 def write_predictions(
     folder: pathlib.Path, title: str, task: Task, rows: Sequence[Row], predictions: Sequence[Prediction]
-) -> dict[str, Interval]:
-    """Write `predictions.jsonl`, `scores.json` and `scores.html` into a folder; returns the scores with their intervals."""
+) -> dict[str, str]:
+    """Write `predictions.jsonl`, `scores.json` and `scores.html` into a folder; returns the scores as a person reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Interval] = bootstrap(task.statistic(), predictions, rows)
+    found = bootstrap(task.statistic(), predictions, rows)
     lines = [json.dumps({**row, "prediction": p}, ensure_ascii=False) for row, p in zip(rows, predictions, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
     signatures = task.signatures(rows)
@@ -31,22 +31,20 @@ def write_predictions(
         {"text": text_of(task, row), "expected": expected, "predicted": predicted, "confidence": f"{score:.3f}"}
         for (score, expected, predicted), row in worst
     ]
+    confident = _confident(task, rows, predictions)
+    temperature = {} if confident is None else _temperature(*confident, found["ece"].value)
     write_scores(
-        folder, title, {"rows": f"{len(rows):,}", "task": task.config.kind, **{f"{k} signature": v for k, v in signatures.items()}},
+        folder, title,
+        {"rows": f"{len(rows):,}", "task": task.config.kind, **{f"{k} signature": v for k, v in signatures.items()}, **temperature},
         {name: (x.value, x.low, x.high) for name, x in found.items()},
-        task.confusion(rows, predictions), errors, _reliability(task, rows, predictions),
+        task.confusion(rows, predictions), errors, None if confident is None else reliability(*confident),
     )  # fmt: skip
-    return found
+    return {name: f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})" for name, x in found.items()} | temperature
 
 
 def text_of(task: Task, row: Row) -> str:
     """What a row gives the model, in a line."""
     return " | ".join(str(row[role]) for role in task.given if role in row)
-
-
-def told(scores: Mapping[str, Interval]) -> dict[str, str]:
-    """Scores as a person reads them."""
-    return {name: f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})" for name, x in scores.items()}
 
 
 def paired_scores(
@@ -56,8 +54,29 @@ def paired_scores(
     return paired(task.statistic(), predictions, others, rows)
 
 
-def _reliability(task: Task, rows: Sequence[Row], predictions: Sequence[Prediction]) -> Sequence[Any] | None:
+def paired_tests(
+    task: Task, rows: Sequence[Row], predictions: Sequence[Prediction], others: Sequence[Prediction]
+) -> dict[str, float]:
+    """Name → p value of the further tests that are the custom for such a task: McNemar's of two classifiers, approximate
+    randomisation of two systems that write."""
+    kind = task.config.kind
+    if kind == "classification":
+        right = [[p["label"] == str(row["label"]) for p, row in zip(each, rows, strict=True)] for each in (predictions, others)]
+        return {"McNemar's exact test (accuracy)": mcnemar(*right)}
+    if kind != "text_to_text":
+        return {}
+    found: dict[str, float] = approximate_randomisation(task.statistic(), predictions, others, rows)
+    return {f"approximate randomisation ({name})": p for name, p in found.items()}
+
+
+def _confident(task: Task, rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Any, Any] | None:
+    """Probabilities and the right classes, of a classifier."""
     if task.config.kind != "classification":
         return None
     probabilities = [[p["probabilities"][name] for name in task.labels] for p in predictions]
-    return reliability(probabilities, label_ids([str(row["label"]) for row in rows], task.labels, None))
+    return probabilities, label_ids([str(row["label"]) for row in rows], task.labels, None)
+
+
+def _temperature(probabilities: Any, labels: Any, ece: float) -> dict[str, str]:
+    fitted, left = scaled(probabilities, labels)
+    return {"temperature": f"{fitted:.3g} calibrates these rows: ece {ece:.4f} becomes {left:.4f}, each half scaled by the other's"}

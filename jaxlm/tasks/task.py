@@ -129,6 +129,8 @@ class Task:
     """What the weights of the objective count."""
     generates: ClassVar[bool] = False
     """Predictions are written token by token."""
+    refers: ClassVar[bool] = False
+    """Examples hold what the model at the start gave for them: `refer` is called before they are learned or read."""
 
     def __init__(
         self, config: TaskConfig, tokenizer: Tokenizer, length: int, *,
@@ -155,6 +157,10 @@ class Task:
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         """The examples of labelled rows; rows without what is to be predicted give examples without it."""
+        raise NotImplementedError
+
+    def refer(self, examples: Examples, outputs: Outputs) -> None:
+        """Keep with each example what the model at the start gave for it, where the task `refers`."""
         raise NotImplementedError
 
     def objective(self, chunk: int) -> Objective:

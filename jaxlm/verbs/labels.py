@@ -134,14 +134,14 @@ def evaluate(words: Sequence[str]) -> int:
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(EvaluateOptions, None, flags).value
     from jaxlm.models import load_model
-    from jaxlm.tasks import Predictor, paired_scores, told, write_predictions
+    from jaxlm.tasks import Predictor, paired_scores, paired_tests, write_predictions
 
     trained = load_model(argument)
     task = trained.task(options.task, options.length)
     held = _held_out(trained.run, task, options)
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
     examples = None if task.generates else task.examples(held.rows, held.where)
-    if hasattr(task, "refer") and examples is not None:
+    if task.refers and examples is not None:
         passed = predictor.run(trained.start(), examples.items, loss=False)
         assert passed is not None, "nothing stops it"
         task.refer(examples, passed.outputs)
@@ -150,7 +150,7 @@ def evaluate(words: Sequence[str]) -> int:
     assert predictions is not None, "nothing stops it"
     folder = pathlib.Path(options.out) if options.out else (trained.run or pathlib.Path()) / "evaluation"
     say(held.summary())
-    for name, text in told(write_predictions(folder, trained.name, task, held.rows, predictions)).items():
+    for name, text in write_predictions(folder, trained.name, task, held.rows, predictions).items():
         say(f"{name + ':':<24}{text}")
     if options.against is not None:
         other = [json.loads(line)["prediction"] for line in pathlib.Path(options.against).read_text(encoding="utf8").splitlines()]
@@ -158,6 +158,8 @@ def evaluate(words: Sequence[str]) -> int:
             raise ValueError(f"{options.against} holds {len(other):,} predictions, for {len(predictions):,} rows")
         for name, found in paired_scores(task, held.rows, predictions, other).items():
             say(f"{name} less the other's: {found.difference:+.4f} ({found.low:+.4f} to {found.high:+.4f}), p = {found.p:.4g}")
+        for name, p in paired_tests(task, held.rows, predictions, other).items():
+            say(f"{name}: p = {p:.4g}")
     say(f"look at {folder}/scores.html")
     return 0
 

@@ -173,13 +173,15 @@ def test_windows_cover_the_context_and_share_the_stride(folders):
     assert framer.truncated == 0
 
 
-def test_a_question_that_fills_the_window_is_told(folders):
+def test_a_question_that_fills_the_window_is_cut(folders):
     framer = Framer(load_tokenizer(folders / "bert"), 16)
-    with pytest.raises(ValueError, match=r"question 'cat cat.* has 12 tokens, which leaves 1 of 16 .* share 1 need more") as error:
-        framer.windows(["cat", "cat " * 12], ["the cat sat"] * 2, 1)
+    short, long = framer.windows(["cat " * 11, "cat " * 12], ["the cat sat on the mat"] * 2, 1)
+    assert [(row.sequence == 0).sum() for row in short] == [11] * 5 and framer.truncated == 1
+    assert [(row.sequence == 0).sum() for row in long] == [6], "half of what windows do not share"
+    assert (long[0].sequence == 1).sum() == 6, "the whole context"
+    with pytest.raises(ValueError, match=r"share 12 tokens leave none of a row of 16 .* may be 11 at most") as error:
+        framer.windows(["cat"], ["the cat sat"], 12)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="has 30 tokens, which leaves 0 of 16"):
-        framer.windows(["cat " * 30], ["the cat sat"], 0)
     with pytest.raises(ValueError, match="stride -1 must be 0 or more"):
         framer.windows(["cat"], ["the cat sat"], -1)
 

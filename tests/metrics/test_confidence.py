@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from sklearn import metrics
 
-from jaxlm.metrics import bootstrap, calibration, fit_temperature, reliability, softmax, weighted_calibration
+from jaxlm.metrics import bootstrap, calibration, fit_temperature, reliability, scaled, softmax, weighted_calibration
 
 
 def logits_and_labels(seed, temperature=1.0, B=4000, C=5):
@@ -79,6 +79,21 @@ def test_the_temperature_is_found(temperature):
 def test_a_set_without_a_best_temperature():
     assert fit_temperature([[5.0, 0.0], [0.0, 900.0]], [0, 1]) == 0.01, "all right: the surer the better"
     assert fit_temperature([[5.0, 0.0], [0.0, 900.0]], [1, 0]) == 100.0, "all wrong: the less sure the better"
+
+
+def test_each_half_is_scaled_by_the_others_temperature():
+    logits, labels = logits_and_labels(5, 3.0)
+    sure = softmax(logits)
+    found, ece = scaled(sure, labels)
+    assert found == pytest.approx(fit_temperature(logits, labels), rel=1e-6)
+    even, odd = np.arange(len(labels)) % 2 == 0, np.arange(len(labels)) % 2 == 1
+    by_hand = softmax(logits, 1.0)
+    by_hand[even] = softmax(logits[even], fit_temperature(logits[odd], labels[odd]))
+    by_hand[odd] = softmax(logits[odd], fit_temperature(logits[even], labels[even]))
+    assert ece == pytest.approx(calibration(by_hand, labels)["ece"], rel=1e-6)
+    assert ece < calibration(sure, labels)["ece"] / 3
+    assert scaled([[1.0, 0.0], [0.5, 0.5]], [1, 0])[0] == 100.0, "a class of probability 0 was right"
+    assert scaled([[0.75, 0.25]], [0]) == (0.01, 0.0), "one row is its own other half"
 
 
 @pytest.mark.parity

@@ -31,7 +31,6 @@ METRICS = {
     "summarisation": (lambda *arrays: metrics.summarisation(*arrays).values, metrics.weighted_summarisation(), (texts, others)),
     "perplexity": (metrics.perplexity, None, (rng.random(B), ids + 1, ids + 1, 3 * ids + 2)),
     "calibration": (metrics.calibration, metrics.weighted_calibration(), (likely, ids)),
-    "sts": (metrics.sts, None, (likely, likely[::-1], ids)),
     "retrieval": (metrics.retrieval, metrics.weighted_retrieval(), (likely, likely[::-1] > 0.2)),
     "preference": (metrics.preference, None, (guesses, ids)),
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxlm.metrics import approximate_randomisation, averaged, bootstrap, mcnemar, mean_interval, paired, wilson
+from jaxlm.metrics import approximate_randomisation, averaged, bootstrap, mcnemar, mean_interval, paired
 
 mean = averaged(lambda values_B: {"mean": values_B})
 
@@ -109,14 +109,6 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar([True, False], [False, True]) == 1
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),  # Newcombe 1998, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson(successes, trials, low, high):
-    assert wilson(successes, trials) == pytest.approx((successes / trials, low, high), abs=5e-5)
-
-
 def test_mean_over_seeds():
     found = mean_interval([0.80, 0.82, 0.87])
     theirs = scipy.stats.ttest_1samp([0.80, 0.82, 0.87], 0).confidence_interval(0.95)
@@ -135,8 +127,6 @@ def test_mean_over_seeds():
         (lambda: bootstrap(np.mean, np.ones(3), level=95), "level = 95: expected a number between 0 and 1, such as 0.95"),
         (lambda: mcnemar([], []), "no predictions to score"),
         (lambda: mean_interval([]), "no predictions to score"),
-        (lambda: wilson(0, 0), "no predictions to score"),
-        (lambda: wilson(3, 2), "3 successes of 2 trials: expected 0 to 2"),
     ],
 )
 def test_mistakes(call, message):

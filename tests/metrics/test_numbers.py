@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from jaxlm.metrics import bootstrap, perplexity, preference, regression, retrieval, sts, weighted_retrieval
+from jaxlm.metrics import bootstrap, perplexity, preference, regression, retrieval, weighted_retrieval
 
 
 def test_regression_is_scipys_and_scikit_learns():
@@ -44,17 +44,6 @@ def test_perplexity_by_hand():
     assert perplexity(1e6, 1, 1, 1)["token_perplexity"] == np.inf
     assert np.isnan(perplexity(1.0, 1, 0, 1)["word_perplexity"])
     assert bootstrap(perplexity, [1.0, 2.0], [1, 2], [1, 2], [1, 2], n=10)["bits_per_byte"] == pytest.approx([1 / np.log(2)] * 3)
-
-
-def test_sentence_similarity():
-    rng = np.random.default_rng(1)
-    first, second = rng.normal(size=(2, 30, 8))
-    actual = rng.integers(0, 5, 30)
-    cosine = 1 - np.array([scipy.spatial.distance.cosine(a, b) for a, b in zip(first, second, strict=True)])
-    assert sts(first, second, actual)["spearman"] == pytest.approx(scipy.stats.spearmanr(cosine, actual).statistic)
-    assert sts(7 * first, second, actual) == pytest.approx(sts(first, second, actual)), "length is nothing"
-    first[0] = 0
-    assert np.isfinite(sts(first, second, actual)["spearman"])
 
 
 def test_retrieval_by_hand():
@@ -115,8 +104,6 @@ def test_preference():
         (lambda: regression([np.inf], [1.0]), "predictions are not all finite numbers: 1 are infinite or nan"),
         (lambda: perplexity([], [], [], []), "no predictions to score"),
         (lambda: perplexity(0.0, 0, 0, 0), "no predictions to score"),
-        (lambda: sts(np.ones((0, 2)), np.ones((0, 2)), []), "no predictions to score"),
-        (lambda: sts(np.ones((2, 2)), np.ones((2, 3)), [1, 2]), "embeddings have the shape (2, 3): expected (2, 2)"),
         (lambda: retrieval(np.ones((0, 2)), np.ones((0, 2))), "no predictions to score"),
         (lambda: retrieval([[1.0, 2]], [[0, 0]]), "query 0 has no relevant document"),
         (lambda: retrieval([[1.0, 2]], [[1, -1]]), "relevant holds -1: expected 0, or a gain above 0"),

@@ -140,6 +140,14 @@ def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     again = json.loads((tmp_path / "evaluation" / "scores.json").read_text(encoding="utf8"))
     assert again[score]["value"] == pytest.approx(scores[score]["value"], abs=1e-3)
     assert (tmp_path / "evaluation" / "scores.html").is_file()
+    # Beside itself no test sees a difference.
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(folder), "--out", "again", "--against", "evaluation/predictions.jsonl"]) == 0
+    out = capsys.readouterr().out
+    assert f"{score} less the other's: +0.0000 (+0.0000 to +0.0000), p = 1" in out
+    custom = {"classification": "McNemar's exact test (accuracy)", "text_to_text": f"approximate randomisation ({score})"}
+    assert f"{custom[kind]}: p = 1\n" in out if kind in custom else "exact test" not in out and "randomisation" not in out
+    assert ("calibrates these rows" in out) == (kind == "classification")
 
 
 def test_every_task_is_tried():
