@@ -6,6 +6,9 @@ from jaxlm.tasks.task import Prediction, Row, Task
 
 MOST = 50_000  # rows beyond which the baseline is not worth the wait
 NAME = "tf-idf + logistic regression"
+# Of scripts without spaces (Thai, kana, Chinese characters) each sign counts as a word; of others a run of letters.
+SPACELESS = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
+WORD = rf"(?u)[{SPACELESS}]|[^\W{SPACELESS}]+|[^\w\s]"
 
 
 def words_alone(task: Task, train: Sequence[Row], held: Sequence[Row]) -> list[Prediction] | None:
@@ -20,8 +23,7 @@ def words_alone(task: Task, train: Sequence[Row], held: Sequence[Row]) -> list[P
     def texts(rows: Sequence[Row]) -> list[str]:
         return [f"{row['text']} {row.get('pair', '')}" for row in rows]
 
-    # Single characters count as words: Chinese has no spaces.
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
+    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=WORD)
     model = make_pipeline(vectors, LogisticRegression(max_iter=1000, C=10.0))
     try:
         model.fit(texts(train), [str(row["label"]) for row in train])
