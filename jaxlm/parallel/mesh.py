@@ -35,7 +35,7 @@ class ParallelConfig:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes in the order of AXES."""
-        return tuple(getattr(self, axis) for axis in AXES)
+        return self.stage, self.data, self.fsdp, self.expert, self.context, self.tensor
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -84,8 +84,8 @@ def abstract_mesh(config: ParallelConfig) -> jax.sharding.AbstractMesh:
 def _fitting(config: ParallelConfig, count: int) -> str:
     """Sizes near those asked for that multiply to `count`: each, the fastest links first, as large as still divides."""
     found, left = {}, count
-    for axis in [axis for axis in reversed(AXES) if axis != "data"]:
-        asked = max(getattr(config, axis), 1)
+    for axis, size in reversed([(axis, size) for axis, size in zip(AXES, config.sizes, strict=True) if axis != "data"]):
+        asked = max(size, 1)
         found[axis] = next(size for size in range(min(asked, left), 0, -1) if left % size == 0)
         left //= found[axis]
     found["data"] = left

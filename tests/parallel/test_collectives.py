@@ -88,7 +88,7 @@ def test_fsdp_gathers_parameters_never_activations():
 
 def test_tensor_adds_up_activations():
     """Shoeybi et al. 2019, "Megatron-LM", §3: two sums forward and two backward in each layer, of which XLA:CPU makes one for
-    each of the five maps that read the residual stream (tests/parallel/test_aot.py has the TPU's). One more for the look-up
+    each of the five maps that read the residual stream (tests/parallel/test_topologies.py has the TPU's). One more for the look-up
     of the tokens, whose vocabulary is split, and one for the gradient of the head."""
     _, found = sent(DECODER, data=2, tensor=4)
     assert {one.kind for one in found} == {"all-reduce"}

@@ -62,7 +62,8 @@ def test_shapes_and_shardings_have_the_form_of_the_state(name):
     mesh, tuning = make_mesh(ParallelConfig(fsdp=2, tensor=2)), Tuning(TuneConfig(), MODEL)
     optimizer = make_optimizer(OptimConfig(name=name), lambda step: 1e-3, tuning)
     shapes, shardings = state_shapes(MODEL, optimizer, tuning), state_shardings(MODEL, optimizer, mesh, tuning)
-    state = init_state(MODEL, optimizer, 0, mesh, tuning)
+    with jax.set_mesh(mesh):
+        state = init_state(MODEL, optimizer, 0, mesh, tuning)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
 
