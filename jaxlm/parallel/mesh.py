@@ -64,7 +64,9 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+        # An axis may take a part of one of the pod's own.
+        laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(laid, AXES, axis_types=auto)
     place = AXES.index(config.across)
     if shape[place] % slices:
         raise ValueError(
@@ -72,7 +74,8 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
         )
     outer = [slices if axis == config.across else 1 for axis in AXES]
     inner = [size // ways for size, ways in zip(shape, outer, strict=True)]
-    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, axis_types=auto)
+    laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(laid, AXES, axis_types=auto)
 
 
 def abstract_mesh(config: ParallelConfig) -> jax.sharding.AbstractMesh:

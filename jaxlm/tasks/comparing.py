@@ -39,11 +39,16 @@ class Embedding(Task):
         return [{name.removesuffix("_BD"): x.tolist() for name, x in output.items()} for output in outputs]
 
     def statistic(self) -> Callable[..., dict[str, float]]:
-        """How well each text finds its own pair among the pairs of all rows."""
+        """How well each text finds its own pair among those of all rows, each of which counts once."""
 
         def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
-            anchors, positives = (np.array([p[name] for p in predictions]) for name in ("anchor", "positive"))
-            return anchors @ positives.T, np.eye(len(predictions))
+            first: dict[str, int] = {}
+            for i, row in enumerate(rows):
+                first.setdefault(row["pair"], i)
+            anchors = np.array([p["anchor"] for p in predictions])
+            pairs = np.array([predictions[i]["positive"] for i in first.values()])
+            own = np.array([row["pair"] for row in rows])[:, None] == np.array(list(first))[None, :]
+            return anchors @ pairs.T, own.astype(float)
 
         return of_columns(metrics.weighted_retrieval(), columns)
 

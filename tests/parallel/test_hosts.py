@@ -42,7 +42,7 @@ def start(folder, processes, devices, cache, **flags):
     return started
 
 
-def finish(started, timeout=240):
+def finish(started, timeout=600):
     return [(one.communicate(timeout=timeout)[0], one.returncode) for one in started]
 
 

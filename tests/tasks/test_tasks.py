@@ -10,6 +10,7 @@ from jaxlm import cli
 from jaxlm import config as configs
 from jaxlm.experiment import Run, load_config
 from jaxlm.report import read_rows
+from jaxlm.tasks import TASKS as KNOWN
 
 WORDS = ["red", "green", "blue", "round", "square", "big", "small", "old", "new", "warm"]
 ENDS = ["good", "fine", "great", "bad", "poor", "awful", "what"]
@@ -150,9 +151,16 @@ def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     assert ("calibrates these rows" in out) == (kind == "classification")
 
 
-def test_every_task_is_tried():
-    from jaxlm.tasks import TASKS as KNOWN
+def test_a_passage_of_several_questions_is_one_candidate():
+    """Three questions, two of one passage: each finds its own first, though two have the same."""
+    task = KNOWN["embedding"].__new__(KNOWN["embedding"])
+    rows = [{"text": text, "pair": pair} for text, pair in (("a", "P"), ("b", "P"), ("c", "Q"))]
+    vectors = {"P": [1.0, 0.0], "Q": [0.0, 1.0]}
+    found = task.statistic()([{"anchor": vectors[row["pair"]], "positive": vectors[row["pair"]]} for row in rows], rows)
+    assert found["recall@1"] == found["mrr@10"] == 1
 
+
+def test_every_task_is_tried():
     assert {name.split(" by ")[0] for name in TASKS} == set(KNOWN)
 
 
