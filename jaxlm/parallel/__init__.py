@@ -1,6 +1,6 @@
 """Where arrays lie: the processes, the mesh of devices, and the rules that split logical axes over it."""
 
-from jaxlm.parallel.hosts import HostsConfig, failed, join, speaks
+from jaxlm.parallel.hosts import HostsConfig, failed, join, leave, speaks
 from jaxlm.parallel.mesh import ParallelConfig, abstract_mesh, make_mesh, peak_flops, settle
 from jaxlm.parallel.rules import (
     STORED,
@@ -26,7 +26,7 @@ __all__ = [
     "failed",
     "fitting",
     "join",
-    "length_ways",
+    "leave", "length_ways",
     "make_mesh",
     "peak_flops",
     "place_batch",

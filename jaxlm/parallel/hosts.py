@@ -97,6 +97,7 @@ class Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="watch")
+        self.done = False
         from jax._src import distributed  # the one way to its key-value store; multihost_utils has none without a barrier
 
         self.client: Any = distributed.global_state.client
@@ -108,7 +109,8 @@ class Watch(threading.Thread):
         while True:
             beats, now = beats + 1, time.monotonic()
             try:
-                self.client.key_value_set(f"jaxlm/alive/{me}", str(beats), allow_overwrite=True)
+                mine = "done" if self.done else str(beats)
+                self.client.key_value_set(f"jaxlm/alive/{me}", mine, allow_overwrite=True)
                 signs: dict[int, Any] = {
                     int(key.rpartition("/")[2]): value for key, value in self.client.key_value_dir_get("jaxlm/alive/")
                 }
@@ -125,7 +127,14 @@ class Watch(threading.Thread):
 
     def end(self) -> None:
         """Say that this process is done, and no longer to be waited for."""
+        self.done = True
         self.client.key_value_set(f"jaxlm/alive/{jax.process_index()}", "done", allow_overwrite=True)
+
+
+def leave() -> None:
+    """This process is done: the others, of which process 0 writes the page of the run, no longer wait for its signs."""
+    if Watch.running is not None:
+        Watch.running.end()
 
 
 def died(process: int) -> NoReturn:

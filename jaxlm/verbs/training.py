@@ -14,7 +14,7 @@ def train(words: Sequence[str]) -> int:
     """jaxlm train [FILE] [--section.option VALUE …] [--name NAME]: train what FILE describes, or resume it."""
     (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
     from jaxlm.experiment import Run, load_config, train_seeds
-    from jaxlm.parallel import join, speaks
+    from jaxlm.parallel import join, leave, speaks
 
     config = load_config(file, flags).value
     join(config.hosts)
@@ -27,7 +27,9 @@ def train(words: Sequence[str]) -> int:
         for command in run.next_commands(run.start):
             say(f"  {command}")
         return 0
-    return INTERRUPTED if run.train() == "interrupted" else 0
+    ended = run.train()
+    leave()
+    return INTERRUPTED if ended == "interrupted" else 0
 
 
 def config(words: Sequence[str]) -> int:
