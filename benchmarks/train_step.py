@@ -109,7 +109,8 @@ def jaxlm_step(shape):
     sizes = {"layers": shape.layers, "width": shape.width, "heads": shape.heads, "vocab_size": shape.vocab}
     config = build(TransformerConfig, {"preset": "gpt2-small", **sizes, "positions": shape.length, "unroll": True})
     model, mesh = Model(config), make_mesh(ParallelConfig(), jax.devices()[:1])
-    optim = OptimConfig(LEARNING_RATE, "constant", 0, weight_decay=WEIGHT_DECAY, beta1=BETA1, beta2=BETA2, eps=EPSILON, clip=CLIP)
+    rates = {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0, "weight_decay": WEIGHT_DECAY}
+    optim = OptimConfig(**rates, beta1=BETA1, beta2=BETA2, eps=EPSILON, clip=CLIP)
     schedule = make_schedule(optim, 1)
     optimizer = make_optimizer(optim, schedule)
     batch = {
