@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
-from jaxlm.parallel.rules import constrain
+from jaxlm.parallel.rules import COMPUTED, RESIDUAL, constrain
 
 Angles = tuple[jax.Array, jax.Array]
 
@@ -70,12 +70,14 @@ class Linear(nn.Module):
         scaled = self.residual and c.init == "residual_scaled"
         std = c.init_std / math.sqrt(2 * c.layers) if scaled else c.init_std
         w = parameter(self, "kernel", axes, nn.initializers.normal(std))
+        if self.residual:  # its input is split as the other maps left it, not as its own result will be
+            x = constrain(x, inputs.split(",")[0])
         y = product(self.equation, x, w.astype(dtype))
         if c.bias if self.bias is None else self.bias:
             axes = "".join(letter for letter in axes if letter in output)
             b = parameter(self, "bias", axes, nn.initializers.zeros)
             y = y + b.astype(dtype).reshape((1,) * (y.ndim - b.ndim) + b.shape)
-        return constrain(y, output)
+        return constrain(y, output, RESIDUAL if self.residual else COMPUTED)
 
 
 class Norm(nn.Module):
@@ -149,7 +151,9 @@ class Embed(nn.Module):
         # Its vectors are brought together first, as a matrix is before its product: a look-up in parts of vectors would
         # have to change every token's place and part at once, for which the compiler copies all of them to every device.
         table = constrain(self.table, self.axes)
-        return constrain(jnp.take(table, ids_BL, axis=0).astype(self.config.dtype), "BLD")
+        # Places are split after the sum over parts of the vocabulary: before it the whole table would have to be there.
+        found_BLD = constrain(jnp.take(table, ids_BL, axis=0).astype(self.config.dtype), "BLD")
+        return constrain(found_BLD, "BLD", RESIDUAL)
 
 
 def activate(kind: str, x: jax.Array) -> jax.Array:

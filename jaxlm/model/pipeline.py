@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.parallel.rules import constrain
+from jaxlm.parallel.rules import RESIDUAL, constrain
 
 Run = Callable[[Any, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
 """(parameters of a layer, x_BLD, number of the layer, number of the part, what all layers share) → x_BLD, the router's loss."""
@@ -81,9 +81,9 @@ def pipelined(run: Run, params: Any, x_BLD: jax.Array, shared: Any, layers: int,
         fresh = jax.lax.dynamic_index_in_dim(x_MBLD, t % parts, keepdims=False)
         again = jax.lax.dynamic_index_in_dim(done_MBLD, t % parts, keepdims=False)
         enters = jnp.where(t < parts, fresh, again)
-        x_ZBLD = constrain(x_ZBLD.at[0].set(enters), "ZBLD")
+        x_ZBLD = constrain(x_ZBLD.at[0].set(enters), "ZBLD", RESIDUAL)
         x_ZBLD, losses_Z = all_stages(number_Z, t, params_Z, x_ZBLD)
-        x_ZBLD = constrain(x_ZBLD, "ZBLD")
+        x_ZBLD = constrain(x_ZBLD, "ZBLD", RESIDUAL)
         out = t - (ways - 1)
         kept = jax.lax.dynamic_update_index_in_dim(done_MBLD, x_ZBLD[-1], out % parts, 0)
         done_MBLD = jnp.where(out >= 0, kept, done_MBLD)

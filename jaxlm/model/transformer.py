@@ -24,6 +24,7 @@ from jaxlm.model.mask import Mask
 from jaxlm.model.moe import Moe
 from jaxlm.model.pipeline import pipelined, stages
 from jaxlm.model.positions import RelativeBias, alibi, distances, rotary_angles, sinusoids
+from jaxlm.parallel.rules import gathered
 
 Batch = Mapping[str, Any]
 
@@ -78,10 +79,8 @@ class Block(nn.Module):
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
 
         def before(name: str, x_BLD: jax.Array) -> jax.Array:
-            if where not in ("pre", "both"):
-                return x_BLD
-            y_BLD = Norm(c, c.norm, name=f"{name}_norm")(x_BLD)
-            return y_BLD if c.first_norm or name != "attention" else jnp.where(layer == 0, x_BLD, y_BLD)
+            y_BLD = Norm(c, c.norm, name=f"{name}_norm")(x_BLD) if where in ("pre", "both") else x_BLD
+            return gathered(y_BLD if c.first_norm or name != "attention" else jnp.where(layer == 0, x_BLD, y_BLD))
 
         def after(name: str, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
             if where in ("both", "output"):
@@ -151,14 +150,13 @@ class Stack(nn.Module):
 
         if stages() > 1 and cache is None and not self.is_initializing() and not c.share_layers:
             x_BLD, auxiliary = self._in_stages(x_BLD, context)
-            return Output(Norm(c, c.norm, name="final_norm")(x_BLD) if c.norm_position != "post" else x_BLD, None, auxiliary)
+            return Output(self._end(x_BLD), None, auxiliary)
         stack = self._scanned()(c, self.train, name="layers")
         kv = None if cache is None else (cache.k_XBKSH, cache.v_XBKSH)
         source = None if cache is None or cache.source is None or read is not None else (cache.source.k_XBKSH, cache.source.v_XBKSH)
         layer_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
         (x_BLD, kv), (kept, auxiliary_X) = stack((x_BLD, kv), layer_X, local_X, source, context)
-        if c.norm_position != "post":
-            x_BLD = Norm(c, c.norm, name="final_norm")(x_BLD)
+        x_BLD = self._end(x_BLD)
         if cache is not None:
             assert kv is not None, "layers given a cache return it"
             cache = dataclasses.replace(cache, k_XBKSH=kv[0], v_XBKSH=kv[1], length=cache.length + length)
@@ -180,6 +178,11 @@ class Stack(nn.Module):
             x_BLW = Norm(c, c.norm, "W", name="embed_norm")(x_BLW)
         x_BLW = nn.Dropout(c.dropout, deterministic=not self.train)(x_BLW)
         return x_BLW if not c.factored else Linear(c, "BLW,WD->BLD", bias=True, name="embed_project")(x_BLW)
+
+    def _end(self, x_BLD: jax.Array) -> jax.Array:
+        return gathered(
+            x_BLD if self.config.norm_position == "post" else Norm(self.config, self.config.norm, name="final_norm")(x_BLD)
+        )
 
     def _context(
         self, batch: Batch, place_L: jax.Array, positions_BL: jax.Array, cache: Cache | None, read: tuple[jax.Array, Batch] | None

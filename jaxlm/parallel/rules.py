@@ -27,21 +27,27 @@ COMPUTED: Rules = {
     "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",),
 }  # fmt: skip
 
+# Activations between the maps of a layer, where norms, dropout and sums take each place by itself: tensor, which splits
+# none of their other axes, splits the length (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+# Transformer Models", §4.2.2: sequence parallelism).
+RESIDUAL: Rules = {**COMPUTED, "L": ("context", "tensor")}
+
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rules) -> PartitionSpec:
     """The partition of an array with these logical axes.
 
-    A dimension that the mesh axes do not divide is held whole (one key/value head on two devices), and so is one
-    whose mesh axes split a dimension before it (both sides of a square matrix).
+    A dimension is split over the first of its mesh axes, as many as divide it: one key/value head is held whole by two
+    devices, and so is a dimension whose mesh axes split one before it (both sides of a square matrix).
     """
     assert len(axes) == len(shape), f"logical axes {axes} do not match the shape {shape}"
     sizes = dict(mesh.shape)
     parts: list[tuple[str, ...] | None] = []
     for letter, length in zip(axes, shape, strict=True):
         over = rules.get(letter, ()) if letter else ()
-        ways = int(np.prod([sizes[axis] for axis in over])) if over else 1
         free = not any(part and set(part) & set(over) for part in parts)
-        parts.append(over if ways > 1 and length % ways == 0 and free else None)
+        while over and length % math.prod(sizes[axis] for axis in over):
+            over = over[:-1]
+        parts.append(over if free and math.prod(sizes[axis] for axis in over) > 1 else None)
     return PartitionSpec(*parts)
 
 
@@ -55,6 +61,24 @@ def constrain(x: jax.Array, axes: str, rules: Rules = COMPUTED, free: bool = Fal
     if free:
         parts = PartitionSpec(*(PartitionSpec.UNCONSTRAINED if part is None else part for part in parts))
     return jax.lax.with_sharding_constraint(x, parts)
+
+
+@jax.custom_vjp
+def gathered(x_BLD: jax.Array) -> jax.Array:
+    """Parts of the residual stream brought together over tensor, for maps whose results are split over it. The gradient
+    goes back in parts at once: what the maps give is added up and scattered, not added up whole."""
+    return constrain(constrain(x_BLD, "BLD", RESIDUAL), "BLD")
+
+
+def _gathered_forward(x_BLD: jax.Array) -> tuple[jax.Array, None]:
+    return gathered(x_BLD), None
+
+
+def _gathered_backward(_: None, grad_BLD: jax.Array) -> tuple[jax.Array]:
+    return (constrain(grad_BLD, "BLD", RESIDUAL),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def platform() -> str:

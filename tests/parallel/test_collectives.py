@@ -86,13 +86,16 @@ def test_fsdp_gathers_parameters_never_activations():
     assert 4 * model.parameters() * 0.9 < total(found, "all-gather") <= 2 * 4 * model.parameters()
 
 
-def test_tensor_adds_up_activations():
-    """Shoeybi et al. 2019, "Megatron-LM", §3: two sums forward and two backward in each layer, of which XLA:CPU makes one for
-    each of the five maps that read the residual stream (tests/parallel/test_topologies.py has the TPU's). One more for the look-up
-    of the tokens, whose vocabulary is split, and one for the gradient of the head."""
+def test_tensor_adds_up_activations_and_gathers_them():
+    """Shoeybi et al. 2019, "Megatron-LM", §3, and Korthikanti et al. 2022, §4.2.2: two sums forward and two backward in each
+    layer, of which XLA:CPU makes one for each of the five maps that read the residual stream, and whole where others scatter
+    (tests/parallel/test_topologies.py has the TPU's). One more for the look-up of the tokens, whose vocabulary is split, and one
+    for the gradient of the head. What maps read is brought together again, twice forward and twice backward in each layer, for
+    the head, and for the gradient of the look-up."""
     _, found = sent(DECODER, data=2, tensor=4)
-    assert {one.kind for one in found} == {"all-reduce"}
+    assert {one.kind for one in found} == {"all-reduce", "all-gather"}
     assert shapes_of(found, "all-reduce")[B // 2, L, D] == (2 + 5) * LAYERS + 2
+    assert shapes_of(found, "all-gather") == {(B // 2, L, D): 4 * LAYERS + 2}
 
 
 def test_the_vocabulary_stays_in_parts():
