@@ -112,7 +112,6 @@ class Run:
         steps = self.steps
         schedule = make_schedule(c.optim, steps)
         optimizer = make_optimizer(c.optim, schedule, tuning)
-        average = c.optim.average
 
         @functools.cache
         def begin() -> Params:
@@ -123,14 +122,14 @@ class Run:
         with jax.set_mesh(mesh):
             job.prepare(begin)
             if self.start:
-                shapes = state_shapes(model, optimizer, tuning, average)
-                shardings = state_shardings(model, optimizer, mesh, tuning, average)
+                shapes = state_shapes(model, optimizer, tuning, c.optim)
+                shardings = state_shardings(model, optimizer, mesh, tuning, c.optim)
                 frozen = init_frozen(model, c.seed, mesh, tuning, begin()) if tuning.frozen_shapes else None
                 state, progress = self.checkpoints.restore(self.start, shapes, shardings, frozen)
                 say(f"resuming {self.folder} at step {self.start:,} of {steps:,}")
             else:
                 params = begin() if c.model.init_from else None
-                state, progress = init_state(model, optimizer, c.seed, mesh, tuning, params, average), None
+                state, progress = init_state(model, optimizer, c.seed, mesh, tuning, params, c.optim), None
             begin.cache_clear()
             merge = jax.jit(tuning.merge)
 
@@ -150,7 +149,7 @@ class Run:
                 c.train, steps, self.eval_every, state, self.start,
                 make_train_step(
                     model, job.objective(), optimizer, schedule, mesh, seed=c.seed, accumulate=c.train.accumulate,
-                    tuning=tuning, average=average, stochastic=job.stochastic,
+                    tuning=tuning, optim=c.optim, stochastic=job.stochastic,
                 ),
                 batches, work, mesh=mesh, checkpoints=self.checkpoints, record=record,
             )  # fmt: skip

@@ -12,6 +12,7 @@ from jaxlm.parallel.rules import (
     place_batch,
     share,
     spec,
+    spread,
     stored_shardings,
 )
 
@@ -26,7 +27,8 @@ __all__ = [
     "failed",
     "fitting",
     "join",
-    "leave", "length_ways",
+    "leave",
+    "length_ways",
     "make_mesh",
     "peak_flops",
     "place_batch",
@@ -34,5 +36,6 @@ __all__ = [
     "share",
     "speaks",
     "spec",
+    "spread",
     "stored_shardings",
-]  # fmt: skip
+]

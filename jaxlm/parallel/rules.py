@@ -149,6 +149,20 @@ def fitting(array: Any, like: NamedSharding) -> NamedSharding:
     return NamedSharding(like.mesh, PartitionSpec(*fits))
 
 
+def spread(like: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array of this shape that is split as `like` says and over data too, along one dimension that both
+    divide: one between the first and the last, else the first (layers are taken one by one), else the last (whose blocks share
+    scales in an 8-bit state)."""
+    sizes = like.mesh.shape
+    padded = (*like.spec, *(None,) * (len(shape) - len(like.spec)))
+    parts = [(part,) if isinstance(part, str) else tuple(part or ()) for part in padded]
+    for i in sorted(range(len(shape)), key=lambda i: (i == len(shape) - 1, i == 0)):
+        if shape[i] % math.prod(sizes[axis] for axis in (*parts[i], "data")) == 0:
+            parts[i] = (*parts[i], "data")
+            break
+    return NamedSharding(like.mesh, PartitionSpec(*(part or None for part in parts)))
+
+
 def stored_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     """Shardings of a parameter tree from its trees of logical axes (PartitionSpecs of letters) and shapes."""
 

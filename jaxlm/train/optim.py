@@ -69,6 +69,11 @@ class OptimConfig:
     average: float | None = None
     """Decay of the exponential moving average of the parameters, which is then evaluated and exported in their place (Polyak
     and Juditsky 1992); in the first steps it is less, (1 + step) / (10 + step). Empty: none."""
+    zero1: bool = False
+    """Split gradients and the optimiser's state over data too, where parameters are whole (Rajbhandari et al. 2020, "ZeRO",
+    stages 1 and 2); what is sent stays the same."""
+    offload: bool = False
+    """Keep the optimiser's state in the host's memory between steps."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "clip", "layer_decay"):

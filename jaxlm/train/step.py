@@ -12,11 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.model import Model
-from jaxlm.parallel import batch_sharding, fitting, stored_shardings
+from jaxlm.parallel import batch_sharding, fitting, spread, stored_shardings
 from jaxlm.train.objectives import Objective
+from jaxlm.train.optim import OptimConfig
 from jaxlm.train.tune import TuneConfig, Tuning
 
 Batch = Mapping[str, Any]
+USUAL = OptimConfig()
 
 
 @flax.struct.dataclass
@@ -39,31 +41,37 @@ class TrainState:
 
 
 def state_shapes(
-    model: Model, optimizer: optax.GradientTransformation, tuning: Tuning | None = None, average: float | None = None
+    model: Model, optimizer: optax.GradientTransformation, tuning: Tuning | None = None, optim: OptimConfig = USUAL
 ) -> TrainState:
     """Shapes and dtypes of the state, without computing it."""
     tuning = tuning or Tuning(TuneConfig(), model)
     count, opt_state = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(optimizer.init, tuning.shapes)
-    return TrainState(count, tuning.shapes, opt_state, tuning.frozen_shapes, None if average is None else tuning.shapes)
+    return TrainState(count, tuning.shapes, opt_state, tuning.frozen_shapes, None if optim.average is None else tuning.shapes)
 
 
 def state_shardings(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning | None = None, average: float | None = None
-) -> TrainState:
-    """Where each part of the state lies: moments and average as their parameters do."""
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning | None = None,
+    optim: OptimConfig = USUAL,
+) -> TrainState:  # fmt: skip
+    """Where each part of the state lies: moments and average as their parameters do, moments also in finer parts or on the host
+    if `optim` says so."""
     tuning = tuning or Tuning(TuneConfig(), model)
     whole = NamedSharding(mesh, PartitionSpec())
     params = stored_shardings(tuning.axes, tuning.shapes, mesh)
     frozen = stored_shardings(tuning.frozen_axes, tuning.frozen_shapes, mesh)
 
     def place(array: Any, sharding: NamedSharding) -> Any:
-        return array if isinstance(array, optax.MaskedNode) else fitting(array, sharding)
+        if isinstance(array, optax.MaskedNode):
+            return array
+        there = fitting(array, sharding)
+        there = spread(there, array.shape) if optim.zero1 else there
+        return there.with_memory_kind("pinned_host") if optim.offload else there
 
     opt_state = optax.tree_map_params(
         optimizer, place, state_shapes(model, optimizer, tuning).opt_state, params,
         transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )  # fmt: skip
-    return TrainState(whole, params, opt_state, frozen, None if average is None else params)
+    return TrainState(whole, params, opt_state, frozen, None if optim.average is None else params)
 
 
 def init_state(
@@ -73,7 +81,7 @@ def init_state(
     mesh: Mesh,
     tuning: Tuning | None = None,
     params: Any = None,
-    average: float | None = None,
+    optim: OptimConfig = USUAL,
 ) -> TrainState:
     """A fresh state, computed straight into its shardings: no device ever holds the whole.
 
@@ -84,10 +92,10 @@ def init_state(
 
     def init(key: jax.Array, params: Any) -> TrainState:
         trained, frozen = tuning.split(model.init(key) if params is None else params, jax.random.fold_in(key, 1))
-        start = None if average is None else jax.tree.map(jnp.copy, trained)
+        start = None if optim.average is None else jax.tree.map(jnp.copy, trained)
         return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), frozen, start)
 
-    return _start(init, state_shardings(model, optimizer, mesh, tuning, average), seed, params)
+    return _start(init, state_shardings(model, optimizer, mesh, tuning, optim), seed, params)
 
 
 def init_frozen(model: Model, seed: int, mesh: Mesh, tuning: Tuning, params: Any = None) -> Any:
@@ -117,14 +125,14 @@ def make_train_step(
     seed: int,
     accumulate: int = 1,
     tuning: Tuning | None = None,
-    average: float | None = None,
+    optim: OptimConfig = USUAL,
     stochastic: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Jitted `(state, batch) → (state, metrics)`; the state is donated.
 
     The objective is given the model's parameters, which `tuning` makes once a step of those that are trained and those that
-    are frozen; gradients are of the former. `average` is the decay of their moving average, `stochastic` says that the
-    objective draws random numbers though the model may drop nothing.
+    are frozen; gradients are of the former. `optim` says where the optimiser's state lies and whether an average is kept,
+    `stochastic` that the objective draws random numbers though the model may drop nothing.
 
     With `accumulate` > 1 the rows are taken in that many parts, one after the other, and their
     gradients summed before the division by the total weight: the same update as in one part. An update
@@ -132,6 +140,9 @@ def make_train_step(
     """
     tuning = tuning or Tuning(TuneConfig(), model)
     draws = stochastic or model.config.dropout > 0
+    shardings = state_shardings(model, optimizer, mesh, tuning, optim)
+    near = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), shardings.opt_state)
+    finer = jax.tree.map(lambda sharding, shape: spread(sharding, shape.shape), shardings.params, tuning.shapes)
 
     def gradients(state: TrainState, batch: Batch, rng: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
         def parts(trained: Any) -> tuple[Any, Any]:
@@ -145,7 +156,8 @@ def make_train_step(
 
         def gradient(batch: Batch, rng: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
             grads, sums = jax.grad(loss_sum, has_aux=True)(moving, batch, rng)
-            return pull(grads)[0], sums  # of the trained numbers alone: what is summed over parts is no larger
+            grads = pull(grads)[0]  # of the trained numbers alone: what is summed over parts is no larger
+            return (jax.lax.with_sharding_constraint(grads, finer) if optim.zero1 else grads), sums
 
         if accumulate == 1:
             return gradient(batch, rng)
@@ -169,16 +181,17 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer step with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            held = jax.device_put(state.opt_state, near) if optim.offload else state.opt_state
+            updates, opt_state = optimizer.update(grads, held, state.params)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         params = optax.apply_updates(state.params, updates)
-        averaged = None if average is None else _averaged(average, state.step, state.average, params)
+        averaged = None if optim.average is None else _averaged(optim.average, state.step, state.average, params)
         fine = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(fine, new, old)
 
-        after, before = (params, opt_state, averaged), (state.params, state.opt_state, state.average)
+        after, before = (params, opt_state, averaged), (state.params, held, state.average)
         new = dataclasses.replace(state, step=state.step + 1)
         params, opt_state, averaged = jax.tree.map(keep, after, before)
         means = {name: value / weight for name, value in sums.items() if name != "weight"}
@@ -190,7 +203,6 @@ def make_train_step(
             "skipped": 1 - fine.astype(jnp.int32),
         }
 
-    shardings = state_shardings(model, optimizer, mesh, tuning, average)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(train_step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0)
 

@@ -36,11 +36,14 @@ CASES: dict[str, tuple[str, TransformerConfig, dict[str, int], set[str]]] = {
     "stages": ("v5e:2x4", DECODER, {"stage": 2, "data": 2, "tensor": 2}, {"collective-permute"}),
     "rounds": ("v5e:2x4", dataclasses.replace(DECODER, rounds=2), {"stage": 2, "fsdp": 4}, {"collective-permute"}),
     "experts": ("v5e:2x4", EXPERTS, {"expert": 4, "data": 2}, {"ragged-all-to-all"}),
+    "zero1": ("v5e:2x4", DECODER, {"data": 8}, {"all-gather"}),
+    "on the host": ("v5e:2x4", DECODER, {"fsdp": 8}, {"all-gather"}),
     "128 chips": ("v5p:4x4x8", DECODER, {"stage": 2, "data": 4, "fsdp": 4, "context": 2, "tensor": 2}, {"collective-permute"}),
     "128 chips, experts": ("v5p:4x4x8", EXPERTS, {"data": 4, "expert": 8, "context": 2, "tensor": 2}, {"ragged-all-to-all"}),
     "256 chips": ("v6e:16x16", DECODER, {"data": 8, "fsdp": 16, "tensor": 2}, {"all-gather"}),
     "256 chips, long": ("v6e:16x16", DECODER, {"data": 2, "fsdp": 8, "context": 8, "tensor": 2}, {"collective-permute"}),
 }  # fmt: skip
+OPTIM = {"zero1": OptimConfig(zero1=True), "on the host": OptimConfig(offload=True)}
 
 
 def compile_step(name: str) -> dict[str, Any]:
@@ -57,12 +60,14 @@ def compile_step(name: str) -> dict[str, Any]:
     batch["weights_BL"] = jax.ShapeDtypeStruct((rows, LENGTH), jnp.float32)
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            model, schedule = Model(config), make_schedule(OptimConfig(), 1000)
-            optimizer = make_optimizer(OptimConfig(), schedule)
-            step = make_train_step(model, objectives.tokens(128), optimizer, schedule, mesh, seed=0)
+            model, optim = Model(config), OPTIM.get(name, OptimConfig())
+            schedule = make_schedule(optim, 1000)
+            optimizer = make_optimizer(optim, schedule)
+            step = make_train_step(model, objectives.tokens(128), optimizer, schedule, mesh, seed=0, optim=optim)
             compiled = step.lower(state_shapes(model, optimizer), batch).compile()
     except Exception as error:
         return {"name": name, "error": f"{type(error).__name__}: {error}"[:1500]}
+    memory = compiled.memory_analysis()
     try:
         hlo = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # XLA cannot print what it made asynchronous of several arrays at once
@@ -73,7 +78,8 @@ def compile_step(name: str) -> dict[str, Any]:
     return {
         "name": name, "error": None, "seconds": round(time.monotonic() - began, 1),
         "sent": {kind: sent.count(kind) for kind in sorted(set(sent))}, "printed": hlo is not None,
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes, "state_bytes": memory.argument_size_in_bytes,
+        "host_bytes": memory.host_argument_size_in_bytes,
         "scattered": [re.match(r"\w+\[[\d,]*\]", shape)[0] for shape in scattered],
     }  # fmt: skip
 
@@ -108,6 +114,10 @@ def test_every_kind_of_parallelism_compiles_for_tpus(tmp_path):
     # Megatron's four sums of activations a layer, each scattered over the four devices' parts of the length; and the look-up's.
     parts = f"[4,{LENGTH // 4},{WIDTH}]"
     assert sorted(rows["tensor"]["scattered"]) == 4 * LAYERS * [f"bf16{parts}"] + [f"f32{parts}"], rows["tensor"]
+    whole = 3 * 4 * Model(DECODER).parameters()  # parameters and two moments; tiles of small arrays are padded
+    assert rows["zero1"]["state_bytes"] < 1.1 * whole * (1 + 2 / 8) / 3, "whole parameters, an eighth of the moments"
+    moments = rows["on the host"]["host_bytes"]
+    assert moments > 0.95 * whole * 2 / 3 / 8 and moments == rows["fsdp"]["state_bytes"] - rows["on the host"]["state_bytes"]
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ def batch_of(rows: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
 def build(mesh, config: TuneConfig, model: Model = MODEL, params=None, **options):
     """(tuning, optimizer, state, step) of a tiny run."""
     average = options.pop("average", None)
-    settings = OptimConfig(learning_rate=3e-2, warmup=1, schedule="constant", **options.pop("optim", {}))
+    settings = OptimConfig(learning_rate=3e-2, warmup=1, schedule="constant", average=average, **options.pop("optim", {}))
     schedule, tuning = make_schedule(settings, 20), Tuning(config, model)
     optimizer = options.pop("optimizer", None) or make_optimizer(settings, schedule, tuning)
-    state = init_state(model, optimizer, 0, mesh, tuning, params, average)
+    state = init_state(model, optimizer, 0, mesh, tuning, params, settings)
     step = make_train_step(
-        model, objectives.tokens(8), optimizer, schedule, mesh, seed=0, tuning=tuning, average=average, **options
+        model, objectives.tokens(8), optimizer, schedule, mesh, seed=0, tuning=tuning, optim=settings, **options
     )  # fmt: skip
     return tuning, optimizer, state, step
 
@@ -486,8 +486,8 @@ def test_resume_is_bit_equal_with_adapters_and_average(mesh, tmp_path):
     items = {path.name for path in (tmp_path / "checkpoints/2").iterdir() if path.is_dir()}
     assert items == {"params", "optimizer", "average", "progress", "metrics"}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    shapes = state_shapes(MODEL, optimizer, tuning, 0.9)
-    shardings = state_shardings(MODEL, optimizer, mesh, tuning, 0.9)
+    shapes = state_shapes(MODEL, optimizer, tuning, OptimConfig(average=0.9))
+    shardings = state_shardings(MODEL, optimizer, mesh, tuning, OptimConfig(average=0.9))
     state, progress = checkpoints.restore(2, shapes, shardings, init_frozen(MODEL, 0, mesh, tuning))
     assert progress == {"at": 2} and state.step == 2
     equal(state.average, checkpoints.restore_params(2, shapes.params, shardings.params))
