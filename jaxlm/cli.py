@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jaxlm import config as configs
 from jaxlm import host
 from jaxlm.report.console import say
-from jaxlm.verbs import INTERRUPTED, OPTIONS, VERBS
+from jaxlm.verbs import OPTIONS, VERBS
 
 
 def help_text() -> str:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return host.RESUMABLE
     except BrokenPipeError:
         return 0
     except OSError as error:  # a path that cannot be read or written

@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 
 import jax
 
+from jaxlm.host import RESUMABLE
+
 BEAT, LIMIT = 1.0, 20.0
 """Seconds between two signs of life, and without any until a process counts as dead."""
-RESUMABLE = 42
 
 # What a launcher sets for the processes that it starts together: (number of them, which one this is).
 _LAUNCHERS = {

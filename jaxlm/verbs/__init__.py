@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from jaxlm.verbs.folders import DiffOptions, ExportOptions, ShowOptions, diff, export, show
 from jaxlm.verbs.labels import EvaluateOptions, PredictOptions, evaluate, predict
-from jaxlm.verbs.training import INTERRUPTED, config, train
+from jaxlm.verbs.training import config, train
 from jaxlm.verbs.writing import GenerateOptions, generate
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -16,4 +16,4 @@ OPTIONS = {
     "show": ShowOptions, "diff": DiffOptions,
 }  # fmt: skip
 
-__all__ = ["INTERRUPTED", "OPTIONS", "VERBS", "GenerateOptions"]
+__all__ = ["OPTIONS", "VERBS", "GenerateOptions"]

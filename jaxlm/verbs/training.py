@@ -1,35 +1,43 @@
 """jaxlm train and jaxlm config."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxlm import config as configs
+from jaxlm.host import RESUMABLE
 from jaxlm.report.console import console, say
 from jaxlm.verbs.words import split_words
 
-INTERRUPTED = 42
 DEFAULT_CONFIG = "configs/tiny.yaml"
 
 
 def train(words: Sequence[str]) -> int:
     """jaxlm train [FILE] [--section.option VALUE …] [--name NAME]: train what FILE describes, or resume it."""
     (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
-    from jaxlm.experiment import Run, load_config, train_seeds
+    from jaxlm.experiment import load_config
     from jaxlm.parallel import join, leave, speaks
 
     config = load_config(file, flags).value
     join(config.hosts)
     console().quiet = not speaks()
+    ended = _train(config)
+    leave()
+    return RESUMABLE if ended == "interrupted" else 0
+
+
+def _train(config: Any) -> str:
+    """How it ended (see `jaxlm.train.Outcome`)."""
+    from jaxlm.experiment import Run, train_seeds
+
     if config.seeds > 1:
-        return INTERRUPTED if train_seeds(config) == "interrupted" else 0
+        return train_seeds(config)
     run = Run(config)
     if run.finished:
         say(f"{run.folder} is finished, at step {run.start:,}. To go on or use it:")
         for command in run.next_commands(run.start):
             say(f"  {command}")
-        return 0
-    ended = run.train()
-    leave()
-    return INTERRUPTED if ended == "interrupted" else 0
+        return "finished"
+    return run.train()
 
 
 def config(words: Sequence[str]) -> int:

@@ -114,6 +114,33 @@ def test_the_death_of_one_ends_the_other(victim, tmp_path, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("says", [True, False])
+def test_a_process_that_is_done_says_so(says):
+    """Process 0 writes the page of the run for longer than another's silence is borne: 0, or if nothing was said 42."""
+    script = f"""
+import os, sys, time
+from jaxlm.parallel import HostsConfig, hosts, join, leave
+hosts.BEAT, hosts.LIMIT, index = 0.3, 3.0, int(sys.argv[1])
+join(HostsConfig("localhost:{port()}", 2, index))
+time.sleep(2)
+if index and {says}:
+    leave()
+time.sleep(0 if index else 8)
+print("written", flush=True)
+os._exit(0)
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, index], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for index in "01"
+    ]
+    (out, code), (_, other) = finish(both, timeout=120)
+    assert other == 0 and (code, "written" in out) == ((0, True) if says else (42, False)), out
+
+
+@pytest.mark.slow
 def test_all_stop_after_the_same_step_and_go_on(tmp_path, cache):
     flags = {"train.steps": 100_000, "train.eval-every": 100_000}
     started = start(tmp_path, 2, 1, cache, **flags)
