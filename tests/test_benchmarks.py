@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,12 @@ def run(*words: str) -> str:
 def test_train_step_checks_the_losses_and_prints_a_ratio():
     out = run("benchmarks/train_step.py", "--shapes", "4x128@12x64", "--rounds", "1", "--no-compile")
     assert "jaxlm/eager between" in out and "losses of 3 steps, jaxlm against eager" in out
+
+
+@pytest.mark.slow
+def test_loop_prints_what_it_adds():
+    out = run("benchmarks/loop.py", "--devices", "1", "4", "--steps", "20", "--rounds", "1")
+    assert re.findall(r"(\d) device\(s\), \d+ rows: [\d.]+ ms a step, bare [\d.]+, the loop adds", out) == ["1", "4"], out
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, TransformerConfig, dict[str, int], set[str]]] = {
     "experts": ("v5e:2x4", EXPERTS, {"expert": 4, "data": 2}, {"ragged-all-to-all"}),
     "zero1": ("v5e:2x4", DECODER, {"data": 8}, {"all-gather"}),
     "on the host": ("v5e:2x4", DECODER, {"fsdp": 8}, {"all-gather"}),
+    "offload": ("v5e:2x4", dataclasses.replace(DECODER, remat="offload"), {"data": 8}, {"all-reduce"}),
     "128 chips": ("v5p:4x4x8", DECODER, {"stage": 2, "data": 4, "fsdp": 4, "context": 2, "tensor": 2}, {"collective-permute"}),
     "128 chips, experts": ("v5p:4x4x8", EXPERTS, {"data": 4, "expert": 8, "context": 2, "tensor": 2}, {"ragged-all-to-all"}),
     "256 chips": ("v6e:16x16", DECODER, {"data": 8, "fsdp": 16, "tensor": 2}, {"all-gather"}),
@@ -79,7 +80,7 @@ def compile_step(name: str) -> dict[str, Any]:
         "name": name, "error": None, "seconds": round(time.monotonic() - began, 1),
         "sent": {kind: sent.count(kind) for kind in sorted(set(sent))}, "printed": hlo is not None,
         "temp_bytes": memory.temp_size_in_bytes, "state_bytes": memory.argument_size_in_bytes,
-        "host_bytes": memory.host_argument_size_in_bytes,
+        "host_bytes": memory.host_argument_size_in_bytes, "host_temp_bytes": memory.host_temp_size_in_bytes,
         "scattered": [re.match(r"\w+\[[\d,]*\]", shape)[0] for shape in scattered],
     }  # fmt: skip
 
@@ -118,6 +119,7 @@ def test_every_kind_of_parallelism_compiles_for_tpus(tmp_path):
     assert rows["zero1"]["state_bytes"] < 1.1 * whole * (1 + 2 / 8) / 3, "whole parameters, an eighth of the moments"
     moments = rows["on the host"]["host_bytes"]
     assert moments > 0.95 * whole * 2 / 3 / 8 and moments == rows["fsdp"]["state_bytes"] - rows["on the host"]["state_bytes"]
+    assert rows["offload"]["host_temp_bytes"] == LAYERS * 4 * LENGTH * WIDTH * 2, "attention's results, bfloat16"
 
 
 if __name__ == "__main__":
