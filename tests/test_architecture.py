@@ -56,7 +56,7 @@ ROOMS = {
         "pipeline",
         "examples",
     ],
-    "train": ["objectives", "quantized", "tune", "moments", "optim", "step", "checkpoint", "loop"],
+    "train": ["objectives", "quantized", "tune", "adam8bit", "soap", "moments", "optim", "step", "checkpoint", "loop"],
     "hub": ["tensors", "files", "loading", "saving", "family", "encoders", "decoders", "seq2seq", "convert", "adapters"],
     "generate": ["sample", "decode", "batch"],
     "metrics": ["intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],

@@ -15,7 +15,7 @@ from jaxlm.train.step import TrainState
 class Checkpoints:
     """The checkpoints of one run, each named by the number of steps taken.
 
-    Trained parameters, their average where one is kept, and optimiser state are separate items, so that a reader of the
+    Trained parameters, their average where one is evaluated, and optimiser state are separate items, so that a reader of the
     model alone never loads the optimiser. What a tuning freezes is not saved: the config says how it is made.
     `progress` is a JSON-able dict: where the data goes on. The best is the one with the lowest `metric`, or with the highest.
     """
@@ -54,7 +54,8 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         save = self.ocp.args
-        average = {} if state.average is None else {"average": save.StandardSave(state.average)}
+        scored = state.scored
+        average = {} if scored is state.params else {"average": save.StandardSave(scored)}
         items = save.Composite(
             params=save.StandardSave(state.params),
             optimizer=save.StandardSave(state.opt_state),

@@ -1,4 +1,4 @@
-"""What a step makes of a gradient, by the optimiser's name: Optax's own where it has one, and Adam in 8 bits.
+"""What a step makes of a gradient, by the optimiser's name: Optax's own where it has one, ours in `adam8bit` and `soap`.
 
 Clipping, weight decay and the learning rate stand around it (`jaxlm/train/optim.py`).
 """
@@ -6,27 +6,30 @@ Clipping, weight decay and the learning rate stand around it (`jaxlm/train/optim
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxlm.model.lora import MatrixAxes
+from jaxlm.train.adam8bit import scale_by_adam_8bit
+from jaxlm.train.soap import scale_by_soap
 from jaxlm.train.tune import Tuning
 
-Name = Literal["adamw", "adam8bit", "adafactor", "lion", "muon"]
+Name = Literal["adamw", "adam8bit", "adafactor", "lion", "muon", "soap", "schedule_free"]
+HALVED: tuple[Name, ...] = ("adamw", "lion", "muon")
+"""Those whose first moment may have 16 bits."""
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Betas:
-    """Decays of the moments, and what is added to the root of the second."""
+    """Decays of the moments, what is added to the root of the second, and the dtype that the first is kept in (by HALVED)."""
 
     first: float
     second: float
     eps: float
+    dtype: str = "float32"
 
 
 def make_moments(name: Name, betas: Betas, tuning: Tuning | None) -> optax.GradientTransformation:
@@ -36,22 +39,28 @@ def make_moments(name: Name, betas: Betas, tuning: Tuning | None) -> optax.Gradi
     rate of a tenth of AdamW's is the custom. adafactor: Shazeer and Stern 2018, without momentum and with the rate as
     given; a matrix has a second moment for each row and column. muon: Jordan et al. 2024, the momentum of a layer's matrix
     made orthogonal, scaled to AdamW's size (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4); all else by Adam.
-    adam8bit: Dettmers et al. 2022.
+    adam8bit: Dettmers et al. 2022. soap: Vyas et al. 2024, of a layer's matrix; all else by Adam. schedule_free: Adam without
+    a first moment, whose place the interpolation takes that `make_optimizer` puts around it.
     """
-    adam = optax.scale_by_adam(betas.first, betas.second, betas.eps)
+    adam = optax.scale_by_adam(betas.first, betas.second, betas.eps, mu_dtype=betas.dtype)
+    if name == "schedule_free":
+        return optax.scale_by_rms(betas.second, betas.eps, eps_in_sqrt=False, bias_correction=True)
     if name == "lion":
-        return optax.scale_by_lion(betas.first, betas.second)
+        return optax.scale_by_lion(betas.first, betas.second, mu_dtype=betas.dtype)
     if name == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     if name == "adam8bit":
         return scale_by_adam_8bit(betas.first, betas.second, betas.eps)
-    if name == "muon":
-        assert tuning is not None, "muon is told by the tuning what each axis of a matrix is"
-        return _muon(betas, adam, matrices(tuning))
+    if name in ("muon", "soap"):
+        assert tuning is not None, f"{name} is told by the tuning what each axis of a matrix is"
+        found = matrices(tuning)
+        own = _muon(betas, found) if name == "muon" else scale_by_soap(betas.first, betas.second, betas.eps, found)
+        labels = _each(found, lambda matrix: "adam" if matrix is None else name)
+        return optax.transforms.partition({name: own, "adam": adam}, labels)
     return adam
 
 
-# --- Muon --------------------------------------------------------------------------------------
+# --- matrices of the layers, and Muon ----------------------------------------------------------
 
 
 def matrices(tuning: Tuning) -> Tree:
@@ -66,10 +75,11 @@ def matrices(tuning: Tuning) -> Tree:
     return jax.tree.map_with_path(of, tuning.axes, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
 
-def _muon(betas: Betas, adam: optax.GradientTransformation, found: Tree) -> optax.GradientTransformation:
-    def each(make: Callable[..., Any], *trees: Tree) -> Tree:
-        return jax.tree.map(make, found, *trees, is_leaf=lambda x: x is None or isinstance(x, MatrixAxes))
+def _each(found: Tree, make: Callable[..., Any], *trees: Tree) -> Tree:
+    return jax.tree.map(make, found, *trees, is_leaf=lambda x: x is None or isinstance(x, MatrixAxes))
 
+
+def _muon(betas: Betas, found: Tree) -> optax.GradientTransformation:
     def numbers(matrix: MatrixAxes | None) -> Any:
         if matrix is None:
             return optax.MaskedNode()
@@ -84,108 +94,9 @@ def _muon(betas: Betas, adam: optax.GradientTransformation, found: Tree) -> opta
             outputs = math.prod(update.shape[len(matrix.lead) + len(matrix.inputs) :])
             return 0.2 * math.sqrt(max(inputs, outputs)) * update
 
-        return each(one, updates)
+        return _each(found, one, updates)
 
-    orthogonal = optax.chain(
-        optax.contrib.scale_by_muon(beta=betas.second, eps=betas.eps, weight_dimension_numbers=each(numbers)),
-        optax.stateless(sized),
+    orthogonal = optax.contrib.scale_by_muon(
+        beta=betas.second, eps=betas.eps, mu_dtype=betas.dtype, weight_dimension_numbers=_each(found, numbers)
     )
-    labels = each(lambda matrix: "adam" if matrix is None else "muon")
-    return optax.transforms.partition({"muon": orthogonal, "adam": adam}, labels)
-
-
-# --- Adam in 8 bits ----------------------------------------------------------------------------
-
-BLOCK = 256
-"""Most neighbouring numbers, along the last axis, that share a scale."""
-LEAST = 4096
-"""Smaller leaves keep their moments in float32."""
-
-
-def _code(signed: bool) -> np.ndarray:
-    """The 256 numbers of the dynamic tree code (Dettmers 2016; Dettmers et al. 2022, §1.3): seven powers of ten, each larger
-    one in twice as many steps, 0 and 1; half of them negative, or for numbers that never are twice as many."""
-    values = [0.0, 1.0]
-    for power in range(7):
-        edges = np.linspace(0.1, 1, (1 << (power if signed else power + 1)) + 1)
-        steps = 10.0 ** (power - 6) * (edges[:-1] + edges[1:]) / 2
-        values += [*steps, *(-steps if signed else ())]
-    return np.sort(np.array(values, np.float32))
-
-
-SIGNED, UNSIGNED = _code(True), _code(False)
-
-
-class Adam8bitState(NamedTuple):
-    """Moments as codes with their scales: bytes like the parameter, and for each block its largest magnitude. A leaf that is
-    too small for it has the moment itself in place of the codes, and no scale."""
-
-    step: jax.Array
-    mu: Tree
-    mu_scale: Tree
-    nu: Tree
-    nu_scale: Tree
-
-
-def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam with both moments in 8 bits, block by block (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
-
-    Blocks lie along the last axis, so that codes and scales are split over devices as their parameter is. Each step reads
-    the moments, moves them in float32 and rounds them to the nearest code again.
-    """
-
-    def init(params: Tree) -> Adam8bitState:
-        def codes(code: np.ndarray) -> Callable[[Any], Any]:
-            zero = int(np.searchsorted(code, 0.0))
-            return lambda p: jnp.full(p.shape, zero, jnp.uint8) if _coded(p) else jnp.zeros(p.shape, jnp.float32)
-
-        def scales(p: Any) -> Any:
-            return jnp.zeros((*p.shape[:-1], p.shape[-1] // block(p.shape[-1])) if _coded(p) else (0,), jnp.float32)
-
-        return Adam8bitState(
-            jnp.zeros((), jnp.int32), jax.tree.map(codes(SIGNED), params), jax.tree.map(scales, params),
-            jax.tree.map(codes(UNSIGNED), params), jax.tree.map(scales, params),
-        )  # fmt: skip
-
-    def update(updates: Tree, state: Adam8bitState, params: Tree | None = None) -> tuple[Tree, Adam8bitState]:
-        taken = state.step + 1
-        steps = taken.astype(jnp.float32)
-
-        def one(g: jax.Array, mu: Any, mu_scale: Any, nu: Any, nu_scale: Any) -> tuple[Any, ...]:
-            g32 = g.astype(jnp.float32)
-            coded = mu.dtype == jnp.uint8
-            m = b1 * (decode(mu, mu_scale, SIGNED) if coded else mu) + (1 - b1) * g32
-            v = b2 * (decode(nu, nu_scale, UNSIGNED) if coded else nu) + (1 - b2) * jnp.square(g32)
-            step = (m / (1 - b1**steps)) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
-            kept = (*encode(m, SIGNED), *encode(v, UNSIGNED)) if coded else (m, mu_scale, v, nu_scale)
-            return (step.astype(g.dtype), *kept)
-
-        moved = jax.tree.map(one, updates, state.mu, state.mu_scale, state.nu, state.nu_scale)
-        parts = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0,) * 5), moved)
-        return parts[0], Adam8bitState(taken, *parts[1:])
-
-    return optax.GradientTransformation(init, update)
-
-
-def _coded(p: Any) -> bool:
-    return p.ndim >= 2 and p.size >= LEAST and block(p.shape[-1]) >= 16
-
-
-def block(width: int) -> int:
-    """The largest divisor of an axis up to BLOCK."""
-    return next(n for n in range(min(width, BLOCK), 0, -1) if width % n == 0)
-
-
-def encode(x: jax.Array, code: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Numbers as bytes and the scale of each block: the nearest entries of the code to x / scale."""
-    blocks = x.reshape(*x.shape[:-1], -1, block(x.shape[-1]))
-    scale = jnp.max(jnp.abs(blocks), axis=-1)
-    ratio = blocks / jnp.where(scale > 0, scale, 1)[..., None]
-    middles = jnp.asarray((code[1:] + code[:-1]) / 2)
-    return jnp.searchsorted(middles, ratio).astype(jnp.uint8).reshape(x.shape), scale
-
-
-def decode(codes: jax.Array, scale: jax.Array, code: np.ndarray) -> jax.Array:
-    """The numbers that bytes stand for, float32."""
-    values = jnp.asarray(code)[codes].reshape(*scale.shape, -1)
-    return (values * scale[..., None]).reshape(codes.shape)
+    return optax.chain(orthogonal, optax.stateless(sized))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
-from jaxlm.train.moments import Betas, Name, make_moments
+from jaxlm.train.moments import HALVED, Betas, Name, make_moments
 from jaxlm.train.tune import Tuning, check_regex, matching
 
 Tree = Any
@@ -38,7 +38,8 @@ class OptimConfig:
     """An optimiser under a schedule, with clipping by global norm and decoupled weight decay."""
 
     name: Name = "adamw"
-    """What makes a step of a gradient; adam8bit: AdamW with moments of a byte a number."""
+    """What makes a step of a gradient; adam8bit: AdamW with moments of a byte a number; schedule_free: AdamW whose average of
+    all steps is evaluated and exported, best under a constant schedule."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -59,6 +60,8 @@ class OptimConfig:
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What adamw, lion and muon keep the first moment in; bfloat16 halves it."""
     clip: float | None = 1.0
     """Largest global norm of the gradient; empty: no clipping."""
     layer_decay: float = 1.0
@@ -86,6 +89,12 @@ class OptimConfig:
                 raise ValueError(f"{name} is {value}: it must lie between 0 and 1")
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError(f"warmup ({self.warmup}) and weight_decay ({self.weight_decay}) must not be negative")
+        if self.moments != "float32" and self.name not in HALVED:
+            raise ValueError(f"moments is {self.moments}, which {self.name} cannot keep: give float32, or {', '.join(HALVED)}")
+        if self.name == "schedule_free" and self.average is not None:
+            raise ValueError(f"average is {self.average}, but schedule_free evaluates an average of its own: leave average empty")
+        if self.name == "schedule_free" and self.beta1 == 0:
+            raise ValueError("beta1 is 0, but schedule_free divides by it: it must be positive")
         check_regex("decay", self.decay)
 
 
@@ -118,9 +127,14 @@ def parameter_paths(params: Any) -> Any:
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule, tuning: Tuning | None = None) -> optax.GradientTransformation:
     """The optimiser of a tree of parameters; `layer_decay` and `groups` need the `tuning` that says which layers its leaves hold.
 
+    schedule_free (Defazio et al. 2024, "The Road Less Scheduled", alg. 1) goes around all of it: what the rest makes of the
+    gradient at y, decay of y included, moves z; x is the average of all z, each weighed with the square of the largest rate
+    so far; y = (1 - beta1) z + beta1 x are the parameters. A multiplier of `layer_decay` or `groups` is of the steps of z;
+    the weights of the average are the schedule's, in which a factor that all steps have in common would cancel.
+
     Raises ValueError for a group that finds nothing.
     """
-    betas = Betas(config.beta1, config.beta2, config.eps)
+    betas = Betas(config.beta1, config.beta2, config.eps, config.moments)
     moments, rate = make_moments(config.name, betas, tuning), optax.scale_by_learning_rate(schedule)
     scale: list[optax.GradientTransformation] = []
     if tuning is None:
@@ -135,7 +149,8 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, tuning: Tuning
         decay = _decay(config.weight_decay, shares)
         scale = [] if all(np.all(value == 1) for value in jax.tree.leaves(rates)) else [_times(rates)]
     step = optax.chain(moments, decay, *scale, rate)
-    return step if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), step)
+    clipped = step if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), step)
+    return optax.contrib.schedule_free(clipped, schedule, config.beta1) if config.name == "schedule_free" else clipped
 
 
 def multipliers(config: OptimConfig, tuning: Tuning) -> tuple[Tree, Tree]:

@@ -36,8 +36,14 @@ class TrainState:
 
     @property
     def scored(self) -> Any:
-        """What is evaluated and exported: the average where there is one, else the last parameters."""
+        """What is evaluated and exported: the average where there is one, of schedule_free the one that its parameters were
+        made of, else the last parameters."""
+        if isinstance(self.opt_state, optax.contrib.ScheduleFreeState):
+            return _schedule_free_average(self.opt_state, self.params)
         return self.params if self.average is None else self.average
+
+
+_schedule_free_average = jax.jit(optax.contrib.schedule_free_eval_params)
 
 
 def state_shapes(
