@@ -30,12 +30,13 @@ def describe_model(config: TransformerConfig, length: int, parallel: ParallelCon
     total, matrices = model.parameters(), config.matmul_parameters()
     exact, rough = config.train_flops_per_token(length), 6.0 * total
     cache = 2 * config.stacks.get("decoder", 0) * config.K * config.H * 2 * length
-    moments = total * 4 * 4
+    each = 2 * np.dtype(config.param_dtype).itemsize + 8  # bytes a parameter: itself, its gradient, two moments
     lines += [
         "",
         f"parameters            {total:,} ({count(total)}); {matrices:,} multiply every token",
         f"training FLOPs/token  {count(exact)} at {length:,} tokens (6 a matrix weight + attention); 6N says {count(rough)}",
-        f"training memory       {size(moments)}: float32 parameters, gradients and Adam's two moments, without activations",
+        f"training memory       {size(each * total)}: {config.param_dtype} parameters, gradients and Adam's two moments, "
+        "without activations",
         f"serving memory        {size(2 * total)} of bfloat16 parameters"
         + (f" + {size(cache)} of cache a text of {length:,} tokens" if cache else ""),
     ]
@@ -44,7 +45,7 @@ def describe_model(config: TransformerConfig, length: int, parallel: ParallelCon
         sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
         lines += [
             f"mesh                  {sizes}: {mesh.size:,} devices",
-            f"on each device        {count(held)} parameters, {100 * held / total:.3g}%; {size(16 * held)} of training memory",
+            f"on each device        {count(held)} parameters, {100 * held / total:.3g}%; {size(each * held)} of training memory",
         ]
     return lines
 

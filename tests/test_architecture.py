@@ -17,6 +17,7 @@ ROOMS = {
     "parallel": ["hosts", "mesh", "rules"],
     "model": [
         "presets",
+        "precision",
         "config",
         "layers",
         "positions",

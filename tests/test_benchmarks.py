@@ -42,3 +42,9 @@ def test_startup_prints_both_times():
 def test_load_prints_time_and_memory_of_both():
     out = run("benchmarks/load.py", "--size", "0.05", "--rounds", "1", "--devices", "2")
     assert out.count("× the model's bytes") == 2 and "time, jaxlm/torch:" in out
+
+
+@pytest.mark.slow
+def test_precision_prints_losses_and_draws_curves(tmp_path):
+    out = run("benchmarks/precision.py", "--steps", "5", "--ways", "int8", "--out", str(tmp_path / "curves.png"))
+    assert "float32: held-out loss" in out and "int8: held-out loss" in out and (tmp_path / "curves.png").is_file()

@@ -14,7 +14,7 @@ Tensors = dict[str, dict[str, str]]
 # Choices of how to compute and train, which no family knows of.
 OURS = frozenset((
     "preset", "vocab_multiple", "kernel", "context", "microbatches", "rounds",
-    "init", "init_std", "unroll", "remat", "dtype", "moe.router_z_loss", "dropout",
+    "init", "init_std", "unroll", "remat", "dtype", "param_dtype", "quantize", "moe.router_z_loss", "dropout",
     "head.pair",
 ))  # fmt: skip
 

@@ -33,10 +33,10 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c = self.config
         bias = c.bias if c.qkv_bias is None else c.qkv_bias
-        self.query = Linear(c, "BLD,DNH->BLNH", bias=bias)
-        self.key = Linear(c, "BLD,DKH->BLKH", bias=bias)
-        self.value = Linear(c, "BLD,DKH->BLKH", bias=bias)
-        self.out = Linear(c, "BLNH,NHD->BLD", residual=True)
+        self.query = Linear(c, "BLD,DNH->BLNH", bias=bias, inner=True)
+        self.key = Linear(c, "BLD,DKH->BLKH", bias=bias, inner=True)
+        self.value = Linear(c, "BLD,DKH->BLKH", bias=bias, inner=True)
+        self.out = Linear(c, "BLNH,NHD->BLD", residual=True, inner=True)
         if c.qk_norm != "none":
             # heads: one scale for all heads (Dehghani et al. 2023, §2; the form of Qwen 3).
             self.query_norm = Norm(c, "rmsnorm", "H" if c.qk_norm == "heads" else "NH")

@@ -7,6 +7,7 @@ implementation.
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+from jaxlm.model.precision import Quantize
 from jaxlm.model.presets import PRESETS
 
 
@@ -208,7 +209,13 @@ class TransformerConfig:
     init_std: float = 0.02
     """Standard deviation of the initial matrices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation; parameters are always float32."""
+    """Precision of the computation."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision that parameters are held in. bfloat16: a step changes them in float32, where moments and averages stay, and
+    rounds them at random (`precision.stochastic`), as rounding to nearest would lose small steps."""
+    quantize: Quantize = "none"
+    """Multiply the maps of attention and MLPs, forward and backward, in int8 or fp8, by way of qwix; not those of embeddings,
+    heads and norms. Parameters stay as they are."""
     unroll: bool = False
     """Unroll the layers instead of scanning them: slower to compile, faster to run on a CPU."""
     microbatches: int | None = None
@@ -262,6 +269,10 @@ class TransformerConfig:
             )
         if self.architecture == "encoder" and self.head.kind == "language_model":
             raise ValueError("head.kind language_model needs a decoder: an encoder takes masked_lm, or a head over labels")
+        if self.quantize != "none" and self.moe.experts:
+            raise ValueError(
+                f"quantize {self.quantize} multiplies attention and plain MLPs: with moe.experts {self.moe.experts} give none"
+            )
         if self.parallel and self.norm_position != "pre":
             raise ValueError(f"parallel attention and MLP need norm_position pre, given {self.norm_position}")
 

@@ -17,7 +17,7 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`init(key)` gives float32 parameters, `apply(params, batch, …)` computes with them.
+    """`init(key)` gives parameters (in the config's `param_dtype`), `apply(params, batch, …)` computes with them.
 
     `axes` and `shapes` are trees like the parameters: logical axes (a PartitionSpec of letters) and
     ShapeDtypeStructs. They are known without computing anything.
@@ -57,9 +57,9 @@ class Model:
     ) -> Any:  # fmt: skip
         """Call a method of the module: `__call__` (logits and cache, or a label head's scores), `hidden` or `loss`.
 
-        `train` turns dropout on, which then draws from `rng`.
+        `train` turns dropout on, which then draws from `rng`, as does the rounding of gradients with `config.quantize`.
         """
-        rngs = {"dropout": rng} if train and rng is not None else None
+        rngs = {"dropout": rng, "quantize": rng} if train and rng is not None else None
         return self._module(train).apply({"params": params}, batch, *args, rngs=rngs, method=method, **options)
 
     def parameters(self) -> int:

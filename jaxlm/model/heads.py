@@ -159,7 +159,7 @@ class VocabularyHead(nn.Module):
         if not c.tie_embeddings:
             self.table = parameter(self, "table", "VW", nn.initializers.normal(c.init_std))
         biased = c.logit_bias or (masked and c.head.bias)
-        self.bias = parameter(self, "bias", "V", nn.initializers.zeros) if biased else None
+        self.bias = parameter(self, "bias", "V", nn.initializers.zeros).astype(jnp.float32) if biased else None
 
     def __call__(self, hidden_BLD: jax.Array, embed_VW: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """(B, L, W) features, the table and the bias."""

@@ -15,16 +15,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.precision import quantized_product
 from jaxlm.parallel.rules import COMPUTED, RESIDUAL, constrain
 
 Angles = tuple[jax.Array, jax.Array]
 
 
 def parameter(module: Any, name: str, axes: str, init: Any, split: bool = True) -> jax.Array:
-    """Declare a float32 parameter: its letters give its shape and, with `split`, its sharding."""
+    """Declare a parameter: its letters give its shape and, with `split`, its sharding. It is drawn in float32, and held in
+    the config's `param_dtype`."""
     sizes = module.config.sizes()
     letters = tuple(axes) if split else (None,) * len(axes)
-    return module.param(name, nn.with_logical_partitioning(init, letters), tuple(sizes[letter] for letter in axes))
+
+    def start(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return init(key, shape, jnp.float32).astype(module.config.param_dtype)
+
+    return module.param(name, nn.with_logical_partitioning(start, letters), tuple(sizes[letter] for letter in axes))
 
 
 def divisor(length: int, chunk: int) -> int:
@@ -54,13 +60,15 @@ class Linear(nn.Module):
 
     The middle operand names the weight's axes, whose sizes the config knows; a bias has those of them
     that reach the output. `residual` marks an output into the residual stream, whose initial weights
-    GPT-2 divides by √(2·layers) (Radford et al. 2019, §2.3).
+    GPT-2 divides by √(2·layers) (Radford et al. 2019, §2.3), `inner` a map of the layers, which `config.quantize` multiplies
+    in fewer bits; its gradients are then rounded at random where there is an rng stream `quantize`.
     """
 
     config: TransformerConfig
     equation: str
     residual: bool = False
     bias: bool | None = None
+    inner: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,7 +80,11 @@ class Linear(nn.Module):
         w = parameter(self, "kernel", axes, nn.initializers.normal(std))
         if self.residual:  # its input is split as the other maps left it, not as its own result will be
             x = constrain(x, inputs.split(",")[0])
-        y = product(self.equation, x, w.astype(dtype))
+        if self.inner and c.quantize != "none":
+            key = self.make_rng("quantize") if self.has_rng("quantize") else None
+            y = quantized_product(x, w.astype(dtype), key, sum(letter not in output for letter in axes), c.quantize)
+        else:
+            y = product(self.equation, x, w.astype(dtype))
         if c.bias if self.bias is None else self.bias:
             axes = "".join(letter for letter in axes if letter in output)
             b = parameter(self, "bias", axes, nn.initializers.zeros)
@@ -97,8 +109,8 @@ class Norm(nn.Module):
         # Of one axis held whole by every device: splitting a vector of D numbers would save nothing.
         split = len(self.axes) > 1
         start = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
-        scale = parameter(self, "scale", self.axes, start, split)
-        scale = (scale + 1 if c.norm_offset else scale).reshape(-1).astype(jnp.float32)
+        scale = parameter(self, "scale", self.axes, start, split).astype(jnp.float32)
+        scale = (scale + 1 if c.norm_offset else scale).reshape(-1)
         y = normalise(flat.astype(jnp.float32), c.norm_eps, centred) * _as_row(scale, flat)
         if centred and c.bias:
             bias = parameter(self, "bias", self.axes, nn.initializers.zeros, split=False)
@@ -145,7 +157,9 @@ class Embed(nn.Module):
     axes: str
 
     def setup(self) -> None:
-        self.table = parameter(self, "table", self.axes, nn.initializers.normal(self.config.init_std))
+        table = parameter(self, "table", self.axes, nn.initializers.normal(self.config.init_std))
+        # The gradient of a frequent token is a sum of many, and the head's is added to it: too many for bfloat16.
+        self.table = table if self.config.param_dtype == "float32" else table.astype(jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
         # Its vectors are brought together first, as a matrix is before its product: a look-up in parts of vectors would
@@ -197,10 +211,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
-        up_BLF = Linear(c, "BLD,DF->BLF", name="up")(x_BLD)
+        up_BLF = Linear(c, "BLD,DF->BLF", inner=True, name="up")(x_BLD)
         if c.gated:
-            gate_BLF = Linear(c, "BLD,DF->BLF", name="gate")(x_BLD)
+            gate_BLF = Linear(c, "BLD,DF->BLF", inner=True, name="gate")(x_BLD)
             inner_BLF = activate(c.activation, gate_BLF) * up_BLF
         else:
             inner_BLF = activate(c.activation, up_BLF)
-        return Linear(c, "BLF,FD->BLD", residual=True, name="down")(inner_BLF)
+        return Linear(c, "BLF,FD->BLD", residual=True, inner=True, name="down")(inner_BLF)

@@ -99,7 +99,7 @@ class RelativeBias(nn.Module):
         c = self.config
         table_RN = parameter(self, "table", "RN", nn.initializers.normal(c.init_std))
         buckets_LS = relative_buckets(distances_LS, self.causal, c.relative_buckets, c.relative_distance)
-        return jnp.moveaxis(jnp.take(table_RN, buckets_LS, axis=0), 2, 0)[None]
+        return jnp.moveaxis(jnp.take(table_RN.astype(jnp.float32), buckets_LS, axis=0), 2, 0)[None]
 
 
 def relative_buckets(distances_LS: jax.Array, causal: bool, buckets: int, farthest: int) -> jax.Array:

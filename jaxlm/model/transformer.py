@@ -222,11 +222,11 @@ class Stack(nn.Module):
         c, rows = self.config, x_BLD.shape[0]
         parts = divisor(rows, c.microbatches or stages())
         rounds = c.rounds if parts >= stages() else 1  # of a batch of few rows, as in an evaluation
-        key = self.make_rng("dropout") if self.train and c.dropout else None
+        keys = {name: self.make_rng(name) for name in ("dropout", "quantize") if self.has_rng(name)}
         local_X = jnp.asarray(c.local(self.layers))
 
         def run(params: Any, x_BLD: jax.Array, layer: jax.Array, part: jax.Array, context: Any) -> tuple[jax.Array, jax.Array]:
-            own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), part)
+            own = {name: jax.random.fold_in(jax.random.fold_in(key, layer), part) for name, key in keys.items()}
             (y_BLD, _), (_, loss) = Block(c, self.train).apply(
                 {"params": params},
                 (x_BLD, None),
@@ -234,7 +234,7 @@ class Stack(nn.Module):
                 local_X[layer],
                 None,
                 context,
-                rngs=None if own is None else {"dropout": own},
+                rngs=own,
             )
             return jnp.asarray(y_BLD), jnp.asarray(loss)
 
@@ -254,7 +254,7 @@ class Stack(nn.Module):
             block,
             variable_axes=axes,
             variable_broadcast="params" if c.share_layers else False,
-            split_rngs={"params": not c.share_layers, "dropout": True},
+            split_rngs={"params": not c.share_layers, "dropout": True, "quantize": True},
             in_axes=(0, 0, 0, nn.broadcast),
             length=self.layers,
             unroll=self.layers if c.unroll else 1,

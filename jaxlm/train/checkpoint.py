@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.train.step import TrainState
+from jaxlm.train.step import TrainState, widened
 
 
 class Checkpoints:
@@ -100,7 +100,7 @@ class Checkpoints:
     def restore_params(self, step: int, shapes: Any, shardings: Any) -> Any:
         """What is evaluated and exported: the average of the trained parameters where the step has one, else themselves."""
         item = "average" if "average" in self.manager.item_metadata(step) else "params"
-        wanted = jax.tree.map(_abstract, shapes, shardings)
+        wanted = jax.tree.map(_abstract, jax.eval_shape(widened, shapes) if item == "average" else shapes, shardings)
         load = self.ocp.args
         return self.manager.restore(step, args=load.Composite(**{item: load.StandardRestore(wanted)}))[item]
 

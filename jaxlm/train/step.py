@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.model import Model
+from jaxlm.model import Model, precision
 from jaxlm.parallel import batch_sharding, fitting, spread, stored_shardings
 from jaxlm.train.objectives import Objective
 from jaxlm.train.optim import OptimConfig
@@ -19,6 +19,13 @@ from jaxlm.train.tune import TuneConfig, Tuning
 
 Batch = Mapping[str, Any]
 USUAL = OptimConfig()
+# Sets the key of a step's rounding apart from those of the parts of its batch.
+_ROUNDING = 0x7FFFFFFF
+
+
+def widened(params: Any) -> Any:
+    """Parameters in float32: as the optimiser sees them, and as their average is held."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 @flax.struct.dataclass
@@ -43,7 +50,9 @@ class TrainState:
         return self.params if self.average is None else self.average
 
 
-_schedule_free_average = jax.jit(optax.contrib.schedule_free_eval_params)
+@jax.jit
+def _schedule_free_average(opt_state: optax.contrib.ScheduleFreeState, params: Any) -> Any:
+    return optax.contrib.schedule_free_eval_params(opt_state, widened(params))
 
 
 def state_shapes(
@@ -51,8 +60,9 @@ def state_shapes(
 ) -> TrainState:
     """Shapes and dtypes of the state, without computing it."""
     tuning = tuning or Tuning(TuneConfig(), model)
-    count, opt_state = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(optimizer.init, tuning.shapes)
-    return TrainState(count, tuning.shapes, opt_state, tuning.frozen_shapes, None if optim.average is None else tuning.shapes)
+    wide = jax.eval_shape(widened, tuning.shapes)
+    count, opt_state = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(optimizer.init, wide)
+    return TrainState(count, tuning.shapes, opt_state, tuning.frozen_shapes, None if optim.average is None else wide)
 
 
 def state_shardings(
@@ -97,9 +107,10 @@ def init_state(
     tuning = tuning or Tuning(TuneConfig(), model)
 
     def init(key: jax.Array, params: Any) -> TrainState:
-        trained, frozen = tuning.split(model.init(key) if params is None else params, jax.random.fold_in(key, 1))
-        start = None if optim.average is None else jax.tree.map(jnp.copy, trained)
-        return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), frozen, start)
+        trained, frozen = tuning.split(_begun(model, key, params), jax.random.fold_in(key, 1))
+        wide = widened(trained)
+        start = None if optim.average is None else jax.tree.map(jnp.copy, wide)
+        return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(wide), frozen, start)
 
     return _start(init, state_shardings(model, optimizer, mesh, tuning, optim), seed, params)
 
@@ -109,10 +120,17 @@ def init_frozen(model: Model, seed: int, mesh: Mesh, tuning: Tuning, params: Any
     `params` over too."""
 
     def init(key: jax.Array, params: Any) -> Any:
-        return tuning.split(model.init(key) if params is None else params, jax.random.fold_in(key, 1))[1]
+        return tuning.split(_begun(model, key, params), jax.random.fold_in(key, 1))[1]
 
     shardings = stored_shardings(tuning.frozen_axes, tuning.frozen_shapes, mesh)
     return _start(init, shardings, seed, params)
+
+
+def _begun(model: Model, key: jax.Array, params: Any) -> Any:
+    """The model's parameters at the start, as it holds them: those given, or drawn."""
+    if params is None:
+        return model.init(key)
+    return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, model.shapes)
 
 
 def _start(init: Callable[[jax.Array, Any], Any], shardings: Any, seed: int, params: Any) -> Any:
@@ -145,7 +163,7 @@ def make_train_step(
     whose loss or gradient is not finite is skipped and counted in the metric `skipped`.
     """
     tuning = tuning or Tuning(TuneConfig(), model)
-    draws = stochastic or model.config.dropout > 0
+    draws = stochastic or model.config.dropout > 0 or model.config.quantize != "none"
     shardings = state_shardings(model, optimizer, mesh, tuning, optim)
     near = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), shardings.opt_state)
     finer = jax.tree.map(lambda sharding, shape: spread(sharding, shape.shape), shardings.params, tuning.shapes)
@@ -162,7 +180,7 @@ def make_train_step(
 
         def gradient(batch: Batch, rng: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
             grads, sums = jax.grad(loss_sum, has_aux=True)(moving, batch, rng)
-            grads = pull(grads)[0]  # of the trained numbers alone: what is summed over parts is no larger
+            grads = widened(pull(grads)[0])  # of the trained numbers alone: what is summed over parts is no larger
             return (jax.lax.with_sharding_constraint(grads, finer) if optim.zero1 else grads), sums
 
         if accumulate == 1:
@@ -181,16 +199,19 @@ def make_train_step(
         return total
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step) if draws else None
-        grads, sums = gradients(state, batch, rng)
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, sums = gradients(state, batch, rng if draws else None)
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer step with floats
+            wide = widened(state.params)
             held = jax.device_put(state.opt_state, near) if optim.offload else state.opt_state
-            updates, opt_state = optimizer.update(grads, held, state.params)
+            updates, opt_state = optimizer.update(grads, held, wide)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(wide, updates)
+        if tuning.narrow:
+            params = _narrowed(params, state.params, jax.random.fold_in(rng, _ROUNDING))
         averaged = None if optim.average is None else _averaged(optim.average, state.step, state.average, params)
         fine = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
 
@@ -213,12 +234,21 @@ def make_train_step(
     return jax.jit(train_step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0)
 
 
+def _narrowed(params: Any, like: Any, key: jax.Array) -> Any:
+    """Float32 parameters at random as those held in fewer bits (Zamirai et al. 2020, "Revisiting BFloat16 Training", §3)."""
+    leaves, form = jax.tree.flatten(params)
+    held = jax.tree.leaves(like)
+    keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+    drawn = [precision.stochastic(leaf, own.dtype, one) for leaf, own, one in zip(leaves, held, keys, strict=True)]
+    return jax.tree.unflatten(form, drawn)
+
+
 def _averaged(decay: float, step: jax.Array, average: Any, params: Any) -> Any:
     """average + (1 − d) · (params − average) with d = min(decay, (1 + n) / (10 + n)) after n steps, the warm-up of
     TensorFlow's `ExponentialMovingAverage`: an average of few steps forgets its start, and needs no correction."""
     n = step.astype(jnp.float32)
     share = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
-    return jax.tree.map(lambda mean, new: mean + share * (new - mean), average, params)
+    return jax.tree.map(lambda mean, new: mean + share * (new - mean), average, widened(params))
 
 
 def make_eval_step(model: Model, objective: Objective, mesh: Mesh) -> Callable[[Any, Batch], dict[str, jax.Array]]:

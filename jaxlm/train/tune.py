@@ -137,6 +137,8 @@ class Tuning:
         self.config = config
         shapes, axes = flatten_dict(model.shapes, sep="/"), flatten_dict(model.axes, sep="/")
         self.leaves = [self._leaf(path, shape.shape, tuple(axes[path])) for path, shape in shapes.items()]
+        self.narrow = any(shape.dtype != jnp.float32 for shape in shapes.values())
+        """Parameters are held in fewer bits than float32."""
         self._check()
         self.full = all(not leaf.frozen for leaf in self.leaves)
         """Everything is trained, nothing frozen."""
@@ -160,6 +162,8 @@ class Tuning:
 
     def _check(self) -> None:
         c = self.config
+        if self.narrow and (c.lora.rank or c.base != "float32"):
+            raise ValueError("tune.lora and tune.base take float32 parameters: give model.param_dtype float32 beside them")
         both = next((leaf.path for leaf in self.leaves if leaf.trained and leaf.adapted), None)
         if both is not None:
             raise ValueError(

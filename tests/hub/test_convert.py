@@ -172,3 +172,14 @@ def test_pooling_is_that_of_the_folder(mesh, tmp_path):
     file.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(ValueError, match="max_tokens is not supported"):
         load_folder(str(folder), mesh)
+
+
+@pytest.mark.parametrize("changes", [{"param_dtype": "bfloat16"}, {"quantize": "int8"}])
+def test_how_a_model_was_trained_is_not_in_its_folder(mesh, tmp_path, changes):
+    config = build(TransformerConfig, {"preset": "llama-1m", **SMALL, "kv_heads": 2, "mlp_width": 24, **changes})
+    model = Model(config)
+    params = model.init(jax.random.key(0))
+    save_folder(tmp_path / "out", model, params)
+    loaded = load_folder(str(tmp_path / "out"), mesh)
+    assert (loaded.model.config.param_dtype, loaded.model.config.quantize) == ("float32", "none")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), b), params, loaded.params)
