@@ -42,11 +42,11 @@ def text(rows, seed):
 def built(parallel, devices, rate, accumulate, average, changes):
     """What training needs, compiled once: the mesh, a fresh state's maker, the step and the evaluation."""
     mesh, model = make_mesh(parallel, jax.devices()[:devices]), Model(dataclasses.replace(CONFIG, **dict(changes)))
-    config = OptimConfig(learning_rate=rate, schedule="constant", warmup=1)
+    config = OptimConfig(learning_rate=rate, schedule="constant", warmup=1, average=average)
     schedule = make_schedule(config, 1)
-    optimizer, objective, options = make_optimizer(config, schedule), objectives.tokens(32), {"seed": 0, "average": average}
-    step = make_train_step(model, objective, optimizer, schedule, mesh, accumulate=accumulate, **options)
-    begin = functools.partial(init_state, model, optimizer, 0, mesh, average=average)
+    optimizer, objective = make_optimizer(config, schedule), objectives.tokens(32)
+    step = make_train_step(model, objective, optimizer, schedule, mesh, seed=0, accumulate=accumulate, optim=config)
+    begin = functools.partial(init_state, model, optimizer, 0, mesh, optim=config)
     return mesh, begin, step, make_eval_step(model, objective, mesh)
 
 
@@ -120,7 +120,7 @@ def test_small_steps_are_lost_to_rounding_but_not_at_random(monkeypatch):
     steps, rate = 60, 5e-6
     exact = train(steps, rate=rate)
     drawn = train(steps, rate=rate, param_dtype="bfloat16")
-    monkeypatch.setattr("jaxlm.train.step.stochastic", lambda x, dtype, key: x.astype(dtype))
+    monkeypatch.setattr("jaxlm.model.precision.stochastic", lambda x, dtype, key: x.astype(dtype))
     built.cache_clear()
     nearest = train(steps, rate=rate, param_dtype="bfloat16")
     built.cache_clear()
