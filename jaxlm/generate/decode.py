@@ -70,8 +70,8 @@ class Generator:
         cache: Cache | None = None
         token_B: jax.Array | None = None
         filled = 0
-        with jax.set_mesh(self.mesh):
-            for i in range(max_tokens):
+        for i in range(max_tokens):
+            with jax.set_mesh(self.mesh):  # not around the yield: who takes one token and goes on must not find it set
                 key = jax.random.fold_in(run_key, i)
                 if cache is not None and filled < positions:
                     token_B, cache = self._decode(params, cache, token_B, key, config=config)
@@ -81,11 +81,11 @@ class Generator:
                     filled = len(keep)
                     token_B, cache = self._prefill(params, *self._padded(keep), key, config=config, size=size)
                 settle(self.mesh, token_B)
-                token = int(jax.device_get(token_B)[0])
-                if token in stop:
-                    return
-                text.append(token)
-                yield token
+            token = int(jax.device_get(token_B)[0])
+            if token in stop:
+                return
+            text.append(token)
+            yield token
 
     def _padded(self, tokens: Sequence[int]) -> tuple[Any, Any]:
         row = np.zeros((1, self._round(len(tokens))), np.int32)

@@ -93,6 +93,14 @@ def test_stops_at_the_end_of_text(setup):
     assert list(generator.stream(params, [3, 1, 4], 10, GREEDY, stop={stop, 39})) == full[: full.index(stop)]
 
 
+def test_its_mesh_is_not_left_to_who_takes_one_token(setup):
+    _, params, generator = setup
+    stream = generator.stream(params, [3, 1, 4], 10, GREEDY)
+    next(stream)
+    assert jax.sharding.get_abstract_mesh().empty
+    stream.close()
+
+
 def test_an_empty_prompt_is_refused(setup):
     _, params, generator = setup
     with pytest.raises(ValueError, match="prompt is empty"):

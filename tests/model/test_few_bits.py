@@ -92,7 +92,7 @@ def test_all_maps_of_the_layers_and_nothing_else_multiply_in_few_bits(kind, type
         assert re.search(r"= s32\[[\d,]*\]\S* dot\(", compiled), "no product has been compiled to integers"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_scanned_is_unrolled_and_rematerialised(kind):
     key = jax.random.key(3)
     params = Model(CONFIG).init(jax.random.key(0))

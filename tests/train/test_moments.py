@@ -59,7 +59,10 @@ def train(name, steps, parallel=None, devices=8, decay=0.1, **optim):
     return np.asarray(jax.device_get(seen)), state
 
 
-@pytest.mark.parametrize("name", get_args(Name))
+OTHERS = ("lion", "adafactor", "muon")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in get_args(Name)])
 def test_every_optimiser_learns_the_same_on_any_mesh(name):
     alone, one = train(name, 25, devices=1)
     assert alone[-1] < alone[0] - 0.4

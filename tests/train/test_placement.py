@@ -55,7 +55,13 @@ def total(tree):
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("parallel", [ParallelConfig(data=8), ParallelConfig(data=2, fsdp=2, tensor=2)], ids=["data", "three"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param(ParallelConfig(data=8), id="data"),
+        pytest.param(ParallelConfig(data=2, fsdp=2, tensor=2), id="three", marks=pytest.mark.slow),
+    ],
+)
 def test_zero1_holds_a_part_of_the_state_and_takes_the_same_steps(parallel):
     zero1 = dataclasses.replace(PLAIN, zero1=True)
     losses, usual = train(PLAIN, parallel)

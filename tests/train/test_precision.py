@@ -115,6 +115,7 @@ def test_a_step_is_drawn_from_the_seed_and_its_number():
     assert wide == {"float32", "int32"}  # of the optimiser's count of steps
 
 
+@pytest.mark.slow
 def test_small_steps_are_lost_to_rounding_but_not_at_random(monkeypatch):
     """At a rate of 5e-6 hardly a parameter moves where each step is rounded to nearest; drawn, they go as far as in float32."""
     steps, rate = 60, 5e-6

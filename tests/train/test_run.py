@@ -71,7 +71,10 @@ def interrupt_after(monkeypatch, steps: int, looks: int = 0) -> None:
     monkeypatch.setattr("jaxlm.train.loop.interruptible", interruptible)
 
 
-@pytest.mark.parametrize("stop, looks", [(3, 0), (4, 0), (4, 1), (9, 0), (10, 0), (10, 2)])
+@pytest.mark.parametrize(
+    "stop, looks",
+    [(3, 0), (4, 1), (10, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 0), (9, 0), (10, 0)))],
+)
 def test_resume_is_bit_equal(make, monkeypatch, stop, looks, capsys):
     """N steps are k + stop + N − k: data, dropout, schedule, metrics, samples and parameters.
 
