@@ -1,8 +1,9 @@
 """Time what the training loop itself adds to a step, as the batch grows with the number of devices (weak scaling).
 
 The step computes nothing, so that emulated devices are not what is measured. Beside the whole loop (rows made on the host,
-prefetched and placed, metrics read, a progress bar, rows of metrics written) stands the bare minimum: the same function called
-again and again with one batch. The difference is the loop's own, for one process whose share of the rows grows with its devices.
+prefetched and placed, metrics read, rows of metrics written; a terminal's bar is not drawn) stands the bare minimum: the same
+function called again and again with one batch. The difference is the loop's own, for one process whose share of the rows grows
+with its devices.
 
     python benchmarks/loop.py --devices 1 2 4 8 --steps 500 --rounds 5
 """

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return host.RESUMABLE
+        return host.EXIT_RESUMABLE
     except BrokenPipeError:
         return 0
     except OSError as error:  # a path that cannot be read or written

@@ -6,7 +6,7 @@ import pathlib
 import platform
 import sys
 
-RESUMABLE = 42
+EXIT_RESUMABLE = 42
 """Exit code of a process whose work the same command goes on with."""
 # Device files of NVIDIA (WSL: dxg) and AMD GPUs and of TPUs (accel up to v4, vfio from v5 on).
 _DEVICES = ("nvidia[0-9]*", "nvidiactl", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")

@@ -237,13 +237,14 @@ def start_parameters(argument: str | None, model: Any, mesh: jax.sharding.Mesh, 
     folder = locate(argument)
     if is_hugging_face(folder):
         return load_parameters(folder, model, mesh, seed=seed)
-    found, params = _restore(folder, mesh)
-    if found.shapes == model.shapes:
+    _, params = _restore(folder, mesh)
+
+    def sizes(tree: Any) -> Any:  # not the dtypes: a run that holds bfloat16 may go on from one that holds float32, and back
+        return jax.tree.map(lambda leaf: leaf.shape, tree)
+
+    if sizes(params) == sizes(model.shapes):
         return params
-    body = model.shapes["transformer"]
-    if params["transformer"].keys() != body.keys() or jax.tree.map(lambda x: x.shape, params["transformer"]) != jax.tree.map(
-        lambda x: x.shape, body
-    ):
+    if sizes(params["transformer"]) != sizes(model.shapes["transformer"]):
         raise ValueError(f"the model of {argument} has other sizes than this run's: leave out the model's options but init_from")
     axes = {name: axes for name, axes in model.axes.items() if name != "transformer"}
     shapes = {name: shape for name, shape in model.shapes.items() if name != "transformer"}

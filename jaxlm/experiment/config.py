@@ -60,6 +60,11 @@ class ExperimentConfig:
             raise ValueError(
                 f"task.target_length {self.task.target_length} is longer than model.positions {self.model.positions}: give no more"
             )
+        if self.optim.name == "schedule_free" and self.model.param_dtype != "float32":
+            raise ValueError(
+                f"optim.name schedule_free divides the rounding of {self.model.param_dtype} parameters by 1 - beta1 at every step: "
+                "give model.param_dtype float32 beside it"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}: it must be the name of a folder, without a slash or a leading dot")
         if self.seeds < 1:
@@ -102,11 +107,11 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 # What may change between two starts of one run: how long, how often, on what; not what is learned from what.
-RESUMABLE = (
+CHANGEABLE = (
     "train.steps", "train.eval_every", "train.log_every", "train.keep", "train.sample_prompt", "train.sample_tokens",
     "train.patience", "train.eval_rows", "data.epochs", "data.cache", "data.prefetch", "parallel.data", "parallel.fsdp",
     "parallel.stage", "parallel.expert", "parallel.context", "parallel.tensor", "parallel.across", "hosts.coordinator",
-    "hosts.count", "hosts.index", "seeds",
+    "hosts.count", "hosts.index", "seeds", "optim.zero1", "optim.offload",
 )  # fmt: skip
 
 

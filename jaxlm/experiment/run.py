@@ -8,7 +8,7 @@ import jax
 
 from jaxlm import config as configs
 from jaxlm.data import prefetch
-from jaxlm.experiment.config import RESUMABLE, ExperimentConfig
+from jaxlm.experiment.config import CHANGEABLE, ExperimentConfig
 from jaxlm.experiment.finetuning import Finetuning
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.experiment.pretraining import Pretraining
@@ -45,8 +45,13 @@ class Run:
 
     def _check_same(self) -> None:
         file = self.folder / "config.yaml"
-        changed = configs.diff(configs.read_yaml(file)[0], configs.to_dict(self.config)) if file.exists() else {}
-        changed = {leaf: pair for leaf, pair in changed.items() if leaf not in RESUMABLE}
+        if not file.exists():
+            return
+        before, after = (configs.flatten(tree) for tree in (configs.read_yaml(file)[0], configs.to_dict(self.config)))
+        # An option that is younger than the run's file had its default then.
+        young = {leaf: value for leaf, value in configs.flatten(configs.to_dict(ExperimentConfig())).items() if leaf in after}
+        changed = configs.diff({**young, **before}, after)
+        changed = {leaf: pair for leaf, pair in changed.items() if leaf not in CHANGEABLE}
         if changed:
             shown = ", ".join(f"{leaf} {old} → {new}" for leaf, (old, new) in changed.items())
             raise ValueError(f"{self.folder} holds a run with another config ({shown}): give --name NEW, or delete the folder")

@@ -269,6 +269,8 @@ class TransformerConfig:
             )
         if self.architecture == "encoder" and self.head.kind == "language_model":
             raise ValueError("head.kind language_model needs a decoder: an encoder takes masked_lm, or a head over labels")
+        if self.param_dtype != "float32" and self.share_layers:
+            raise ValueError(f"share_layers sums the gradients of all layers in param_dtype {self.param_dtype}: give float32")
         if self.quantize != "none" and self.moe.experts:
             raise ValueError(
                 f"quantize {self.quantize} multiplies attention and plain MLPs: with moe.experts {self.moe.experts} give none"

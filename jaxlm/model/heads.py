@@ -157,7 +157,8 @@ class VocabularyHead(nn.Module):
             if c.head.norm:
                 self.norm = Norm(c, c.norm, "W")
         if not c.tie_embeddings:
-            self.table = parameter(self, "table", "VW", nn.initializers.normal(c.init_std))
+            # Its gradient is a sum over chunks: too many for bfloat16.
+            self.table = parameter(self, "table", "VW", nn.initializers.normal(c.init_std)).astype(jnp.float32)
         biased = c.logit_bias or (masked and c.head.bias)
         self.bias = parameter(self, "bias", "V", nn.initializers.zeros).astype(jnp.float32) if biased else None
 

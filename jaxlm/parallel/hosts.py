@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxlm.host import RESUMABLE
+from jaxlm.host import EXIT_RESUMABLE
 
 BEAT, LIMIT = 1.0, 20.0
 """Seconds between two signs of life, and without any until a process counts as dead."""
@@ -146,7 +146,7 @@ def died(process: int) -> NoReturn:
         "last checkpoint",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-    os._exit(RESUMABLE)
+    os._exit(EXIT_RESUMABLE)
 
 
 def distributed_address() -> tuple[str, int]:

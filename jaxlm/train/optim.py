@@ -74,7 +74,7 @@ class OptimConfig:
     and Juditsky 1992); in the first steps it is less, (1 + step) / (10 + step). Empty: none."""
     zero1: bool = False
     """Split gradients and the optimiser's state over data too, where parameters are whole (Rajbhandari et al. 2020, "ZeRO",
-    stages 1 and 2); what is sent stays the same."""
+    stages 1 and 2); what is sent stays the same where sums can be scattered."""
     offload: bool = False
     """Keep the optimiser's state in the host's memory between steps."""
 

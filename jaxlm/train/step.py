@@ -46,13 +46,17 @@ class TrainState:
         """What is evaluated and exported: the average where there is one, of schedule_free the one that its parameters were
         made of, else the last parameters."""
         if isinstance(self.opt_state, optax.contrib.ScheduleFreeState):
-            return _schedule_free_average(self.opt_state, self.params)
+            # Its z may lie in finer parts than the parameters, or on the host.
+            z = jax.tree.map(_beside, self.opt_state.z, self.params)
+            return _schedule_free_average(self.opt_state._replace(z=z, base_optimizer_state=()), self.params)
         return self.params if self.average is None else self.average
 
 
-@jax.jit
-def _schedule_free_average(opt_state: optax.contrib.ScheduleFreeState, params: Any) -> Any:
-    return optax.contrib.schedule_free_eval_params(opt_state, widened(params))
+def _beside(array: jax.Array, like: jax.Array) -> jax.Array:
+    return array if array.sharding == like.sharding else jax.device_put(array, like.sharding)
+
+
+_schedule_free_average = jax.jit(optax.contrib.schedule_free_eval_params)
 
 
 def state_shapes(

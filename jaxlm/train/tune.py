@@ -319,4 +319,5 @@ def _weave(*parts: tuple[jax.Array, Sequence[int]]) -> jax.Array:
             runs[-1][2] += 1
         else:
             runs.append([part, i, i + 1])
-    return jnp.concatenate([parts[part][0][start:stop] for part, start, stop in runs])
+    with jax.numpy_dtype_promotion("standard"):  # a float32 average of some layers among others held in bfloat16
+        return jnp.concatenate([parts[part][0][start:stop] for part, start, stop in runs])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxlm import config as configs
-from jaxlm.host import RESUMABLE
+from jaxlm.host import EXIT_RESUMABLE
 from jaxlm.report.console import console, say
 from jaxlm.verbs.words import split_words
 
@@ -22,7 +22,7 @@ def train(words: Sequence[str]) -> int:
     console().quiet = not speaks()
     ended = _train(config)
     leave()
-    return RESUMABLE if ended == "interrupted" else 0
+    return EXIT_RESUMABLE if ended == "interrupted" else 0
 
 
 def _train(config: Any) -> str:

@@ -10,8 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxlm.generate import Generator, SampleConfig
 from jaxlm.model import HeadConfig, Model, MoeConfig, TransformerConfig
 from jaxlm.model.precision import quantized_product, stochastic
+from jaxlm.parallel import ParallelConfig, make_mesh
 
 KINDS = {"int8": (127.0, None), "fp8": (448.0, ml_dtypes.float8_e4m3fn)}
 CONFIG = TransformerConfig(vocab_size=64, positions=32, layers=2, width=32, heads=4)
@@ -106,13 +108,41 @@ def test_scanned_is_unrolled_and_rematerialised(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_and_a_cache_work_with_it(kind):
-    config = dataclasses.replace(CONFIG, quantize=kind, dtype="bfloat16")
-    model, tokens = Model(config), jnp.arange(8, dtype=jnp.int32)[None]
+def test_text_is_written_token_by_token_as_it_is_read_at_once(kind):
+    """A row of activations has a scale of its own, so that a cache changes nothing; other scores than float32's."""
+    config = dataclasses.replace(CONFIG, quantize=kind, init_std=0.3)
+    model, text = Model(config), [3, 1, 4]
     params = model.init(jax.random.key(0))
-    logits, _ = model.apply(params, {"tokens_BL": tokens})
-    plain, _ = Model(CONFIG).apply(params, {"tokens_BL": tokens})
-    assert 0 < np.abs(np.asarray(logits, np.float32) - np.asarray(plain)).max() < 0.1
+    generator = Generator(model, make_mesh(ParallelConfig(), jax.devices()[:1]), config.vocab_size)
+    for token in generator.stream(params, text[:], 6, SampleConfig(temperature=0)):
+        logits = np.asarray(model.apply(params, {"tokens_BL": np.array([text], np.int32)})[0])[0, -1]
+        assert token == np.argmax(logits)
+        text.append(token)
+    plain = np.asarray(
+        Model(dataclasses.replace(config, quantize="none")).apply(params, {"tokens_BL": np.array([text[:-1]], np.int32)})[0]
+    )
+    assert 1e-3 < np.abs(plain[0, -1] - logits).max() / np.abs(plain[0, -1]).max() < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_to_an_encoder_multiplies_in_few_bits_too(kind):
+    config = dataclasses.replace(CONFIG, architecture="encoder_decoder", quantize=kind, init_std=0.1)
+    tokens = np.arange(16, dtype=np.int32)[None] % CONFIG.vocab_size
+    batch = {
+        "encoder": {"tokens_BL": tokens},
+        "decoder": {"tokens_BL": tokens, "targets_BL": tokens, "weights_BL": np.ones((1, 16), np.float32)},
+    }
+    params = Model(config).init(jax.random.key(0))
+
+    def gradient(quantize):
+        model = Model(dataclasses.replace(config, quantize=quantize))
+        return jax.jit(jax.grad(lambda params: model.apply(params, batch, method="loss", chunk=16)[0]))(params)
+
+    cross = [tree["transformer"]["decoder"]["layers"]["cross_attention"] for tree in (gradient(kind), gradient("none"))]
+    for found, plain in zip(*map(jax.tree.leaves, cross), strict=True):
+        gap = np.linalg.norm(found - plain) / max(np.linalg.norm(plain), 1e-9)
+        assert gap < 0.3 or np.abs(plain).max() < 1e-4
+    assert any(np.abs(a - b).max() > 0 for a, b in zip(*map(jax.tree.leaves, cross), strict=True))
 
 
 def test_experts_and_a_missing_package_are_refused_in_one_line(monkeypatch):

@@ -10,7 +10,17 @@ import pytest
 
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, place_batch, settle
-from jaxlm.train import OptimConfig, TuneConfig, Tuning, init_state, make_optimizer, make_schedule, make_train_step, objectives
+from jaxlm.train import (
+    OptimConfig,
+    TuneConfig,
+    Tuning,
+    init_state,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    objectives,
+)
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.moments import Name
 from jaxlm.train.step import state_shapes, state_shardings
@@ -78,10 +88,13 @@ def test_zero1_holds_a_part_of_the_state_and_takes_the_same_steps(parallel):
 @pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("name", get_args(Name))
-def test_every_optimiser_has_its_state_in_parts(name):
+def test_every_optimiser_has_its_state_in_parts_and_on_the_host(name):
     losses, usual = train(dataclasses.replace(PLAIN, name=name), ParallelConfig(data=4))
-    same, spread = train(dataclasses.replace(PLAIN, name=name, zero1=True), ParallelConfig(data=4))
-    np.testing.assert_allclose(same, losses, rtol=1e-5)
+    same, spread = train(dataclasses.replace(PLAIN, name=name, zero1=True, offload=True), ParallelConfig(data=4))
+    np.testing.assert_allclose(same, losses, rtol=1e-3 if name == "soap" else 1e-5)  # whose first bases hang on rounding
+    mesh = make_mesh(ParallelConfig(data=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        make_eval_step(MODEL, objectives.tokens(32), mesh)(spread.scored, place_batch(rows(9), mesh))
     assert held(spread.opt_state) < 0.5 * held(usual.opt_state) or name == "adafactor"  # whose state is small, and whole
 
 
@@ -100,7 +113,7 @@ def test_zero1_gathers_parameters_once_and_sums_gradients():
     count = sum(
         int(np.prod([int(n) for n in dims.split(",")])) for shapes in gathered for dims in re.findall(r"f32\[([\d,]+)\]", shapes)
     )
-    assert count <= MODEL.parameters(), "each parameter at most once"
+    assert 0.9 * MODEL.parameters() < count <= MODEL.parameters(), "each parameter once"
 
 
 @pytest.mark.parallel

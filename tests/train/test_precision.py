@@ -26,6 +26,7 @@ CONFIG = TransformerConfig(vocab_size=128, positions=32, layers=2, width=64, hea
 PRECISIONS = {
     "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantize": "int8"}, "fp8": {"quantize": "fp8"},
     "bfloat16 parameters": {"param_dtype": "bfloat16"},
+    "all at once": {"dtype": "bfloat16", "quantize": "fp8", "param_dtype": "bfloat16"},
 }  # fmt: skip
 
 

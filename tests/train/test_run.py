@@ -1,7 +1,9 @@
 """A whole run in its folder: resumed bit for bit, finished once, refused under another config, exhausted aloud."""
 
 import contextlib
+import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm.experiment import ExperimentConfig, Run
-from jaxlm.models import load_model
+from jaxlm.model import Model
+from jaxlm.models import load_model, start_parameters
+from jaxlm.parallel import ParallelConfig, make_mesh
 
 TEXT = "\n\n".join(
     f"The {a} {b} sat on the {c}. It was {b}."
@@ -123,7 +127,22 @@ def test_another_config_in_the_folder_is_refused(make):
     Run(make("mine", train__steps=2)).train()
     with pytest.raises(ValueError, match=r"optim\.learning_rate 0\.001 → 0\.5.*--name"):
         Run(make("mine", train__steps=2, optim__learning_rate=0.5))
-    assert Run(make("mine", train__steps=4, parallel__data=8, parallel__fsdp=1, parallel__tensor=1)).train() == "finished"
+    file = make("mine", train__steps=2).folder / "config.yaml"  # as if of before these options: they had their defaults then
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not re.search("moments|zero1|offload:", line)))
+    elsewhere = {"parallel__data": 8, "parallel__fsdp": 1, "parallel__tensor": 1, "optim__zero1": True, "optim__offload": True}
+    assert Run(make("mine", train__steps=4, **elsewhere)).train() == "finished"
+
+
+def test_a_run_begins_from_one_that_holds_fewer_bits(make):
+    """All of its parameters, a head of its own among them."""
+    first = make("narrow", train__steps=2, model__tie_embeddings=False, model__param_dtype="bfloat16")
+    Run(first).train()
+    found = load_model(str(first.folder))
+    model = Model(dataclasses.replace(found.model.config, param_dtype="float32"))
+    start = start_parameters(str(first.folder), model, make_mesh(ParallelConfig(data=1), jax.devices()[:1]), seed=1)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), start, found.params
+    )
 
 
 @pytest.mark.parametrize(
