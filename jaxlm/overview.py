@@ -168,6 +168,7 @@ def _outputs(side: Trained, rows: np.ndarray) -> Iterator[np.ndarray]:
         return jnp.asarray(out[0] if isinstance(out, tuple) else out, jnp.float32)
 
     run = jax.jit(forward)
-    with jax.set_mesh(side.mesh):
-        for row in rows:
-            yield np.asarray(run(side.params, row[None]))
+    for row in rows:
+        with jax.set_mesh(side.mesh):  # not around the yield: two of these take turns
+            output = np.asarray(run(side.params, row[None]))
+        yield output

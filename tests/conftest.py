@@ -45,6 +45,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no GPU: run with JAXLM_TEST_PLATFORM=cuda on a machine that has one")
 
 
+@pytest.fixture(autouse=True)
+def no_mesh_is_left():
+    """Under a mesh that one test leaves set, others would fail by their order alone."""
+    yield
+    assert jax.sharding.get_abstract_mesh().empty, "a mesh is left set: is there a yield within jax.set_mesh?"
+
+
 @pytest.fixture
 def data() -> pathlib.Path:
     """The folder of the real data sets; for tests marked `realdata`."""
