@@ -27,8 +27,9 @@ def test_train_step_checks_the_losses_and_prints_a_ratio():
 
 @pytest.mark.slow
 def test_loop_prints_what_it_adds():
+    # Of few steps on a busy machine a difference of two times may be negative.
     out = run("benchmarks/loop.py", "--devices", "1", "4", "--steps", "20", "--rounds", "1")
-    assert re.findall(r"(\d) device\(s\), \d+ rows: [\d.]+ ms a step, bare [\d.]+, the loop adds", out) == ["1", "4"], out
+    assert re.findall(r"(\d) device\(s\), \d+ rows: -?[\d.]+ ms a step, bare -?[\d.]+, the loop adds", out) == ["1", "4"], out
 
 
 @pytest.mark.slow
