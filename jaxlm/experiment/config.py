@@ -62,8 +62,8 @@ class ExperimentConfig:
             )
         if self.optim.name == "schedule_free" and self.model.param_dtype != "float32":
             raise ValueError(
-                f"optim.name schedule_free divides the rounding of {self.model.param_dtype} parameters by 1 - beta1 at every step: "
-                "give model.param_dtype float32 beside it"
+                f"optim.name schedule_free finds its average in the parameters, in which the rounding of {self.model.param_dtype} "
+                "would add up: give model.param_dtype float32 beside it"
             )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}: it must be the name of a folder, without a slash or a leading dot")

@@ -157,9 +157,8 @@ class Embed(nn.Module):
     axes: str
 
     def setup(self) -> None:
-        table = parameter(self, "table", self.axes, nn.initializers.normal(self.config.init_std))
         # The gradient of a frequent token is a sum of many, and the head's is added to it: too many for bfloat16.
-        self.table = table if self.config.param_dtype == "float32" else table.astype(jnp.float32)
+        self.table = parameter(self, "table", self.axes, nn.initializers.normal(self.config.init_std)).astype(jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
         # Its vectors are brought together first, as a matrix is before its product: a look-up in parts of vectors would

@@ -180,9 +180,9 @@ class Stack(nn.Module):
         return x_BLW if not c.factored else Linear(c, "BLW,WD->BLD", bias=True, name="embed_project")(x_BLW)
 
     def _end(self, x_BLD: jax.Array) -> jax.Array:
-        return gathered(
-            x_BLD if self.config.norm_position == "post" else Norm(self.config, self.config.norm, name="final_norm")(x_BLD)
-        )
+        """What leaves the blocks, for heads and for a decoder that reads it: whole again along the length that tensor split."""
+        c = self.config
+        return gathered(x_BLD if c.norm_position == "post" else Norm(c, c.norm, name="final_norm")(x_BLD))
 
     def _context(
         self, batch: Batch, place_L: jax.Array, positions_BL: jax.Array, cache: Cache | None, read: tuple[jax.Array, Batch] | None
