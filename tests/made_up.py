@@ -6,6 +6,8 @@ import json
 import pathlib
 import random
 
+import numpy as np
+
 NAMES = "Ada Ben Cleo Dan Eve Finn".split()  # noqa: SIM905
 PLACES = "harbour market forest library station garden".split()  # noqa: SIM905
 THINGS = "lamp boat chair letter apple drum".split()  # noqa: SIM905
@@ -147,3 +149,12 @@ def write_documents(file: pathlib.Path, count: int = 200) -> pathlib.Path:
     w = Writer(1)
     file.write_text(json_lines({"text": w.text(w.rng.randint(2, 8))} for _ in range(count)), encoding="utf8")
     return file
+
+
+def predictable_rows(rows, seed):
+    """Rows of 32 of 128 tokens with something to learn: each token mostly follows from the one before."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((rows, 33), np.int32)
+    for i in range(1, 33):
+        tokens[:, i] = np.where(rng.random(rows) < 0.9, (tokens[:, i - 1] * 5 + 7) % 128, rng.integers(0, 128, rows))
+    return {"tokens_BL": tokens[:, :-1], "targets_BL": tokens[:, 1:], "weights_BL": np.ones((rows, 32), np.float32)}
