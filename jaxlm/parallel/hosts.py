@@ -1,5 +1,6 @@
 """Several processes as one machine: how they find each other, who speaks for them, and what happens when one dies."""
 
+import atexit
 import ctypes
 import dataclasses
 import os
@@ -71,7 +72,9 @@ def join(config: HostsConfig) -> None:
             f"the processes did not meet within 2 minutes: {' '.join(str(error).split())[:300]}; start all of them with one "
             "coordinator and count, and another index each"
         ) from error
-    Watch().start()
+    watch = Watch()
+    watch.start()
+    atexit.register(watch.stop)
     if not speaks():
         _outlive_coordinator(distributed_address())
     each = jax.local_device_count()
@@ -98,7 +101,7 @@ class Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="watch")
-        self.done = False
+        self.done, self.over = False, threading.Event()
         from jax._src import distributed  # the one way to its key-value store; multihost_utils has none without a barrier
 
         self.client: Any = distributed.global_state.client
@@ -108,9 +111,8 @@ class Watch(threading.Thread):
         me, beats = jax.process_index(), 0
         seen: dict[int, tuple[Any, float]] = {}
         while True:
-            beats, now = beats + 1, time.monotonic()
+            beats, now, mine = beats + 1, time.monotonic(), "done" if self.done else str(beats)
             try:
-                mine = "done" if self.done else str(beats)
                 self.client.key_value_set(f"jaxlm/alive/{me}", mine, allow_overwrite=True)
                 signs: dict[int, Any] = {
                     int(key.rpartition("/")[2]): value for key, value in self.client.key_value_dir_get("jaxlm/alive/")
@@ -124,18 +126,34 @@ class Watch(threading.Thread):
                     seen[other] = sign, now
                 elif other != me and sign != "done" and now - seen[other][1] > LIMIT:
                     died(other)
-            time.sleep(BEAT)
+            # Process 0 coordinates until all others are done, too.
+            if mine == "done" and (me or [*signs.values()] == ["done"] * jax.process_count()):
+                return
+            if self.over.wait(BEAT):
+                return
 
     def end(self) -> None:
         """Say that this process is done, and no longer to be waited for."""
         self.done = True
-        self.client.key_value_set(f"jaxlm/alive/{jax.process_index()}", "done", allow_overwrite=True)
+        self.join()
+        if speaks():
+            time.sleep(1)  # those that said so last are on their way out
+
+    def stop(self) -> None:
+        """Give no more signs, and take none. Python must not end while this thread waits for an answer, nor while an abort
+        would call Python: either ends the process with a wrong exit code, after any number of lines."""
+        if not self.over.is_set():
+            self.over.set()
+            self.join()
+            jax.distributed.shutdown()
+            ctypes.CDLL(None).signal(signal.SIGABRT, None)
 
 
 def leave() -> None:
     """This process is done: the others, of which process 0 writes the page of the run, no longer wait for its signs."""
-    if Watch.running is not None:
+    if Watch.running is not None and not Watch.running.over.is_set():
         Watch.running.end()
+        Watch.running.stop()
 
 
 def died(process: int) -> NoReturn:
