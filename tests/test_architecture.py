@@ -65,7 +65,8 @@ ROOMS = {
     "models": [],
     "experiment": ["config", "job", "pretraining", "finetuning", "run", "seeds"],
     "overview": [],
-    "verbs": ["words", "training", "labels", "writing", "folders"],
+    "harness": ["likelihood", "suites", "files", "scores", "adapter"],
+    "verbs": ["words", "training", "suites", "labels", "writing", "folders"],
     "cli": [],
     "__main__": [],
 }

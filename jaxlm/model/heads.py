@@ -238,6 +238,21 @@ class LanguageModel(nn.Module):
         zeros_B = jnp.zeros(hidden_BLD.shape[0], jnp.float32)
         return _over_chunks(step, zeros_B, parts, chunk)[0]
 
+    def scores(self, batch: Batch, *, chunk: int) -> tuple[jax.Array, jax.Array]:
+        """(B, L) float32 log p(target) in nats, and (B, L) whether no token is likelier; logits exist for `chunk` positions at
+        a time."""
+        hidden_BLD, table_VD, bias_V = self.head(self.transformer(batch).hidden_BLD, self.transformer.embed.table)
+
+        def step(carry: None, part: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            hidden_BCD, targets_BC = part
+            logits_BCV = _logits(hidden_BCD, table_VD, bias_V, self.config.logit_softcap)
+            nll_BC, _ = _losses(logits_BCV, targets_BC)
+            return carry, (-nll_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC)
+
+        _, (logp_XBC, first_XBC) = _over_chunks(step, None, (hidden_BLD, batch["targets_BL"]), chunk)
+        length = hidden_BLD.shape[1]
+        return _joined(logp_XBC, length, chunk), _joined(first_XBC, length, chunk)
+
     def draw(self, batch: Batch, *, chunk: int, key: jax.Array) -> jax.Array:
         """(B, L) int32: at each position a token drawn from the model's own distribution."""
         parts = self.head(self.transformer(batch).hidden_BLD, self.transformer.embed.table)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm import config as configs
 from jaxlm.report.console import bar, say
+from jaxlm.verbs.suites import evaluate_suite
 from jaxlm.verbs.words import split_words
 
 if TYPE_CHECKING:
@@ -113,26 +114,37 @@ class EvaluateOptions:
     columns: str | None = None
     """Roles and their columns, as in text=sentence,label=class; empty: as in training."""
     task: str | None = None
-    """The task, where a Hugging Face model's head leaves it open."""
+    """The task, where a Hugging Face model's head leaves it open; or a suite: hellaswag, openbookqa, copa, winogrande, wikitext."""
+    limit: int | None = None
+    """Of a suite: only the first rows."""
+    bos: bool | None = None
+    """Of a suite: whether texts begin with the beginning of text; empty: as the tokenizer has it."""
     out: str | None = None
-    """Folder for scores.json, scores.html and predictions.jsonl; empty: evaluation/ in the run's folder, or ./evaluation."""
+    """Folder for scores.json and the predictions; empty: evaluation/ in the run's folder, or ./evaluation (of a suite a folder
+    in it)."""
     against: str | None = None
     """Another model's predictions.jsonl for the same rows, to be compared with by a paired test."""
     length: int | None = None
-    """Most tokens of a row; empty: as in training, or the model's positions."""
+    """Most tokens of a row; empty: as in training, or the model's positions (of a suite always these)."""
     batch_size: int = 32
     """Rows computed at a time."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        _check_sizes(self, "limit")
         if self.against is not None and not pathlib.Path(self.against).is_file():
             raise ValueError(f"no file {self.against!r}")
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """jaxlm evaluate MODEL [--task TASK] [--data FILE] [--against FILE]: scores with intervals, a page of errors."""
+    """jaxlm evaluate MODEL [--task TASK|SUITE] [--data FILE] [--against FILE]: scores with intervals, a page of errors."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(EvaluateOptions, None, flags).value
+    if _is_suite(options):
+        assert options.task and options.data, "_is_suite checks them"
+        return evaluate_suite(
+            argument, options.task, options.data, limit=options.limit, out=options.out, length=options.length, bos=options.bos,
+            batch_size=options.batch_size,
+        )  # fmt: skip
     from jaxlm.models import load_model
     from jaxlm.tasks import Predictor, paired_scores, paired_tests, write_predictions
 
@@ -164,6 +176,24 @@ def evaluate(words: Sequence[str]) -> int:
     return 0
 
 
+def _is_suite(options: EvaluateOptions) -> bool:
+    """Whether the task is one of lm-evaluation-harness; ValueError for one that is unknown, and for flags of the other kind."""
+    from jaxlm.harness import SUITES
+    from jaxlm.tasks import TASKS
+
+    if options.task not in SUITES:
+        if options.task is not None and options.task not in TASKS:
+            raise configs.unknown("task", options.task, [*TASKS, *SUITES])
+        if options.limit is not None or options.bos is not None:
+            raise ValueError(f"limit and bos are for the suites ({', '.join(SUITES)}): name one with --task")
+        return False
+    if options.data is None:
+        raise ValueError(f"task {options.task} needs --data FILE: rows in the harness's format")
+    if options.against or options.header or options.columns:
+        raise ValueError(f"against, header and columns are not for task {options.task}, whose rows have one format")
+    return True
+
+
 def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions) -> Any:
     """The labelled rows to evaluate on."""
     from jaxlm.data import DataConfig, RowsConfig, read_rows, split_rows
@@ -189,8 +219,8 @@ def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions) 
     return split_rows(read_rows(data.train, rows, *roles), data.holdout.fraction)[1]
 
 
-def _check_sizes(options: Any) -> None:
-    for name in ("length", "batch_size"):
+def _check_sizes(options: Any, *more: str) -> None:
+    for name in ("length", "batch_size", *more):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")

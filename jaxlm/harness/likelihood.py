@@ -1,0 +1,140 @@
+"""Log-likelihoods of texts under a decoder, as lm-evaluation-harness (Gao et al.) defines them.
+
+Letters: B rows · L tokens of a row.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.data import Example, Tokenizer, in_order
+from jaxlm.data.tokenizer import HuggingFace
+from jaxlm.models import Trained
+from jaxlm.parallel import batch_sharding, batch_ways, place_batch, settle, stored_shardings
+
+
+class Likelihood(NamedTuple):
+    """Of a continuation: its log-probability in nats, and whether each of its tokens is the likeliest at its place."""
+
+    logprob: float
+    greedy: bool
+
+
+class Scorer:
+    """Scores texts under one model, compiled once for each of a few lengths.
+
+    A text begins as the model's own tokenizer lets it: with `<s>` where a Hugging Face one puts that before a text; `bos`
+    says otherwise. Where nothing stands before the first token, it follows the tokenizer's beginning of text.
+    """
+
+    truncated: int
+    """Pairs whose contexts lost their beginnings so far, for the model has no more positions."""
+
+    def __init__(
+        self, trained: Trained, *, length: int | None = None, batch_size: int = 32, bos: bool | None = None, chunk: int = 128
+    ):
+        model, mesh = trained.model, trained.mesh
+        kind = (model.config.architecture, model.config.head.kind)
+        if kind != ("decoder", "language_model"):
+            raise ValueError(
+                f"continuations are scored by architecture decoder with head language_model, not by {kind[0]} with {kind[1]}"
+            )
+        self.trained, self.tokenizer, self.truncated, self.batch_size = trained, trained.tokenizer, 0, batch_size
+        self.length = min(length or model.config.positions, model.config.positions)
+        self.begin = beginning(self.tokenizer) if bos is None else [self.tokenizer.bos_id] * bos
+
+        def step(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            logp_BL, first_BL = model.apply(params, batch, chunk=chunk, method="scores")
+            scored_BL = batch["weights_BL"] > 0
+            return jnp.sum(jnp.where(scored_BL, logp_BL, 0.0), axis=1), jnp.all(first_BL | ~scored_BL, axis=1)
+
+        shardings = (stored_shardings(model.axes, model.shapes, mesh), batch_sharding(mesh))
+        self._step = jax.jit(step, in_shardings=shardings, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def continuations(self, pairs: Sequence[tuple[str, str]], advance: Callable[[int], None] = lambda n: None) -> list[Likelihood]:
+        """Of each (context, continuation), in their order; `advance` is told how many are done.
+
+        Spaces that end a context begin the continuation; the tokens of both together less as many as the context has are
+        the continuation's. ValueError: a continuation without tokens, or longer than the model's positions.
+        """
+        moved = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
+        wholes = self.tokenizer.encode_batch(["".join(pair) for pair in moved])
+        contexts = self.tokenizer.encode_batch([context for context, _ in moved])
+        examples = []
+        for (context, continuation), whole, known in zip(pairs, wholes, contexts, strict=True):
+            before = [*self.begin, *known] or [self.tokenizer.bos_id]
+            scored = len(whole) - len(known)
+            if scored <= 0:
+                raise ValueError(f"the continuation {continuation!r:.60} adds no token to its context {context[-40:]!r}")
+            if scored > self.length:
+                raise ValueError(f"the continuation {continuation!r:.60} has {scored} tokens: the model reads {self.length}")
+            self.truncated += len(before) + scored > self.length + 1
+            examples.append(self._example(np.concatenate([before, whole[len(known) :]]), scored))
+        return self._run(examples, advance)
+
+    def texts(self, texts: Sequence[str], advance: Callable[[int], None] = lambda n: None) -> list[tuple[float, int]]:
+        """Of each whole text the log-probability in nats and how many tokens it has; `advance` is told how many windows of
+        `length` tokens are done (`windows` says of how many).
+
+        Each token is predicted once. The first window follows the beginning of text; the last is filled up with tokens
+        before its own, so that it has a full context too.
+        """
+        encoded = self.tokenizer.encode_batch(texts)
+        rows = [list(self._windows(ids)) for ids in encoded]
+        found = iter(self._run(list(itertools.chain.from_iterable(rows)), advance))
+        return [
+            (sum(one.logprob for one in itertools.islice(found, len(windows))), len(ids))
+            for ids, windows in zip(encoded, rows, strict=True)
+        ]
+
+    def windows(self, texts: Sequence[str]) -> int:
+        """How many windows `texts` will compute."""
+        return sum(-(-len(ids) // self.length) for ids in self.tokenizer.encode_batch(texts))
+
+    def _windows(self, ids: np.ndarray) -> Iterator[Example]:
+        given = np.concatenate([[self.tokenizer.bos_id], ids])
+        for start in range(0, len(ids), self.length):
+            stop = min(start + self.length, len(ids))
+            yield self._example(given[: stop + 1], stop - start)
+
+    def _example(self, ids: np.ndarray, scored: int) -> Example:
+        """The last tokens that the model reads, of which the last `scored` count."""
+        row = ids[-(self.length + 1) :].astype(np.int32)
+        places = len(row) - 1
+        return {"tokens": row[:-1], "targets": row[1:], "weights": (np.arange(places) >= places - scored).astype(np.float32)}
+
+    def _run(self, examples: Sequence[Example], advance: Callable[[int], None]) -> list[Likelihood]:
+        found: dict[int, Likelihood] = {}
+        if not examples:
+            return []
+        mesh, ways = self.trained.mesh, batch_ways(self.trained.mesh)
+        rows = -(-min(self.batch_size, 1 << (len(examples) - 1).bit_length()) // ways) * ways
+
+        def keep(numbers: np.ndarray, given: Any) -> None:
+            for number, logprob, greedy in zip(numbers, *jax.device_get(given), strict=False):
+                found[int(number)] = Likelihood(float(logprob), bool(greedy))
+            advance(len(numbers))
+
+        ahead: tuple[np.ndarray, Any] | None = None
+        with jax.set_mesh(mesh):
+            for numbers, batch in in_order(examples, rows, 0, self.length):
+                given = settle(mesh, self._step(self.trained.params, place_batch(batch, mesh, whole=True)))
+                if ahead is not None:  # the next batch is under way while the last one is read
+                    keep(*ahead)
+                ahead = numbers, given
+            assert ahead is not None, "there are examples"
+            keep(*ahead)
+        return [found[i] for i in range(len(examples))]
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """What a tokenizer itself puts before a text: the `<s>` of Llama, nothing for GPT-2 and for those made here."""
+    if not isinstance(tokenizer, HuggingFace):
+        return []
+    encoded = tokenizer.hf.backend_tokenizer.encode("a")
+    return [i for i, _ in itertools.takewhile(lambda pair: pair[1] is None, zip(encoded.ids, encoded.sequence_ids, strict=True))]
