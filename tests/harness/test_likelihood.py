@@ -19,7 +19,7 @@ from torch_models import CASES, make
 
 PAIRS = [
     ("The value of a name", " is an object."), ("The value of a name", " is"), ("It ends in a space ", "and goes on"),
-    ("", "Nothing stands before it."), ("\n", "nor here"), ("A long one: " + "the names of modules are names, " * 4, "so it is cut"),
+    ("", "Nothing stands before it."), ("\n", "nor here"), ("A long one: " + "names of modules are names, " * 4, "so it is cut"),
     ("x", " y"), ("A second long one: " + "what is bound to a name is an object. " * 4, "cut too"), ("Ünï", "cödé ☃"),
 ]  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_continuations_are_those_of_torch(both):
 @pytest.mark.parity
 def test_what_the_model_would_write_is_greedy(both):
     """Texts of the model itself, and the same with another last token."""
-    name, theirs, folder = both
+    _, theirs, folder = both
     trained = load_model(str(folder))
     scorer = Scorer(trained, batch_size=4)
     start = [1, 40, 50, 60]
@@ -102,7 +102,7 @@ def test_what_the_model_would_write_is_greedy(both):
 @pytest.mark.parity
 def test_whole_texts_are_those_of_torch(both):
     """Token by token, each from as much before it as its window holds."""
-    name, theirs, folder = both
+    _, theirs, folder = both
     scorer, tokenizer = Scorer(load_model(str(folder)), batch_size=4, length=16), load_tokenizer(folder)
     texts = ["", "ab", list(topics.values())[3][:150]]
     found = scorer.texts(texts)
