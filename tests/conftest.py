@@ -1,6 +1,7 @@
 """Every test sees 8 virtual CPU devices, strict dtype and rank promotion, and says why it skips."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import sys
@@ -32,6 +33,8 @@ def _missing_parity() -> str | None:
         import torch  # noqa: F401
     except ImportError:
         return "torch is not installed: pip install -e '.[parity]'"
+    if importlib.util.find_spec("lm_eval") is None:
+        return "lm-eval is not installed: pip install -e '.[parity]'"
     return None
 
 

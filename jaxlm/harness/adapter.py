@@ -79,7 +79,7 @@ class JaxLM(LM):
             raise ValueError(f"a task asks for draws at temperature {asked['temperature']}: the model jaxlm writes greedily")
         scorer, tokenizer = self.scorer, self.scorer.tokenizer
         new = min(asked["max_gen_toks"], max(1, scorer.length // 2))  # half of the positions are the prompt's
-        room = scorer.length + 1 - new - len(scorer.begin)
+        room = scorer.length - new - len(scorer.begin)
         prompts = [[*scorer.begin, *ids[-room:].tolist()] or [tokenizer.bos_id] for ids in tokenizer.encode_batch(contexts)]
         trained, stop = scorer.trained, {tokenizer.eos_id, *scorer.trained.stop_ids()}
         written = self.generator(

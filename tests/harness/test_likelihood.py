@@ -1,47 +1,22 @@
 """Log-likelihoods: those of torch, those of every split over devices, and windows that predict each token once."""
 
-import pathlib
-import sys
 from pydoc_data.topics import topics
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm.data import TokenizerConfig, load_tokenizer, train_tokenizer
+from jaxlm.data import load_tokenizer
 from jaxlm.harness import Scorer
 from jaxlm.harness.likelihood import beginning
 from jaxlm.models import load_model
 from jaxlm.parallel import ParallelConfig, make_mesh
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "hub"))
-from torch_models import CASES, make
 
 PAIRS = [
     ("The value of a name", " is an object."), ("The value of a name", " is"), ("It ends in a space ", "and goes on"),
     ("", "Nothing stands before it."), ("\n", "nor here"), ("A long one: " + "names of modules are names, " * 4, "so it is cut"),
     ("x", " y"), ("A second long one: " + "what is bound to a name is an object. " * 4, "cut too"), ("Ünï", "cödé ☃"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def both(request, tmp_path_factory):
-    """A torch model and its folder with a tokenizer, of which Llama's puts <|endoftext|> before a text."""
-    import tokenizers
-
-    folder = tmp_path_factory.mktemp(request.param)
-    architecture, options = CASES[request.param]
-    theirs = make(architecture, {**options, "vocab_size": 304})
-    theirs.save_pretrained(folder)
-    train_tokenizer(TokenizerConfig(vocab_size=300), list(topics.values())[:20]).save(folder)
-    (folder / "jaxlm_tokenizer.json").unlink()  # a folder of others
-    if request.param == "llama":
-        rust = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        rust.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", rust.token_to_id("<|endoftext|>"))]
-        )
-        rust.save(str(folder / "tokenizer.json"))
-    return request.param, theirs, folder
 
 
 def by_torch(theirs, ids: list[int], scored: int) -> tuple[float, bool]:
