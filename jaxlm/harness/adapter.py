@@ -50,14 +50,11 @@ class JaxLM(LM):
         return {"model_name": trained.name, "model_num_parameters": trained.model.parameters()}
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        with bar("scoring", len(requests), "continuations") as shown:
-            found = self.scorer.continuations([request.args for request in requests], shown.advance)
+        found = self.scorer.continuations([request.args for request in requests])
         return self._kept("loglikelihood", requests, [(one.logprob, one.greedy) for one in found])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        texts = [request.args[0] for request in requests]
-        with bar("reading", self.scorer.windows(texts), "windows") as shown:
-            found = self.scorer.texts(texts, shown.advance)
+        found = self.scorer.texts([request.args[0] for request in requests])
         return self._kept("loglikelihood_rolling", requests, [logprob for logprob, _ in found])
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

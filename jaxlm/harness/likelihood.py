@@ -4,7 +4,7 @@ Letters: B rows · L tokens of a row.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jaxlm.data import Example, Tokenizer, in_order
 from jaxlm.data.tokenizer import HuggingFace
 from jaxlm.models import Trained
 from jaxlm.parallel import batch_sharding, batch_ways, place_batch, settle, stored_shardings
+from jaxlm.report.console import bar
 
 
 class Likelihood(NamedTuple):
@@ -33,7 +34,7 @@ class Scorer:
     """
 
     truncated: int
-    """Pairs whose contexts lost their beginnings so far, for the model has no more positions."""
+    """Continuations that were scored after less than their whole context so far, for the model has no more positions."""
 
     def __init__(
         self, trained: Trained, *, length: int | None = None, batch_size: int = 32, bos: bool | None = None, chunk: int = 128
@@ -44,6 +45,8 @@ class Scorer:
             raise ValueError(
                 f"continuations are scored by architecture decoder with head language_model, not by {kind[0]} with {kind[1]}"
             )
+        if length is not None and length < 1:
+            raise ValueError(f"length is {length}: it must be at least 1")
         self.trained, self.tokenizer, self.truncated, self.batch_size = trained, trained.tokenizer, 0, batch_size
         self.length = min(length or model.config.positions, model.config.positions)
         self.begin = beginning(self.tokenizer) if bos is None else [self.tokenizer.bos_id] * bos
@@ -56,51 +59,47 @@ class Scorer:
         shardings = (stored_shardings(model.axes, model.shapes, mesh), batch_sharding(mesh))
         self._step = jax.jit(step, in_shardings=shardings, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def continuations(self, pairs: Sequence[tuple[str, str]], advance: Callable[[int], None] = lambda n: None) -> list[Likelihood]:
-        """Of each (context, continuation), in their order; `advance` is told how many are done.
+    def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Of each (context, continuation), in their order.
 
         Spaces that end a context begin the continuation; the tokens of both together less as many as the context has are
-        the continuation's. ValueError: a continuation without tokens, or longer than the model's positions.
+        the continuation's. One that is longer than the model's positions is scored window by window, as whole texts are.
+        ValueError: a continuation without tokens.
         """
         moved = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
         wholes = self.tokenizer.encode_batch(["".join(pair) for pair in moved])
         contexts = self.tokenizer.encode_batch([context for context, _ in moved])
-        examples = []
+        given = []
         for (context, continuation), whole, known in zip(pairs, wholes, contexts, strict=True):
             before = [*self.begin, *known] or [self.tokenizer.bos_id]
             scored = len(whole) - len(known)
             if scored <= 0:
                 raise ValueError(f"the continuation {continuation!r:.60} adds no token to its context {context[-40:]!r}")
-            if scored > self.length:
-                raise ValueError(f"the continuation {continuation!r:.60} has {scored} tokens: the model reads {self.length}")
             self.truncated += len(before) + scored > self.length + 1
-            examples.append(self._example(np.concatenate([before, whole[len(known) :]]), scored))
-        return self._run(examples, advance)
+            given.append((np.concatenate([before, whole[len(known) :]]), scored))
+        return self._scored("scoring", given)
 
-    def texts(self, texts: Sequence[str], advance: Callable[[int], None] = lambda n: None) -> list[tuple[float, int]]:
-        """Of each whole text the log-probability in nats and how many tokens it has; `advance` is told how many windows of
-        `length` tokens are done (`windows` says of how many).
+    def texts(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        """Of each whole text the log-probability in nats and how many tokens it has, after the beginning of text.
 
-        Each token is predicted once. The first window follows the beginning of text; the last is filled up with tokens
-        before its own, so that it has a full context too.
+        Each token is predicted once, in windows of `length` tokens. The last one is filled up with tokens before its own, so
+        that it has a full context too.
         """
         encoded = self.tokenizer.encode_batch(texts)
-        rows = [list(self._windows(ids)) for ids in encoded]
-        found = iter(self._run(list(itertools.chain.from_iterable(rows)), advance))
-        return [
-            (sum(one.logprob for one in itertools.islice(found, len(windows))), len(ids))
-            for ids, windows in zip(encoded, rows, strict=True)
-        ]
+        found = self._scored("reading", [(np.concatenate([[self.tokenizer.bos_id], ids]), len(ids)) for ids in encoded])
+        return [(one.logprob, len(ids)) for one, ids in zip(found, encoded, strict=True)]
 
-    def windows(self, texts: Sequence[str]) -> int:
-        """How many windows `texts` will compute."""
-        return sum(-(-len(ids) // self.length) for ids in self.tokenizer.encode_batch(texts))
+    def _scored(self, title: str, given: Sequence[tuple[np.ndarray, int]]) -> list[Likelihood]:
+        """Of each row of ids the likelihood of its last so many."""
+        rows = [list(self._windows(ids, scored)) for ids, scored in given]
+        found = iter(self._run(title, list(itertools.chain.from_iterable(rows))))
+        parts = [list(itertools.islice(found, len(windows))) for windows in rows]
+        return [Likelihood(sum(part.logprob for part in some), all(part.greedy for part in some)) for some in parts]
 
-    def _windows(self, ids: np.ndarray) -> Iterator[Example]:
-        given = np.concatenate([[self.tokenizer.bos_id], ids])
-        for start in range(0, len(ids), self.length):
+    def _windows(self, ids: np.ndarray, scored: int) -> Iterator[Example]:
+        for start in range(len(ids) - scored, len(ids), self.length):
             stop = min(start + self.length, len(ids))
-            yield self._example(given[: stop + 1], stop - start)
+            yield self._example(ids[:stop], stop - start)
 
     def _example(self, ids: np.ndarray, scored: int) -> Example:
         """The last tokens that the model reads, of which the last `scored` count."""
@@ -108,7 +107,7 @@ class Scorer:
         places = len(row) - 1
         return {"tokens": row[:-1], "targets": row[1:], "weights": (np.arange(places) >= places - scored).astype(np.float32)}
 
-    def _run(self, examples: Sequence[Example], advance: Callable[[int], None]) -> list[Likelihood]:
+    def _run(self, title: str, examples: Sequence[Example]) -> list[Likelihood]:
         found: dict[int, Likelihood] = {}
         if not examples:
             return []
@@ -118,10 +117,10 @@ class Scorer:
         def keep(numbers: np.ndarray, given: Any) -> None:
             for number, logprob, greedy in zip(numbers, *jax.device_get(given), strict=False):
                 found[int(number)] = Likelihood(float(logprob), bool(greedy))
-            advance(len(numbers))
+            shown.advance(len(numbers))
 
         ahead: tuple[np.ndarray, Any] | None = None
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), bar(title, len(examples), "windows") as shown:
             for numbers, batch in in_order(examples, rows, 0, self.length):
                 given = settle(mesh, self._step(self.trained.params, place_batch(batch, mesh, whole=True)))
                 if ahead is not None:  # the next batch is under way while the last one is read

@@ -7,7 +7,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,6 @@ from jaxlm.harness.files import Read
 from jaxlm.harness.likelihood import Likelihood, Scorer
 from jaxlm.harness.suites import Question, Suite, detokenised
 from jaxlm.metrics import Interval, averaged, bootstrap, perplexity
-
-Advance = Callable[[int], None]
 
 
 class Result(NamedTuple):
@@ -29,10 +27,10 @@ class Result(NamedTuple):
     samples: list[dict[str, Any]]
 
 
-def answer(suite: Suite, read: Read, scorer: Scorer, advance: Advance = lambda n: None) -> Result:
-    """The questions of a suite; `advance` is told how many continuations are done."""
+def answer(suite: Suite, read: Read, scorer: Scorer) -> Result:
+    """The questions of a suite."""
     given = [pair for question in read.questions for pair in question.pairs]
-    found = iter(scorer.continuations(given, advance))
+    found = iter(scorer.continuations(given))
     likelihoods = [list(itertools.islice(found, len(question.pairs))) for question in read.questions]
     chosen = [choices(question, each) for question, each in zip(read.questions, likelihoods, strict=True)]
     golds = [question.gold for question in read.questions]
@@ -60,9 +58,9 @@ def choices(question: Question, likelihoods: Sequence[Likelihood]) -> dict[str, 
     return {name: int(np.argmax(scores)) for name, scores in named.items()}
 
 
-def read_through(suite: Suite, pages: Sequence[str], scorer: Scorer, advance: Advance = lambda n: None) -> Result:
-    """Whole texts; `advance` is told how many windows are done. Words and bytes are those of the page as it was given."""
-    found = scorer.texts([detokenised(page) for page in pages], advance)
+def read_through(suite: Suite, pages: Sequence[str], scorer: Scorer) -> Result:
+    """Whole texts. Words and bytes are those of the page as it was given."""
+    found = scorer.texts([detokenised(page) for page in pages])
     samples = [
         {"page": page[:80], "logprob": logprob, "tokens": tokens, "words": len(re.split(r"\s+", page)), "bytes": len(page.encode())}
         for page, (logprob, tokens) in zip(pages, found, strict=True)

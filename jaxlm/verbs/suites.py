@@ -2,7 +2,7 @@
 
 import pathlib
 
-from jaxlm.report.console import bar, say
+from jaxlm.report.console import say
 
 
 def evaluate_suite(
@@ -25,20 +25,16 @@ def evaluate_suite(
     trained = load_model(argument)
     scorer = Scorer(trained, length=length, batch_size=batch_size, bos=bos)
     if isinstance(given, list):
-        rows = len(given)
-        with bar(f"reading {name}", scorer.windows(given), "windows") as shown:
-            result = read_through(suite, given, scorer, shown.advance)
+        rows, result = len(given), read_through(suite, given, scorer)
     else:
-        rows = len(given.questions)
-        with bar(f"scoring {name}", sum(len(one.pairs) for one in given.questions), "continuations") as shown:
-            result = answer(suite, given, scorer, shown.advance)
+        rows, result = len(given.questions), answer(suite, given, scorer)
     folder = pathlib.Path(out) if out else (trained.run or pathlib.Path()) / "evaluation" / name
     about = {"task": name, "model": trained.name, "data": pathlib.Path(data).name, "rows": rows, "length": scorer.length,
              "truncated": scorer.truncated}  # fmt: skip
     write(folder, result, about)
     say(f"{name}: {rows:,} {'questions' if suite.forms else 'texts'}, contexts of {scorer.length:,} tokens")
     if scorer.truncated:
-        say(f"{scorer.truncated:,} contexts lost their beginnings: they are longer than the {scorer.length:,} tokens that are read")
+        say(f"{scorer.truncated:,} contexts lost their beginnings: with what follows they are longer than the model reads")
     for score, found in result.scores.items():
         beside = "" if result.chance is None else f", chance {result.chance:.4f}"
         say(f"{score + ':':<24}{found.value:.4f} ({found.low:.4f} to {found.high:.4f}{beside})")

@@ -146,7 +146,7 @@ def test_accuracies_are_counted_and_chance_is_that_of_the_rows():
     """Three questions with likelihoods by hand, of two, two and four choices: two right."""
 
     class Known:
-        def continuations(self, pairs, advance):
+        def continuations(self, pairs):
             return [Likelihood(-float(len(continuation)), False) for _, continuation in pairs]
 
     def question(texts, gold):
