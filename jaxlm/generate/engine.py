@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -34,6 +34,9 @@ class EngineConfig:
     """Tokens of a prompt that are read at once: between two such pieces the other texts go on."""
     burst_s: float = 0.05
     """Seconds that texts are advanced without a look at what has come; the smoother they stream, the shorter."""
+
+    cache: Literal["same", "int8"] = "same"
+    """How keys and values are held (`model.cache`)."""
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("context", 2), ("queue", 1), ("chunk", 8)):
@@ -108,9 +111,9 @@ class Engine:
             raise ValueError(f"text is written by architecture decoder with head language_model, not by {kind[0]} with {kind[1]}")
         config = config or EngineConfig()
         self.config = dataclasses.replace(config, context=min(config.context, model.config.positions))
-        if mesh.devices.flat[0].platform == "cpu":
-            # Only the blocks of the cache that are in use, one after the other; an accelerator rather reads all at once.
-            model = Model(dataclasses.replace(model.config, kernel="chunked"))
+        # On a CPU only the blocks of the cache that are in use, one after the other; an accelerator rather reads all at once.
+        kernel = "chunked" if mesh.devices.flat[0].platform == "cpu" else model.config.kernel
+        model = Model(dataclasses.replace(model.config, kernel=kernel, cache=config.cache))
         chunk = min(config.chunk, self.config.context)
         room = -(-(self.config.context + chunk) // 128) * 128  # whole blocks of that kernel
         self.mesh, self.vocab_size, self.chunk = mesh, vocab_size, chunk

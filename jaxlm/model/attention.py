@@ -6,6 +6,7 @@ H head width · X layers.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from jaxlm.model.layers import Angles, Linear, Norm
 from jaxlm.model.mask import Mask
 from jaxlm.model.positions import rotate
 
-KeyValue = tuple[jax.Array, jax.Array]
+KeyValue = tuple[Any, Any]
 """Keys and values, heads before places as in the cache: (B, K, S, H) of one layer, (X, B, K, S, H) of all."""
 LayerCache = tuple[KeyValue, jax.Array | int, jax.Array | None]
 """Keys and values of all layers or of this one, which layer this is, and which row holds what (`Cache.holder_BGS`)."""

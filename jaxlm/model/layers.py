@@ -90,6 +90,7 @@ class Linear(nn.Module):
         axes = inputs.split(",")[1]
         scaled = self.residual and c.init == "residual_scaled"
         std = c.init_std / math.sqrt(2 * c.layers) if scaled else c.init_std
+        w: jax.Array
         if self.has_variable("params", TURNED):
             w, axes = self.get_variable("params", TURNED), turned(axes)
         else:
