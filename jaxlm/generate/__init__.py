@@ -3,6 +3,7 @@
 from jaxlm.generate.batch import BatchGenerator, DecodeConfig
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
+from jaxlm.generate.speculative import Speculator, Stats
 
 __all__ = [
     "BatchGenerator",
@@ -11,6 +12,8 @@ __all__ = [
     "Knobs",
     "SampleConfig",
     "Seen",
+    "Speculator",
+    "Stats",
     "knobs",
     "sample",
     "seen_of",
