@@ -19,7 +19,11 @@ CONFIG = TransformerConfig(vocab_size=40, positions=32, layers=2, width=16, head
 BIG = Model(CONFIG)
 SMALL = Model(dataclasses.replace(CONFIG, vocab_size=48, layers=1, width=8, heads=2))  # another padding of the same 33 tokens
 GREEDY, PENALISED = SampleConfig(0), SampleConfig(0, presence_penalty=0.7, repetition_penalty=1.3)
-PROMPT, SLOW = [3, 1, 4, 1, 5], pytest.mark.slow
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +65,8 @@ def test_whatever_the_drafts_each_token_is_distributed_as_the_model_says(certain
 # --- whole texts --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "drafter", [pytest.param("itself", marks=SLOW), "one like it", pytest.param("another", marks=SLOW), "look-up"]
-)
-@pytest.mark.parametrize("config", [GREEDY, pytest.param(PENALISED, marks=SLOW)], ids=["plain", "penalised"])
+@pytest.mark.parametrize("drafter", [slow("itself"), "one like it", slow("another"), "look-up"])
+@pytest.mark.parametrize("config", [GREEDY, slow(PENALISED)], ids=["plain", "penalised"])
 def test_greedy_is_the_same_text(params, drafter, config):
     """Token for token, beyond the end of the context too, which is then read again from its middle."""
     expected = list(Generator(BIG, ONE, 33).stream(params[0], PROMPT, 60, config))
@@ -104,7 +106,7 @@ def joint(params, config: SampleConfig, prompt: list[int], vocab: int, length: i
     return total / total.sum()
 
 
-SETTINGS = [SampleConfig(1.0), SampleConfig(0.8, 3, 0.9, repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=-0.5)]
+SETTINGS = [SampleConfig(2.0), SampleConfig(2.5, 3, 0.95, repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=-0.5)]
 
 
 @pytest.mark.slow
@@ -143,7 +145,7 @@ def test_texts_are_distributed_as_drawn_one_by_one(params, drafter, config):
     assert scipy.stats.chisquare(pooled[0][filled], pooled[1][filled]).pvalue > 0.01
 
 
-@pytest.mark.parametrize("drafter", [pytest.param("model", marks=SLOW), "look-up"])
+@pytest.mark.parametrize("drafter", [slow("model"), "look-up"])
 def test_streams_are_distributed_as_drawn_one_by_one(params, drafter):
     """The same over the host's loop: the third and fourth token of 400 streams."""
     prompt, config = [3, 1, 2, 3, 1], SETTINGS[1]
