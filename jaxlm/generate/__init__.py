@@ -1,14 +1,17 @@
 """Generation from a model and its parameters."""
 
 from jaxlm.generate.batch import BatchGenerator, DecodeConfig
+from jaxlm.generate.constrain import Constraint, Grammar
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
 from jaxlm.generate.speculative import Speculator, Stats
 
 __all__ = [
     "BatchGenerator",
+    "Constraint",
     "DecodeConfig",
     "Generator",
+    "Grammar",
     "Knobs",
     "SampleConfig",
     "Seen",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.generate.constrain import Grammar
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
 from jaxlm.model import Cache, Model, Params, empty_cache
 from jaxlm.parallel import settle
@@ -27,8 +28,9 @@ class Generator:
         self.decode = jax.jit(self._decode_pure, donate_argnums=(1, 5))
 
     def _prefill_pure(
-        self, params: Params, tokens_BL: jax.Array, length: jax.Array, keys_B: jax.Array, knobs: Knobs, seen: Seen | None, size: int
-    ) -> tuple[jax.Array, Cache, Seen | None]:
+        self, params: Params, tokens_BL: jax.Array, length: jax.Array, keys_B: jax.Array, knobs: Knobs, seen: Seen | None,
+        allowed_BV: jax.Array | None = None, *, size: int,
+    ) -> tuple[jax.Array, Cache, Seen | None]:  # fmt: skip
         """The first new token of a prompt of `length` tokens, padded on the right to a round size.
 
         The padding is harmless: no token before it sees it, and the cache is set back to `length`, so
@@ -37,18 +39,19 @@ class Generator:
         cache = empty_cache(self.model.config, tokens_BL.shape[0], size)
         logits_BLV, cache = self.model.apply(params, {"tokens_BL": tokens_BL}, cache)
         logits_BV = jax.lax.dynamic_index_in_dim(logits_BLV, length - 1, axis=1, keepdims=False)
-        return self._sampled(logits_BV, cache.replace(length=length), keys_B, knobs, seen)
+        return self._sampled(logits_BV, cache.replace(length=length), keys_B, knobs, seen, allowed_BV)
 
     def _decode_pure(
-        self, params: Params, cache: Cache, token_B: jax.Array, keys_B: jax.Array, knobs: Knobs, seen: Seen | None
-    ) -> tuple[jax.Array, Cache, Seen | None]:
+        self, params: Params, cache: Cache, token_B: jax.Array, keys_B: jax.Array, knobs: Knobs, seen: Seen | None,
+        allowed_BV: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache, Seen | None]:  # fmt: skip
         logits_BLV, cache = self.model.apply(params, {"tokens_BL": token_B[:, None]}, cache)
-        return self._sampled(logits_BLV[:, 0, :], cache, keys_B, knobs, seen)
+        return self._sampled(logits_BLV[:, 0, :], cache, keys_B, knobs, seen, allowed_BV)
 
     def _sampled(
-        self, logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, knobs: Knobs, seen: Seen | None
+        self, logits_BV: jax.Array, cache: Cache, keys_B: jax.Array, knobs: Knobs, seen: Seen | None, allowed_BV: jax.Array | None
     ) -> tuple[jax.Array, Cache, Seen | None]:
-        token_B = sample(logits_BV[:, : self.vocab_size], keys_B, knobs, self.vocab_size, seen)
+        token_B = sample(logits_BV[:, : self.vocab_size], keys_B, knobs, self.vocab_size, seen, allowed_BV)
         return token_B, cache, None if seen is None else seen.take(token_B)
 
     def stream(
@@ -60,12 +63,14 @@ class Generator:
         *,
         seed: int = 0,
         stop: Collection[int] = (),
+        grammar: Grammar | None = None,
     ) -> Iterator[int]:
         """Yield up to `max_tokens` token ids after `prompt` (at least one id), ending before one of `stop`.
 
         The same seed gives the same tokens. Of a prompt longer than the model's context the last
         `positions` tokens count. When the context is full, its later half is read again and goes on
-        being extended: every token is drawn with at least half a context before it.
+        being extended: every token is drawn with at least half a context before it. A new `grammar` makes the text match;
+        the text ends where nothing may follow.
         """
         if not len(prompt):
             raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts a new text)")
@@ -78,21 +83,26 @@ class Generator:
         token_B: jax.Array | None = None
         filled = 0
         for i in range(max_tokens):
+            allowed_BV = None if grammar is None else grammar.mask()[None, :]
             with jax.set_mesh(self.mesh):  # not around the yield: who takes one token and goes on must not find it set
                 keys_B = jax.random.fold_in(run_key, i)[None]
                 if cache is not None and filled < positions:
-                    token_B, cache, seen = self.decode(params, cache, token_B, keys_B, row, seen)
+                    token_B, cache, seen = self.decode(params, cache, token_B, keys_B, row, seen, allowed_BV)
                     filled += 1
                 else:
                     keep = text[-positions:] if cache is None else text[-max(1, positions // 2) :]
                     filled = len(keep)
-                    token_B, cache, seen = self.prefill(params, *self.padded(keep), keys_B, row, seen, size=size)
+                    token_B, cache, seen = self.prefill(params, *self.padded(keep), keys_B, row, seen, allowed_BV, size=size)
                 settle(self.mesh, token_B)
             token = int(jax.device_get(token_B)[0])
             if token in stop:
                 return
             text.append(token)
             yield token
+            if grammar is not None:
+                grammar.take(token)
+                if grammar.ended:
+                    return
 
     def padded(self, tokens: Sequence[int]) -> tuple[Any, Any]:
         row = np.zeros((1, self.round(len(tokens))), np.int32)
