@@ -1,6 +1,6 @@
 """Generation from a model and its parameters."""
 
-from jaxlm.generate.batch import BatchGenerator, DecodeConfig
+from jaxlm.generate.batch import BatchGenerator, DecodeConfig, Scored
 from jaxlm.generate.constrain import Constraint, Grammar
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
@@ -14,6 +14,7 @@ __all__ = [
     "Grammar",
     "Knobs",
     "SampleConfig",
+    "Scored",
     "Seen",
     "Speculator",
     "Stats",
