@@ -5,11 +5,13 @@ from jaxlm.generate.constrain import Constraint, Grammar
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
 from jaxlm.generate.speculative import Speculator, Stats
+from jaxlm.generate.watermark import Detection, Watermark, detect
 
 __all__ = [
     "BatchGenerator",
     "Constraint",
     "DecodeConfig",
+    "Detection",
     "Generator",
     "Grammar",
     "Knobs",
@@ -18,6 +20,8 @@ __all__ = [
     "Seen",
     "Speculator",
     "Stats",
+    "Watermark",
+    "detect",
     "knobs",
     "sample",
     "seen_of",

@@ -199,18 +199,21 @@ def _least(values_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> ja
 
 def sample(
     logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs, vocab_size: int,
-    seen: Seen | None = None, allowed_BV: jax.Array | None = None,
+    seen: Seen | None = None, allowed_BV: jax.Array | None = None, bias_BV: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Draw one token a row, (B,) int32, among the first `vocab_size` entries (the rest pad the table).
 
     Each row has its own key, so that what it draws depends on no other row. `seen` is needed where a row has penalties.
-    `allowed_BV`: False where a token must not come (a grammar's); each row allows at least one. Where no row draws, none
-    of this costs more than an argmax.
+    `allowed_BV`: False where a token must not come (a grammar's); each row allows at least one.
+    `bias_BV` is added after the penalties (a watermark's, or what a caller asks for). Where no row draws, none of this
+    costs more than an argmax.
     """
     assert jnp.issubdtype(keys_B.dtype, jax.dtypes.prng_key) and keys_B.shape == logits_BV.shape[:1], "one key a row"
     logits_BV = real(logits_BV, vocab_size)
     if seen is not None:
         logits_BV = adjust(logits_BV, knobs, seen)
+    if bias_BV is not None:
+        logits_BV += bias_BV
     if allowed_BV is not None:
         logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
 
