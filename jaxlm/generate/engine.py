@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -254,9 +254,9 @@ class Engine:
         for ticket in tickets:
             ticket.tell(Event(ended="cancelled"))
 
-    def _leave(self, seat: _Seat, ended: Ended, tokens: Iterable[Token] = ()) -> None:
+    def _leave(self, seat: _Seat, ended: Ended, tokens: Iterable[Token] = (), reason: str = "") -> None:
         if seat.ticket is not None:
-            seat.ticket.tell(Event(tuple(tokens), ended=ended))
+            seat.ticket.tell(Event(tuple(tokens), ended=ended, reason=reason))
             seat.ticket, seat.todo, seat.scores = None, [], []
 
     def _seat(self) -> None:
@@ -319,13 +319,16 @@ class Engine:
         request = ticket.request
         begin, count, size = seat.todo.pop(0)
         scored = request.logprobs is not None
+        allowed_BV = None if seat.todo else self._allowed([seat])
+        if seat.ticket is None:  # nothing may come at all
+            return
         prompt_1V = np.zeros((1, self._decoder.model.config.V), bool)
         prompt_1V[0, list(request.prompt)] = True
         tokens = request.prompt[begin : begin + count]
         after = request.prompt[begin + 1 : begin + count + 1]
         self._state, token_1, own, of_prompt = self._decoder.read(
             self._params, self._state, np.int32(self._seats.index(seat)), row_of([request]), prompt_1V, filled(tokens, size),
-            filled(after, size), np.int32(begin), np.int32(count), np.bool_(not seat.todo), None, scored=scored,
+            filled(after, size), np.int32(begin), np.int32(count), np.bool_(not seat.todo), allowed_BV, scored=scored,
         )  # fmt: skip
         settle(self.mesh, self._state.token_B)
         if count == self.chunk:
@@ -345,22 +348,20 @@ class Engine:
         elif token in request.stop:
             self._leave(seat, "stop")
         else:
-            self._counts["new_tokens"] += 1
             first = _token(token, jax.device_get(own) if scored else None, (0,), request)
-            if request.max_tokens == 1:
-                self._leave(seat, "length", [first])
-            else:
-                ticket.tell(Event((first,)))
+            self._hand_on(seat, [first], "length" if request.max_tokens == 1 else None)
 
     def _write(self) -> None:
         """A burst of all running texts, as long as `burst_s`."""
         if not any(seat.running for seat in self._seats):
             return
         scored = any(seat.ticket is not None and seat.ticket.request.logprobs is not None for seat in self._seats)
+        allowed_BV = self._allowed(self._seats)
         live_B = np.array([seat.running for seat in self._seats])
-        steps = int(np.clip(self.config.burst_s / self._step_s if self._step_s else 1, 1, BURST))
+        # Where a text is guided, the host must have a look at each token.
+        steps = 1 if allowed_BV is not None or not self._step_s else int(np.clip(self.config.burst_s / self._step_s, 1, BURST))
         began = time.monotonic()
-        self._state, burst = self._decoder.write(self._params, self._state, live_B, np.int32(steps), None, scored=scored)
+        self._state, burst = self._decoder.write(self._params, self._state, live_B, np.int32(steps), allowed_BV, scored=scored)
         settle(self.mesh, self._state.token_B)
         told: Burst = jax.device_get(burst)
         took = (time.monotonic() - began) / max(1, int(told.count_B.max()))
@@ -371,11 +372,40 @@ class Engine:
                 continue
             request, count = ticket.request, int(told.count_B[b])
             tokens = [_token(int(told.tokens_BT[b, i]), told.scores, (b, i), request) for i in range(count)]
-            self._counts["new_tokens"] += count
-            if not told.running_B[b]:
-                self._leave(seat, "length" if told.new_B[b] >= request.max_tokens else "stop", tokens)
-            elif tokens:
-                ticket.tell(Event(tuple(tokens)))
+            going: Ended | None = None if told.running_B[b] else "length" if told.new_B[b] >= request.max_tokens else "stop"
+            self._hand_on(seat, tokens, going)
+
+    def _hand_on(self, seat: _Seat, tokens: list[Token], ended: Ended | None) -> None:
+        """New tokens of a text that goes on, or has ended: perhaps because its guide says so."""
+        assert seat.ticket is not None
+        self._counts["new_tokens"] += len(tokens)
+        guide = seat.ticket.request.guide
+        if guide is not None:
+            for token in tokens:
+                guide.take(token.id)
+            if ended is None and guide.ended:
+                ended = "stop"
+        if ended is not None:
+            self._leave(seat, ended, tokens)
+        elif tokens:
+            seat.ticket.tell(Event(tuple(tokens)))
+
+    def _allowed(self, seats: Sequence[_Seat]) -> np.ndarray | None:
+        """Which tokens may come next in each of these slots; None where all may in all of them."""
+        if not any(seat.running and seat.ticket and seat.ticket.request.guide for seat in seats):
+            return None
+        allowed_BV = np.ones((len(seats), self._decoder.model.config.V), bool)
+        for seat, row_V in zip(seats, allowed_BV, strict=True):
+            if not seat.running or seat.ticket is None or seat.ticket.request.guide is None:
+                continue
+            try:
+                may_V = seat.ticket.request.guide.mask()
+            except ValueError as error:
+                self._leave(seat, "error", reason=str(error))
+                continue
+            row_V[:] = False
+            row_V[: len(may_V)] = may_V
+        return allowed_BV
 
 
 def _token(id: int, scores: Any, place: tuple[int, ...], request: Request) -> Token:

@@ -4,13 +4,15 @@ Letters: B rows · L tokens of a prompt · V vocabulary (as wide as the logits a
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+INFINITY = 0x7F800000  # its bits in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ def keep(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
     """Logits of the distribution that is drawn from: −inf outside, the likeliest token's 0.
 
     The order is that of Hugging Face: temperature, top_k, top_p, min_p, typical_p. Tokens as likely as the least likely one
-    that is kept are kept too. Temperature 0 leaves the most likely token alone. A sort of the vocabulary is dear: it is done
+    that is kept are kept too. Temperature 0 leaves the most likely token alone. A search of the vocabulary is dear: it is done
     only if some row asks for it.
     """
     warm_B = knobs.temperature_B > 0
@@ -157,46 +159,61 @@ def keep(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
 
 
 def _likeliest(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    """top_k, then top_p of what it left."""
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    last_B1 = jnp.clip(knobs.top_k_B, 1, logits_BV.shape[-1])[:, None] - 1
-    least_B1 = jnp.where(knobs.top_k_B[:, None] > 0, jnp.take_along_axis(sorted_BV, last_B1, axis=-1), -jnp.inf)
-    sorted_BV = jnp.where(sorted_BV >= least_B1, sorted_BV, -jnp.inf)
-    probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    # A token is kept while the probability before it has not reached top_p: at least one always is.
-    inside_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV < knobs.top_p_B[:, None]
-    inside_BV |= jnp.arange(logits_BV.shape[-1])[None, :] == 0
-    reached_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    least_B1 = jnp.where(knobs.top_p_B[:, None] < 1, reached_B1, least_B1)
+    """top_k, then top_p of what it left: a token stays if the likelier ones are fewer than k, and together less than p."""
+    k_B, p_B = knobs.top_k_B, knobs.top_p_B
+    least_B1 = _least(logits_BV, lambda above_BV: (k_B > 0) & (jnp.sum(above_BV, axis=-1) >= k_B))
+    logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    shares_BV = jax.nn.softmax(logits_BV, axis=-1)
+    least_B1 = _least(logits_BV, lambda above_BV: (p_B < 1) & (jnp.sum(jnp.where(above_BV, shares_BV, 0), axis=-1) >= p_B))
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
 def _typical(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    p_BV = jnp.exp(logp_BV)
-    entropy_B1 = -jnp.sum(jnp.where(p_BV > 0, p_BV * logp_BV, 0), axis=-1, keepdims=True)
-    distance_BV = jnp.abs(-logp_BV - entropy_B1)
-    sorted_BV, of_BV = jax.lax.sort((distance_BV, p_BV), dimension=1, num_keys=1)
-    before_B1 = jnp.sum(jnp.cumsum(of_BV, axis=-1) < knobs.typical_p_B[:, None], axis=-1, keepdims=True)
-    most_B1 = jnp.take_along_axis(sorted_BV, jnp.minimum(before_B1, logits_BV.shape[-1] - 1), axis=-1)
-    most_B1 = jnp.where(knobs.typical_p_B[:, None] < 1, most_B1, jnp.inf)
-    return jnp.where(distance_BV <= most_B1, logits_BV, -jnp.inf)
+    logp_BV, p_B = jax.nn.log_softmax(logits_BV, axis=-1), knobs.typical_p_B
+    shares_BV = jnp.exp(logp_BV)
+    entropy_B1 = -jnp.sum(jnp.where(shares_BV > 0, shares_BV * logp_BV, 0), axis=-1, keepdims=True)
+    near_BV = -jnp.abs(-logp_BV - entropy_B1)
+    least_B1 = _least(near_BV, lambda above_BV: (p_B < 1) & (jnp.sum(jnp.where(above_BV, shares_BV, 0), axis=-1) >= p_B))
+    return jnp.where(near_BV >= least_B1, logits_BV, -jnp.inf)
+
+
+def _least(values_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The lowest bound (B, 1) of which the values above it are not `enough`; no value is above 0.
+
+    Found bit by bit, as floats up to 0 stand in the reverse order of their bits, sign aside: 31 sums over the vocabulary,
+    which take a tenth of the time of sorting it on a CPU.
+    """
+
+    def bound(bits_B: jax.Array) -> jax.Array:
+        return -jax.lax.bitcast_convert_type(bits_B, jnp.float32)[:, None]
+
+    def halve(i: jax.Array, bits_B: jax.Array) -> jax.Array:
+        tried_B = bits_B + (jnp.int32(1) << (30 - i))
+        lower_B = (tried_B <= INFINITY) & ~enough(values_BV > bound(tried_B))
+        return jnp.where(lower_B, tried_B, bits_B)
+
+    # Never above the largest value: a share that float32 holds as 0 is enough everywhere.
+    start_B = jax.lax.bitcast_convert_type(jnp.abs(jnp.max(values_BV, axis=-1)), jnp.int32)
+    return bound(jnp.maximum(start_B, jax.lax.fori_loop(0, 31, halve, jnp.zeros_like(start_B))))
 
 
 def sample(
     logits_BV: jax.Array, keys_B: jax.Array, knobs: Knobs, vocab_size: int,
-    seen: Seen | None = None, allowed_BV: jax.Array | None = None,
+    seen: Seen | None = None, allowed_BV: jax.Array | None = None, bias_BV: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Draw one token a row, (B,) int32, among the first `vocab_size` entries (the rest pad the table).
 
     Each row has its own key, so that what it draws depends on no other row. `seen` is needed where a row has penalties.
-    `allowed_BV`: False where a token must not come (a grammar's); each row allows at least one. Where no row draws, none
-    of this costs more than an argmax.
+    `allowed_BV`: False where a token must not come (a grammar's); each row allows at least one.
+    `bias_BV` is added after the penalties (a watermark's, or what a caller asks for). Where no row draws, none of this
+    costs more than an argmax.
     """
     assert jnp.issubdtype(keys_B.dtype, jax.dtypes.prng_key) and keys_B.shape == logits_BV.shape[:1], "one key a row"
     logits_BV = real(logits_BV, vocab_size)
     if seen is not None:
         logits_BV = adjust(logits_BV, knobs, seen)
+    if bias_BV is not None:
+        logits_BV += bias_BV
     if allowed_BV is not None:
         logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
 

@@ -1,6 +1,7 @@
 """The engine: each request has the text that it has alone, whoever comes and goes beside it."""
 
 import dataclasses
+import re
 import time
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.data.tokenizer import Characters
 from jaxlm.generate import Generator, SampleConfig
+from jaxlm.generate.constrain import Constraint, Grammar
 from jaxlm.generate.engine import Engine, EngineConfig
 from jaxlm.generate.request import Full, Request
 from jaxlm.generate.slots import pieces
@@ -129,6 +132,41 @@ def test_pieces_hang_on_the_prompt_alone():
     assert pieces(300, 0, 128) == [(0, 128, 128), (128, 128, 128), (256, 44, 128)]
     assert pieces(300, 128, 128) == [(128, 128, 128), (256, 44, 128)]
     assert pieces(5, 0, 128) == [(0, 5, 8)] and pieces(32, 0, 128) == [(0, 32, 32)] and pieces(33, 0, 128) == [(0, 33, 128)]
+
+
+def test_guided_texts_match_beside_others_that_do_not(case):
+    """By llguidance through the engine, and by a guide that runs dry; their neighbours are as if alone."""
+    *_, engine = case
+    tokenizer = Characters("abcdefghijklmnopqrstuvwxyz0123456789")  # and the end of text: 37
+    assert tokenizer.vocab_size <= V + 1
+    guided = [
+        Request(
+            (1, 2, 3),
+            12,
+            WARM,
+            seed=seed,
+            guide=Grammar(tokenizer, Constraint(regex="[a-c]{2}x[0-9]+z")),
+            stop=frozenset({tokenizer.eos_id}),
+        )
+        for seed in range(3)
+    ]
+
+    class Dry:
+        ended = False
+
+        def mask(self):
+            raise ValueError("nothing may come")
+
+        def take(self, token):
+            raise AssertionError
+
+    free = requests_of(9, sample=WARM)
+    found = answers(engine, [guided[0], *free, guided[1], Request((1,), 3, guide=Dry()), guided[2]])
+    for ear in (found[0], found[2], found[4]):
+        text = tokenizer.decode(ear.ids)
+        assert re.fullmatch("[a-c]{2}x[0-9]*z?", text) and (ear.ended == "length" or text[-1] == "z")
+    assert (found[3].ended, found[3].reason) == ("error", "nothing may come")
+    assert found[1].tokens == answers(engine, free)[0].tokens
 
 
 # --- the queue ------------------------------------------------------------------------------------

@@ -69,9 +69,9 @@ def test_penalties_count_prompt_and_text(setup):
             assert token == np.argmax(logits)
             text.append(token)
         assert text[3:] != list(generator.stream(params, prompt, 10, GREEDY)), "the penalty changed something"
-    assert generator._decode._cache_size() == 2
+    assert generator.decode._cache_size() == 2
     assert len({tuple(generator.stream(params, prompt, 10, SampleConfig(t, k))) for t, k in ((0.5, 3), (1.0, 9), (2.0, None))}) == 3
-    assert generator._decode._cache_size() == 2
+    assert generator.decode._cache_size() == 2
 
 
 def test_stops_at_the_end_of_text(setup):
@@ -101,7 +101,7 @@ def test_prompt_lengths_share_compilations(setup):
     generator = Generator(model, make_mesh(ParallelConfig(), jax.devices()[:1]), 33)
     for length in (5, 6, 8):
         list(generator.stream(params, [1] * length, 4, GREEDY))
-    assert generator._prefill._cache_size() == 1 and generator._decode._cache_size() == 1
+    assert generator.prefill._cache_size() == 1 and generator.decode._cache_size() == 1
 
 
 def test_the_cache_is_as_long_as_the_text_can_become(setup, monkeypatch):
