@@ -1,6 +1,7 @@
 """The verbs as a person meets them: one line for a mistake, the right exit code, text that repeats."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,11 @@ SMALL = [
         (["generate", "nowhere"], ["no model at 'nowhere'", "train.py"]),
         (["generate", "nowhere", "--promt", "x"], ["--promt", "did you mean '--prompt'"]),
         (["generate", "nowhere", "--top-p", "7"], ["top_p is 7"]),
+        (["generate", "nowhere", "--min-p", "7"], ["min_p is 7"]),
+        (["generate", "nowhere", "--draft", "a", "--lookup", "3"], ["draft and lookup are both given"]),
+        (["generate", "nowhere", "--lookup", "0"], ["lookup is 0"]),
+        (["generate", "nowhere", "--lookup", "3", "--regex", "a"], ["guess several tokens at once"]),
+        (["generate", "nowhere", "--json-schema", "none.json"], ["json_schema 'none.json' cannot be read"]),
         (["config", "--data.sources.kind", "file"], ["'file'", "did you mean 'files'"]),
         (["config", "--data.length", "100000"], ["data.length 100000", "model.positions"]),
         (["config", "--model.preset", "bert-tiny"], ["encoder with head masked_lm", "task causal needs decoder"]),
@@ -142,6 +148,12 @@ def test_a_run_from_start_to_text(command, tmp_path):
     )
     assert one.returncode == 0 and one.stdout.startswith("The") and len(one.stdout) > 5
     assert one.stdout == two.stdout != other.stdout
+    greedy = ("generate", "runs/tiny", "--prompt", "The", "--max-tokens", 20, "--temperature", 0)
+    plain, drafted, looked_up = (command(*greedy, *more) for more in ((), ("--draft", "runs/tiny"), ("--lookup", 3)))
+    assert plain.returncode == 0 and plain.stdout == drafted.stdout == looked_up.stdout
+    assert re.search(r"(\d+) of \1 guessed tokens were taken", drafted.stderr), "a model takes all of its own guesses"
+    matched = command("generate", "runs/tiny", "--max-tokens", 20, "--regex", "[ab]{3}-[0-9]")
+    assert re.fullmatch(r"[ab]{3}-[0-9]\n", matched.stdout), matched.stderr
 
 
 @pytest.mark.slow

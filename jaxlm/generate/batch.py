@@ -1,6 +1,7 @@
 """Generation for many prompts at once: greedy or beam search, the whole loop on the device.
 
 Letters: B texts · G beams of a text · R rows of the model (B·G) · L length of a prompt · F forced tokens · T new tokens ·
+N texts asked for ·
 V vocabulary · E tokens that end a text · C candidates.
 """
 
@@ -36,10 +37,12 @@ class Prefilled(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The new tokens of each text, and how many they are, without what ended it."""
+    """The new tokens of the N best texts of each prompt, best first, and how many they are, without what ended them."""
 
-    tokens_BT: jax.Array
-    length_B: jax.Array
+    tokens_BNT: jax.Array
+    length_BN: jax.Array
+    score_BN: jax.Array
+    """Log-probability / tokens^penalty, counting what ended them; −inf: there is no such text."""
 
 
 State = TypeVar("State", bound="_Greedy | _Beams")
@@ -48,7 +51,7 @@ State = TypeVar("State", bound="_Greedy | _Beams")
 def _search(advance: Callable[[State, Cache], tuple[State, Cache]], state: State, cache: Cache, T: int, chunk: int = 32) -> State:
     """`advance` until no text is open or T tokens are there. The cache grows meanwhile, by `chunk` tokens and then ever
     twice as many: what it costs follows how long the texts become, not how long they might."""
-    begin = cache.k_XBKSH.shape[3]
+    begin = cache.size
     room = chunk
     while True:
         size = begin + min(room, T)
@@ -68,26 +71,34 @@ class _Greedy(NamedTuple):
     """How many new tokens there are."""
     token_B: jax.Array
     """The last of them."""
-    found: Found
+    tokens_BT: jax.Array
+    length_B: jax.Array
+    total_B: jax.Array
+    """The sum of the scores."""
     open_B: jax.Array
 
 
-def greedy(step: Step, start: Prefilled, stop_E: jax.Array) -> Found:
+def greedy(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array) -> Found:
     """The most likely token each time, until every text has ended or fills its T tokens."""
+    T = start.given_BT.shape[1]
 
     def choose(state: _Greedy, scores_BV: jax.Array) -> _Greedy:
         token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+        total_B = state.total_B + jnp.where(state.open_B, jnp.max(scores_BV, axis=-1).astype(jnp.float32), 0)
         open_B = state.open_B & ~_among(token_B, stop_E)
-        tokens_BT = jax.lax.dynamic_update_slice(state.found.tokens_BT, token_B[:, None], (0, state.new))
-        return _Greedy(state.new + 1, token_B, Found(tokens_BT, state.found.length_B + open_B.astype(jnp.int32)), open_B)
+        tokens_BT = jax.lax.dynamic_update_slice(state.tokens_BT, token_B[:, None], (0, state.new))
+        return _Greedy(state.new + 1, token_B, tokens_BT, state.length_B + open_B.astype(jnp.int32), total_B, open_B)
 
     def advance(state: _Greedy, cache: Cache) -> tuple[_Greedy, Cache]:
         scores_BV, cache = step(state.token_B, cache)
         return choose(state, scores_BV), cache
 
-    found = Found(start.given_BT, jnp.full(start.open_B.shape, start.given, jnp.int32))
-    first = choose(_Greedy(jnp.int32(start.given), start.given_BT[:, 0], found, start.open_B), start.scores_BV)
-    return _search(advance, first, start.cache, start.given_BT.shape[1]).found
+    B = start.open_B.shape[0]
+    given_B, zero_B = jnp.full(B, start.given, jnp.int32), jnp.zeros(B, jnp.float32)
+    begin = _Greedy(jnp.int32(start.given), start.given_BT[:, 0], start.given_BT, given_B, zero_B, start.open_B)
+    last = _search(advance, choose(begin, start.scores_BV), start.cache, T)
+    counted_B = jnp.minimum(last.length_B + 1, T).astype(jnp.float32)
+    return Found(last.tokens_BT[:, None], last.length_B[:, None], (last.total_B / counted_B**penalty)[:, None])
 
 
 class _Beams(NamedTuple):
@@ -106,8 +117,8 @@ class _Beams(NamedTuple):
     open_B: jax.Array
 
 
-def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, beams: int, penalty: jax.Array) -> Found:
-    """The best text, by log-probability / tokens^penalty, of those in which `beams` beams end.
+def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array, beams: int, best: int = 1) -> Found:
+    """The `best` texts, by log-probability / tokens^penalty, of those in which `beams` beams end.
 
     Of the best (1 + E) · G continuations those that end a text are kept if they are among the first G, and the best G of
     the others go on. A text is closed once it has G ended beams and the best one that could go on scores, as it stands,
@@ -153,7 +164,7 @@ def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, beams: int, pen
     begin = _Beams(jnp.int32(start.given), tokens_BGT, score_BG, zero_BG, tokens_BGT, zero_BG, none_BG, start.open_B)
     first = choose(begin, jnp.repeat(start.scores_BV, G, axis=0))
     last = _search(advance, first, spread(start.cache, G), T)
-    return Found(last.ended_BGT[:, 0], last.ended_length_BG[:, 0])
+    return Found(last.ended_BGT[:, :best], last.ended_length_BG[:, :best], last.ended_score_BG[:, :best])
 
 
 def _among(ids: jax.Array, some_E: jax.Array) -> jax.Array:
@@ -178,11 +189,25 @@ class DecodeConfig:
     """Texts kept at each step; 1: greedy, the most likely token each time."""
     length_penalty: float = 1.0
     """Beams are compared by log-probability / tokens^length_penalty: the larger, the longer the texts."""
+    n_best: int = 1
+    """Texts of each prompt that `BatchGenerator.ranked` returns; at most as many as beams."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "beams"):
+        for name in ("max_tokens", "beams", "n_best"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_best > self.beams:
+            raise ValueError(f"n_best is {self.n_best}: it must be at most beams, which is {self.beams}")
+
+
+class Scored(NamedTuple):
+    """The new tokens of a text, without what ended it."""
+
+    tokens: list[int]
+    score: float
+    """logprob / tokens^length_penalty, by which texts are ranked; what ended the text counts as a token."""
+    logprob: float
+    """Of the tokens and what ended them, in nats; forced tokens are certain."""
 
 
 class BatchGenerator:
@@ -209,7 +234,8 @@ class BatchGenerator:
         ids_V = np.arange(model.config.V)
         self._real_V, self._banned_V = ids_V < vocab_size, np.isin(ids_V, list(banned))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self._run = jax.jit(self._pure, static_argnames=("T", "G"), out_shardings=whole)
+        self._apart = jax.jit(model.apart)
+        self._run = jax.jit(self._pure, static_argnames=("T", "G", "N", "scored"), out_shardings=whole)
 
     def __call__(
         self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int], *,
@@ -221,22 +247,38 @@ class BatchGenerator:
         result. `advance` is told how many prompts each batch held. ValueError: a prompt that is empty, or longer than
         learned positions allow.
         """
+        found = self._found(params, prompts, config, stop, batch_size, advance, forced, scored=False)
+        return [texts[0].tokens for texts in found]
+
+    def ranked(
+        self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int], *,
+        batch_size: int = 32, advance: Callable[[int], None] = lambda n: None, forced: Sequence[int] = (),
+    ) -> list[list[Scored]]:  # fmt: skip
+        """The `config.n_best` texts of each prompt with their scores, best first; otherwise as a call."""
+        return self._found(params, prompts, config, stop, batch_size, advance, forced, scored=True)
+
+    def _found(
+        self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int],
+        batch_size: int, advance: Callable[[int], None], forced: Sequence[int], scored: bool,
+    ) -> list[list[Scored]]:  # fmt: skip
         self._check(prompts, config.max_tokens, len(forced))
-        sharding = batch_sharding(self.mesh)
+        sharding, T, penalty = batch_sharding(self.mesh), config.max_tokens, config.length_penalty
         ways = self.mesh.size // sharding.shard_shape((self.mesh.size,))[0]
         rows = -(-min(batch_size, _round(len(prompts))) // ways) * ways
         forced_F, stop_E = np.array(forced, np.int32), np.array(sorted(stop), np.int32)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        texts: list[list[int]] = [[] for _ in prompts]
+        sizes = {"T": T, "G": config.beams, "N": config.n_best if scored else 1, "scored": scored}
+        texts: list[list[Scored]] = [[] for _ in prompts]
         with jax.set_mesh(self.mesh):
+            params = self._apart(params)
             for start in range(0, len(order), rows):
                 part = order[start : start + rows]
                 batch = jax.device_put(self._batch([prompts[i] for i in part], rows, forced), sharding)
-                found = self._run(
-                    params, *batch, forced_F, stop_E, np.float32(config.length_penalty), T=config.max_tokens, G=config.beams
-                )
-                for i, tokens, length in zip(part, *jax.device_get(found), strict=False):
-                    texts[i] = tokens[:length].tolist()
+                found = self._run(params, *batch, forced_F, stop_E, np.float32(penalty), **sizes)
+                for i, tokens_NT, length_N, score_N in zip(part, *jax.device_get(found), strict=False):
+                    for tokens_T, length, score in zip(tokens_NT, length_N.tolist(), score_N.tolist(), strict=True):
+                        logprob = score * min(length + 1, T) ** penalty
+                        texts[i].append(Scored(tokens_T[:length].tolist(), score, logprob))
                 advance(len(part))
         return texts
 
@@ -264,7 +306,7 @@ class BatchGenerator:
 
     def _pure(
         self, params: Params, tokens_BL: jax.Array, length_B: jax.Array, forced_F: jax.Array, stop_E: jax.Array, penalty: jax.Array,
-        *, T: int, G: int,
+        *, T: int, G: int, N: int, scored: bool,
     ) -> Found:  # fmt: skip
         (B, L), F = tokens_BL.shape, forced_F.shape[0]
         batch: dict[str, Any] = {"tokens_BL": tokens_BL}
@@ -272,20 +314,20 @@ class BatchGenerator:
             batch["segments_BL"] = (jnp.arange(L)[None, :] < length_B[:, None]).astype(jnp.int32)
             begin_F = jnp.concatenate([jnp.array([self.start_id], jnp.int32), forced_F])
             batch = {"encoder": batch, "decoder": {"tokens_BL": jnp.broadcast_to(begin_F[None, :], (B, 1 + F))}}
-            cache = empty_cache(self.model.config, B, 1 + F)
+            cache = empty_cache(self.model.config, B, 1 + F, apart=True)
         else:
-            cache = dataclasses.replace(empty_cache(self.model.config, B, L), start_B=L - length_B)
+            cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True), start_B=L - length_B)
 
         def scores(batch: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
             logits_RLV, cache = self.model.apply(params, batch, cache, last=True)
             scores_RV = jnp.where(self._real_V[None, :], logits_RLV[:, 0], -jnp.inf)
-            scores_RV = scores_RV if G == 1 else jax.nn.log_softmax(scores_RV, axis=-1)
+            scores_RV = jax.nn.log_softmax(scores_RV, axis=-1) if G > 1 or scored else scores_RV
             return jnp.where(self._banned_V[None, :], -jnp.inf, scores_RV), cache
 
         given_BT = jnp.broadcast_to(jnp.pad(forced_F, (0, T - F))[None, :], (B, T))
         start = Prefilled(*scores(batch, cache), given_BT, F, length_B > 0)
         step: Step = lambda token_R, cache: scores({"tokens_BL": token_R[:, None]}, cache)  # noqa: E731
-        return greedy(step, start, stop_E) if G == 1 else beam_search(step, start, stop_E, G, penalty)
+        return greedy(step, start, stop_E, penalty) if G == 1 else beam_search(step, start, stop_E, penalty, G, N)
 
 
 def _round(length: int) -> int:

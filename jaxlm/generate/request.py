@@ -2,11 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 from jaxlm.generate.sample import SampleConfig
 
 Ended = Literal["stop", "length", "cancelled", "error"]
+
+
+class Guide(Protocol):
+    """Says which tokens may come next, as `constrain.Grammar` does. ValueError: none may."""
+
+    @property
+    def ended(self) -> bool:
+        """Nothing may follow."""
+
+    def mask(self) -> np.ndarray:
+        """(V,) True for each token that may come."""
+
+    def take(self, token: int) -> None:
+        """The next token of the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +42,8 @@ class Request:
     """Likeliest tokens told with each new one, beside its own log-probability; None: neither."""
     prompt_logprobs: bool = False
     """The same of the prompt's tokens, as many as `logprobs` says."""
+    guide: "Guide | None" = None
+    """What its text must match; of this request alone, as it remembers how far the text has come."""
     owner: str = ""
     """Whose it is: owners take turns, and the requests of one wait for each other."""
 

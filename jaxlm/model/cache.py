@@ -1,10 +1,15 @@
 """The key/value cache of incremental decoding: plain pytrees of fixed size, filled from the front.
 
+Keys and values of all layers are one array, for layers that are scanned, or one array a layer, for layers that stand
+apart (`functions.apart`): an array that holds all must be cut for each layer, which on a CPU copies it.
+
 Letters: X layers · B batch · L new tokens · S key length · K key/value heads · H head width · G rows that one text has
 become (beams). Heads stand before places: the products of a step then read the cache as it lies.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -15,11 +20,25 @@ from jaxlm.parallel.rules import constrain
 
 
 @flax.struct.dataclass
+class Rounded:
+    """Keys or values in int8, with a float32 scale for each head and place (…, S, 1): of float32 they take 27% of the
+    bytes at heads of 64 numbers."""
+
+    number: jax.Array
+    scale: jax.Array
+
+
+Held = jax.Array | Rounded
+Layers = Held | tuple[Held, ...]
+"""(X, B, K, S, H) of all layers, or (B, K, S, H) of each."""
+
+
+@flax.struct.dataclass
 class Source:
     """What the layers of a decoder read of an encoder's text, computed once: keys, values, and where no padding is."""
 
-    k_XBKSH: jax.Array
-    v_XBKSH: jax.Array
+    k_XBKSH: Layers
+    v_XBKSH: Layers
     segments_BS: jax.Array | None = None
 
 
@@ -27,9 +46,10 @@ class Source:
 class Cache:
     """Keys and values of the tokens seen so far, `length` of them in every row."""
 
-    k_XBKSH: jax.Array
-    v_XBKSH: jax.Array
+    k_XBKSH: Layers
+    v_XBKSH: Layers
     length: jax.Array
+    """() of all rows, or (B,) of each."""
     start_B: jax.Array | None = None
     """Where each row's text begins; before it stands padding, which nothing sees. None: at 0."""
     holder_BGS: jax.Array | None = None
@@ -37,21 +57,39 @@ class Cache:
     source: Source | None = None
     """Of an encoder-decoder, once it has seen its encoder's text. It may have fewer rows: those of `spread` share one."""
 
+    @property
+    def size(self) -> int:
+        """How many tokens it has room for."""
+        return jax.tree.leaves(self.k_XBKSH)[0].shape[-2]
 
-def empty_cache(config: TransformerConfig, batch: int, size: int | None = None) -> Cache:
-    """A cache for `batch` rows of up to `size` tokens (default: the model's positions)."""
-    shape = (config.stacks["decoder"], batch, config.K, size or config.positions, config.H)
-    # Two arrays, not one twice: a jitted step that donates the cache may not be given a buffer twice.
-    k, v = (constrain(jnp.zeros(shape, config.dtype), "XBKSH") for _ in range(2))
+    def map(self, change: Callable[[jax.Array], jax.Array]) -> "Cache":
+        """The same with other keys and values, each array of (…, B, K, S, H) changed."""
+        k, v = jax.tree.map(change, (self.k_XBKSH, self.v_XBKSH))
+        return dataclasses.replace(self, k_XBKSH=k, v_XBKSH=v)
+
+
+def empty_cache(config: TransformerConfig, batch: int, size: int | None = None, *, apart: bool = False) -> Cache:
+    """A cache for `batch` rows of up to `size` tokens (default: the model's positions), for layers that stand `apart` or not."""
+    layers, shape = config.stacks["decoder"], (batch, config.K, size or config.positions, config.H)
+
+    # Each an array of its own: a jitted step that donates the cache may not be given a buffer twice.
+    def zeros(*more: int) -> Held:
+        whole = (*more, *shape)
+
+        def of(dtype: Any, width: int) -> jax.Array:
+            return constrain(jnp.zeros((*whole[:-1], width), dtype), "XBKSH"[-len(whole) :])
+
+        return Rounded(of(jnp.int8, config.H), of(jnp.float32, 1)) if config.cache == "int8" else of(config.dtype, config.H)
+
+    k, v = (tuple(zeros() for _ in range(layers)) if apart else zeros(layers) for _ in range(2))
     return Cache(k, v, jnp.zeros((), jnp.int32))
 
 
 def grow(cache: Cache, size: int) -> Cache:
     """The same with room for `size` tokens."""
-    more = size - cache.k_XBKSH.shape[3]
+    more = size - cache.size
     assert more >= 0, "a cache does not shrink"
-    k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]) for x in (cache.k_XBKSH, cache.v_XBKSH))
-    cache = dataclasses.replace(cache, k_XBKSH=k, v_XBKSH=v)
+    cache = cache.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]))
     if cache.holder_BGS is None:
         return cache
     rows, times, old = cache.holder_BGS.shape
@@ -60,25 +98,49 @@ def grow(cache: Cache, size: int) -> Cache:
 
 
 def extend(
-    all_XBKSH: jax.Array, new_BLKH: jax.Array, layer: jax.Array, length: jax.Array, holder_BGS: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """`new_BLKH` written behind the `length` tokens of a layer; what that layer holds then, (B, S, K, H)."""
-    new = jnp.swapaxes(new_BLKH, 1, 2)[None]
-    all_XBKSH = jax.lax.dynamic_update_slice(all_XBKSH, new, (layer, 0, 0, length, 0))
-    held_BKSH = jax.lax.dynamic_index_in_dim(all_XBKSH, layer, keepdims=False)
-    if holder_BGS is not None:
-        grouped = held_BKSH.reshape(*holder_BGS.shape[:2], *held_BKSH.shape[1:])
-        grouped = jnp.take_along_axis(grouped, holder_BGS[:, :, None, :, None], axis=1)
-        held_BKSH = grouped.reshape(held_BKSH.shape)
-    return all_XBKSH, jnp.swapaxes(held_BKSH, 1, 2)
+    held: Held, new_BLKH: jax.Array, layer: jax.Array | int, length: jax.Array, holder_BGS: jax.Array | None
+) -> tuple[Held, jax.Array]:
+    """`new_BLKH` written behind the `length` tokens of a layer, in what all layers hold or this one; what this one holds
+    then, (B, S, K, H)."""
+    new = jnp.swapaxes(new_BLKH, 1, 2)
+    coded = _rounded(new) if isinstance(held, Rounded) else new
+    held = jax.tree.map(lambda all_, one: _write(all_, one, layer, length), held, coded)
+
+    def read(x: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) if x.ndim == 5 else x
+        if holder_BGS is None:
+            return own
+        grouped = own.reshape(*holder_BGS.shape[:2], *own.shape[1:])
+        return jnp.take_along_axis(grouped, holder_BGS[:, :, None, :, None], axis=1).reshape(own.shape)
+
+    own: Held = jax.tree.map(read, held)
+    if isinstance(own, Rounded):
+        own = own.number.astype(new.dtype) * own.scale.astype(new.dtype)
+    return held, jnp.swapaxes(own, 1, 2)
+
+
+def _write(held: jax.Array, new_BKLH: jax.Array, layer: jax.Array | int, length: jax.Array) -> jax.Array:
+    if held.ndim == 5:
+        assert length.ndim == 0, "rows of different lengths need layers that stand apart"
+        return jax.lax.dynamic_update_slice(held, new_BKLH[None], (layer, 0, 0, length, 0))
+    if length.ndim == 0:
+        return jax.lax.dynamic_update_slice(held, new_BKLH, (0, 0, length, 0))
+    return jax.vmap(lambda row, new, place: jax.lax.dynamic_update_slice(row, new, (0, place, 0)))(held, new_BKLH, length)
+
+
+def _rounded(x_BKLH: jax.Array) -> Rounded:
+    """To the nearest of 255 numbers, up to the largest of each head at each place."""
+    largest = jnp.max(jnp.abs(x_BKLH.astype(jnp.float32)), axis=-1, keepdims=True)
+    scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / 127
+    return Rounded(jnp.round(x_BKLH.astype(jnp.float32) / scale).astype(jnp.int8), scale)
 
 
 def spread(cache: Cache, times: int) -> Cache:
     """Each row `times` times, one behind the other; they go on sharing their source."""
-    k, v = (constrain(jnp.repeat(x, times, axis=1), "XBKSH") for x in (cache.k_XBKSH, cache.v_XBKSH))
     start_B = None if cache.start_B is None else jnp.repeat(cache.start_B, times)
-    _, rows, _, size, _ = cache.k_XBKSH.shape
-    return dataclasses.replace(cache, k_XBKSH=k, v_XBKSH=v, start_B=start_B, holder_BGS=_itself(rows, times, size))
+    rows = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4]
+    cache = cache.map(lambda x: constrain(jnp.repeat(x, times, axis=-4), "XBKSH"[-x.ndim :]))
+    return dataclasses.replace(cache, start_B=start_B, holder_BGS=_itself(rows, times, cache.size))
 
 
 def _itself(rows: int, times: int, size: int) -> jax.Array:

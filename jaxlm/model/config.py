@@ -216,6 +216,9 @@ class TransformerConfig:
     quantize: Quantize = "none"
     """Multiply the maps of attention and MLPs, forward and backward, in int8 or fp8, by way of qwix; not those of embeddings,
     heads and norms. Parameters stay as they are."""
+    cache: Literal["same", "int8"] = "same"
+    """How generation holds the keys and values of what it has seen: as they are computed, or in int8 with a scale for each
+    head and place, which takes about half of bfloat16's bytes."""
     unroll: bool = False
     """Unroll the layers instead of scanning them: slower to compile, faster to run on a CPU."""
     microbatches: int | None = None

@@ -1,6 +1,7 @@
 """jaxlm generate."""
 
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -22,33 +23,91 @@ class GenerateOptions:
     """Draw among this many most likely tokens."""
     top_p: float | None = None
     """Draw among the fewest tokens that hold this probability."""
+    min_p: float | None = None
+    """Draw among tokens at least this share as likely as the likeliest."""
+    typical_p: float | None = None
+    """Draw among the tokens whose surprise is nearest to the expected one, until they hold this probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that were seen, and multiplies negative ones; 1: none."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that were written."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit each time that it was written."""
     seed: int = 0
     """The same seed gives the same text."""
+    draft: str | None = None
+    """A smaller MODEL of the same tokenizer that guesses tokens, which the model checks all at once: sooner the same."""
+    draft_tokens: int = 4
+    """Tokens that `draft` guesses each time."""
+    lookup: int | None = None
+    """Tokens to guess each time by looking up what came after the same words before; for texts that repeat their prompt."""
+    regex: str | None = None
+    """The text must match this regular expression. Each token then waits for the one before it."""
+    json_schema: str | None = None
+    """File with a JSON schema that the text must match. Each token then waits for the one before it."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}: it must be at least 1")
+        for first, second in (("draft", "lookup"), ("regex", "json_schema")):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"{first} and {second} are both given: one of them is enough")
+        if self.guesses and (self.regex or self.json_schema):
+            raise ValueError("draft and lookup guess several tokens at once, which regex and json_schema do not allow")
+        for name in ("draft_tokens", "lookup"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+
+    @property
+    def guesses(self) -> bool:
+        return self.draft is not None or self.lookup is not None
 
 
 def generate(words: Sequence[str]) -> int:
-    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]: write text."""
+    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S] …: write text."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
     from jaxlm.data import StreamDecoder
-    from jaxlm.generate import Generator, SampleConfig
+    from jaxlm.generate import Constraint, Generator, Grammar, SampleConfig, Speculator, Stats
     from jaxlm.models import load_model
 
-    sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
+    sampling = SampleConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SampleConfig)})
+    constraint = None
+    if options.regex is not None:
+        constraint = Constraint(regex=options.regex)
+    elif options.json_schema is not None:
+        constraint = Constraint(json_schema=_read(options.json_schema))
     trained = load_model(argument)
-    tokenizer = trained.tokenizer
+    tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
-    generator = Generator(trained.model, trained.mesh, tokenizer.vocab_size)
-    decoder = StreamDecoder(tokenizer)
-    write = sys.stdout.write
+    stop, stats = {tokenizer.eos_id, *trained.stop_ids()}, Stats()
+    asked = (trained.params, prompt, options.max_tokens, sampling)
+    if options.draft is not None:
+        small = load_model(options.draft, mesh)
+        if small.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"draft {options.draft!r} has another tokenizer than {argument!r}: it cannot guess its tokens")
+        speculator = Speculator(model, mesh, tokenizer.vocab_size, options.draft_tokens, small.model)
+        tokens = speculator.stream(*asked, draft_params=small.params, seed=options.seed, stop=stop, stats=stats)
+    elif options.lookup is not None:
+        speculator = Speculator(model, mesh, tokenizer.vocab_size, options.lookup)
+        tokens = speculator.stream(*asked, seed=options.seed, stop=stop, stats=stats)
+    else:
+        grammar = None if constraint is None else Grammar(tokenizer, constraint, stop)
+        generator = Generator(model, mesh, tokenizer.vocab_size)
+        tokens = generator.stream(*asked, seed=options.seed, stop=stop, grammar=grammar)
+    decoder, write = StreamDecoder(tokenizer), sys.stdout.write
     write(options.prompt)
-    stop = {tokenizer.eos_id, *trained.stop_ids()}
-    for token in generator.stream(trained.params, prompt, options.max_tokens, sampling, seed=options.seed, stop=stop):
+    for token in tokens:
         write(decoder.push(token))
         sys.stdout.flush()
     write(decoder.flush() + "\n")
+    if options.guesses:
+        print(f"{stats.accepted} of {stats.drafted} guessed tokens were taken, in {stats.rounds} rounds", file=sys.stderr)
     return 0
+
+
+def _read(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf8")
+    except OSError as error:
+        raise ValueError(f"json_schema {path!r} cannot be read: {error.strerror}") from None

@@ -66,6 +66,11 @@ def both(request, tmp_path_factory):
 
 def generate(theirs, stop: list[int], **options) -> list[list[int]]:
     """New tokens by `transformers`, without what ended them."""
+    return generated(theirs, stop, **options)[0]
+
+
+def generated(theirs, stop: list[int], **options):
+    """The same, and the scores of the texts where beams have some."""
     import torch
     import transformers
 
@@ -78,10 +83,12 @@ def generate(theirs, stop: list[int], **options) -> list[list[int]]:
         decoder_start_token_id=START if reads else None, pad_token_id=PAD, eos_token_id=stop or None
     )
     out = theirs.generate(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(shown), do_sample=False, max_new_tokens=12, **options
-    )
-    rows = out[:, 1 if reads else width :].tolist()
-    return [list(itertools.takewhile(lambda token: token not in stop, row)) for row in rows]
+        input_ids=torch.tensor(ids), attention_mask=torch.tensor(shown), do_sample=False, max_new_tokens=12,
+        return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
+    rows = out.sequences[:, 1 if reads else width :].tolist()
+    texts = [list(itertools.takewhile(lambda token: token not in stop, row)) for row in rows]
+    return texts, out.sequences_scores.numpy() if "sequences_scores" in out else None, out
 
 
 @pytest.mark.parity
@@ -101,6 +108,24 @@ def test_texts_are_those_of_transformers(both):
         expected = generate(theirs, stop, num_beams=4, forced_bos_token_id=forced, bad_words_ids=[[banned]])
         ours = BatchGenerator(model, ONE, V, pad_id=PAD, start_id=START, banned=[banned])
         assert ours(params, PROMPTS, DecodeConfig(12, 4), stop, forced=[forced]) == expected
+
+
+@pytest.mark.parity
+def test_the_best_texts_and_their_scores_are_those_of_transformers(both):
+    """The three best of four beams; the log-probabilities of greedy texts, from the scores of each step."""
+    _, theirs, model, params, stop = both
+    ours = BatchGenerator(model, ONE, V, pad_id=PAD, start_id=START)
+    for penalty in (1.0, 0.6):
+        texts, scores, _ = generated(theirs, stop, num_beams=4, length_penalty=penalty, num_return_sequences=3)
+        found = ours.ranked(params, PROMPTS, DecodeConfig(12, 4, penalty, n_best=3), stop)
+        assert [text.tokens for best in found for text in best] == texts
+        np.testing.assert_allclose([text.score for best in found for text in best], scores, rtol=2e-4, atol=1e-4)
+    texts, _, out = generated(theirs, stop)
+    (found,) = zip(*ours.ranked(params, PROMPTS, DecodeConfig(12), stop), strict=True)
+    assert [text.tokens for text in found] == texts
+    steps = np.stack([np.asarray(jax.nn.log_softmax(step.numpy(), axis=-1)).max(-1) for step in out.scores], axis=1)
+    for text, logp_T in zip(found, steps, strict=True):
+        np.testing.assert_allclose(text.logprob, logp_T[: len(text.tokens) + 1].sum(), rtol=2e-4, atol=1e-4)
 
 
 # --- each prompt alone is right -----------------------------------------------------------------
@@ -197,7 +222,7 @@ def test_on_a_mesh_of_eight_devices_the_texts_are_the_same(ours):
 
 
 def searched(search, logp_VV: np.ndarray, firsts: list[int], T: int, *more, calls: list | None = None):
-    """What a search finds where the next token depends on the last one alone."""
+    """The texts and scores that a search finds where the next token depends on the last one alone."""
     table = jnp.asarray(logp_VV)
 
     def step(token_R, cache):
@@ -214,8 +239,11 @@ def searched(search, logp_VV: np.ndarray, firsts: list[int], T: int, *more, call
         0,
         jnp.ones(B, bool),
     )
-    found = jax.jit(lambda: search(step, start, *more))()
-    return [tokens[:length].tolist() for tokens, length in zip(*jax.device_get(found), strict=True)]
+    found = jax.device_get(jax.jit(lambda: search(step, start, *more))())
+    return [
+        [(tokens[:length].tolist(), score) for tokens, length, score in zip(*texts, strict=True)]
+        for texts in zip(*found, strict=True)
+    ]  # fmt: skip
 
 
 def log_table(size: int, seed: int) -> np.ndarray:
@@ -228,26 +256,27 @@ def log_table(size: int, seed: int) -> np.ndarray:
 def test_with_enough_beams_the_best_of_all_texts_is_found(penalty, stop):
     """Of all texts of up to 4 of 5 tokens, that which ends or is full and has the highest log p / tokens^penalty."""
     logp, firsts = log_table(5, 1), [0, 1, 2, 3]
-    found = searched(beam_search, logp, firsts, 4, jnp.array(stop, jnp.int32), 128, jnp.float32(penalty))
-    for first, text in zip(firsts, found, strict=True):
-        best, score = None, -np.inf
+    found = searched(beam_search, logp, firsts, 4, jnp.array(stop, jnp.int32), jnp.float32(penalty), 128, 5)
+    for first, texts in zip(firsts, found, strict=True):
+        every = []
         for length in range(1, 5):
             for tokens in itertools.product(range(5), repeat=length):
                 ends = tokens[-1] in stop
                 if any(token in stop for token in tokens[:-1]) or not (ends or length == 4):
                     continue
                 total = sum(logp[a, b] for a, b in itertools.pairwise([first, *tokens]))
-                if total / length**penalty > score:
-                    best, score = list(tokens[:-1] if ends else tokens), total / length**penalty
-        assert text == best
+                every.append((total / length**penalty, list(tokens[:-1] if ends else tokens)))
+        best = sorted(every, reverse=True)[:5]
+        assert [text for text, _ in texts] == [text for _, text in best]
+        np.testing.assert_allclose([score for _, score in texts], [score for score, _ in best], rtol=1e-5)
 
 
 def test_the_loop_ends_with_the_last_text():
     """A chain 0 → 1 → … → 7, where 7 ends: the longest of three texts needs 4 steps behind its prompt, of 30 allowed."""
     logp, calls = np.log(np.eye(8, k=1, dtype=np.float32) + 1e-6), []
-    found = searched(greedy, logp, [4, 2, 5], 30, jnp.array([7], jnp.int32), calls=calls)
+    found = searched(greedy, logp, [4, 2, 5], 30, jnp.array([7], jnp.int32), jnp.float32(1), calls=calls)
     jax.effects_barrier()
-    assert found == [[5, 6], [3, 4, 5, 6], [6]] and len(calls) == 4
+    assert [text for ((text, _),) in found] == [[5, 6], [3, 4, 5, 6], [6]] and len(calls) == 4
 
 
 # --- mistakes -----------------------------------------------------------------------------------
@@ -267,6 +296,8 @@ def test_mistakes_are_told():
     encoder = dataclasses.replace(TINY, architecture="encoder", head=dataclasses.replace(TINY.head, kind="masked_lm"))
     with pytest.raises(ValueError, match="not by encoder with masked_lm"):
         BatchGenerator(Model(encoder), ONE, 37, pad_id=0)
-    for wrong in ({"max_tokens": 0}, {"beams": 0}):
+    with pytest.raises(ValueError, match="n_best is 3: it must be at most beams, which is 2"):
+        DecodeConfig(beams=2, n_best=3)
+    for wrong in ({"max_tokens": 0}, {"beams": 0}, {"n_best": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is 0"):
             DecodeConfig(**wrong)

@@ -91,6 +91,52 @@ def test_rows_that_take_each_others_place_are_the_texts_they_then_are(case):
     np.testing.assert_allclose(logits[:, 0], full(params, batch_of(reads, history, source))[:, -1], atol=1e-5)
 
 
+def test_rows_of_different_length_go_on_from_their_own_ends(case):
+    """Layers and caches apart; rows that hold 5 and 2 tokens read 3 more, then 1: the logits of each text read at once,
+    by the plain and by the blockwise kernel."""
+    model, params, reads, full, _ = case
+    ids = tokens(2, 12, seed=6)
+    expected = full(params, batch_of(reads, ids))
+    for kernel in ("xla", "chunked"):
+        own = Model(dataclasses.replace(model.config, kernel=kernel))
+        apply, layers = jax.jit(own.apply), jax.jit(model.apart)(params)
+        cache = empty_cache(model.config, 2, 12, apart=True)
+        _, cache = apply(layers, batch_of(reads, ids[:, :5]), cache)
+        seen_B = np.array([5, 2], np.int32)
+        cache = dataclasses.replace(cache, length=seen_B)
+        for size in (3, 1):
+            piece = np.stack([text[seen : seen + size] for text, seen in zip(ids, seen_B, strict=True)])
+            logits, cache = apply(layers, {"tokens_BL": piece}, cache)
+            for row, seen in enumerate(seen_B):
+                np.testing.assert_allclose(logits[row], expected[row, seen : seen + size], atol=1e-5)
+            seen_B = seen_B + size
+        np.testing.assert_array_equal(cache.length, [9, 6])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_cache_in_int8_is_near_and_small(apart):
+    """Logits within 1% of their spread; numbers and scales take (16 + 4) / 64 of float32's bytes at heads of 16; rows that
+    others take the place of keep their own scales."""
+    config = dataclasses.replace(DECODER, **LLAMA, width=64, cache="int8")
+    model, ids = Model(config), tokens(2, 9, seed=2)
+    params = drawn(model)
+    expected = jax.jit(lambda p: model.apply(p, {"tokens_BL": ids})[0])(params)
+    layers = model.apart(params) if apart else params
+    apply, cache = jax.jit(model.apply), empty_cache(config, 2, 9, apart=apart)
+    full = empty_cache(dataclasses.replace(config, cache="same"), 2, 9, apart=apart)
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves((one.k_XBKSH, one.v_XBKSH))) for one in (cache, full)]
+    assert sizes[0] / sizes[1] == (config.H + 4) / (4 * config.H)
+    parts = []
+    for piece in np.split(ids, [5, 6], axis=1):
+        logits, cache = apply(layers, {"tokens_BL": piece}, cache)
+        parts.append(logits)
+    off = np.abs(np.concatenate(parts, axis=1) - expected)
+    assert 0 < off.max() < 0.05 * np.std(expected) and off.mean() < 0.01 * np.std(expected)
+    grown = reorder(spread(grow(cache, 12), 2), np.array([[1, 0], [0, 1]], np.int32))
+    logits, _ = apply(layers, {"tokens_BL": np.zeros((4, 1), np.int32)}, grown)
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+
+
 def test_the_last_place_alone_has_the_logits_of_all():
     model, batch = Model(PAIR), batch_of(True, tokens(2, 5))
     last, full = jax.jit(lambda p: (model.apply(p, batch, last=True)[0], model.apply(p, batch)[0]))(drawn(model))

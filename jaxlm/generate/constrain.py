@@ -1,0 +1,135 @@
+"""Texts that match a regular expression, a JSON schema or a list of choices: which tokens may come next.
+
+The matching is llguidance's (the `constrain` extra). It runs on the host, between two tokens: a constrained token costs a
+look at the device and a mask sent there.
+
+Letters: V the tokenizer's tokens.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.tokenizer import Characters, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """What a text must match from its first to its last character: one of the three."""
+
+    regex: str | None = None
+    """In the syntax of Rust's `regex`, without look-around and back references."""
+    json_schema: str | None = None
+    """The text of a JSON schema. What matches is written compactly, so that no model loses itself in blanks."""
+    choices: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a constraint is one of regex, json_schema and choices, not {' and '.join(given) or 'none'}")
+        if self.choices is not None and not (self.choices and all(self.choices)):
+            raise ValueError(f"choices are {list(self.choices)}: there must be at least one, and none may be empty")
+        if self.json_schema is not None:
+            try:
+                json.loads(self.json_schema)
+            except ValueError as error:
+                raise ValueError(f"json_schema is no JSON: {error}") from None
+
+
+class Grammar:
+    """The state of one text: `mask`, draw a token among those, `take` it, until `ended`.
+
+    Of a Hugging Face tokenizer it needs the bytes of each token, so byte-level ones and those with byte tokens. The end of
+    text, and every other token of `stop`, may come where the text matches. Raises ValueError where the constraint or the
+    tokenizer is none that llguidance can use.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, constraint: Constraint, stop: Collection[int] = ()):
+        from_ = _llguidance().LLMatcher
+        self._tokenizer = tokenizer
+        known = _known(tokenizer, tuple(sorted({tokenizer.eos_id, *stop})))
+        if constraint.regex is not None:
+            name, grammar = f"regex {constraint.regex!r}", from_.grammar_from_regex(constraint.regex)
+        elif constraint.json_schema is not None:
+            compact = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+            name, grammar = "json_schema", from_.grammar_from_json_schema(constraint.json_schema, defaults=compact)
+        else:
+            assert constraint.choices is not None, "Constraint holds one of the three"
+            name = "choices"
+            grammar = from_.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in constraint.choices))
+        self._matcher = from_(known, grammar, log_level=0)
+        if self._matcher.is_error():
+            raise ValueError(f"{name} cannot be used: {_line(self._matcher.get_error())}")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text matches and nothing may follow."""
+        return self._matcher.is_stopped()
+
+    def mask(self) -> np.ndarray:
+        """(V,) True for each token that may come next, of which there is at least one. Raises ValueError where the tokenizer
+        has none: it lacks a character that must follow."""
+        assert not self.ended, "nothing may follow"
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed_V = np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool)
+        if isinstance(self._tokenizer, Characters):
+            allowed_V[self._tokenizer.unknown_id] = False  # where a character has no token, this is how it is encoded
+        if not allowed_V.any():
+            raise ValueError("the constraint cannot be followed: the tokenizer has no token for what must come next")
+        return allowed_V
+
+    def take(self, token: int) -> None:
+        """The next token of the text."""
+        self._matcher.consume_token(int(token))
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"the constraint cannot be followed: {_line(self._matcher.get_error())}")
+
+
+@functools.lru_cache(maxsize=8)
+def _known(tokenizer: Tokenizer, stop: tuple[int, ...]) -> Any:
+    """The tokenizer as llguidance knows it: a tree of its tokens' bytes, which takes a moment to build."""
+    library = _llguidance()
+    if isinstance(tokenizer, Characters):
+        source = library.TokenizerWrapper(_Spelt(tokenizer))
+    else:
+        source = tokenizer.definition()
+    try:
+        return library.LLTokenizer(source, n_vocab=tokenizer.vocab_size, eos_token=list(stop))
+    except ValueError as error:
+        raise ValueError(f"texts of a tokenizer of kind {tokenizer.kind!r} cannot be constrained: {_line(error)}") from None
+
+
+class _Spelt:
+    """Single characters in the words of llguidance, which knows tokens that are bytes."""
+
+    def __init__(self, tokenizer: Characters):
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
+        rest = tokenizer.vocab_size - len(tokenizer.characters)
+        self.tokens = [text.encode() for text in tokenizer.characters] + [b"\xff<special>"] * rest
+        self.special_token_ids = list(range(len(tokenizer.characters), tokenizer.vocab_size))
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).tolist()
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ValueError("constrained texts need llguidance: pip install 'jaxlm[constrain]'") from None
+    return llguidance
+
+
+def _line(error: object) -> str:
+    """What llguidance says is wrong: a line that says `error:` where there is one, else the first."""
+    lines = str(error).strip().splitlines()
+    return next((line for line in lines if line.startswith("error:")), lines[0]).removeprefix("error:").strip()[:200]
