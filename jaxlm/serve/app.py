@@ -86,7 +86,9 @@ class _Routes:
 
     async def healthz(self, request: Request) -> Response:
         why = self._service.sick()
-        return json_response({"status": "ok"} if why is None else {"status": "unavailable", "reason": why}, 200 if why is None else 503)
+        return json_response(
+            {"status": "ok"} if why is None else {"status": "unavailable", "reason": why}, 200 if why is None else 503
+        )
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -5,10 +5,11 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlm.data import DEFAULT_TEMPLATE, Chat, Tokenizer
+from jaxlm.data import Chat, Tokenizer
 from jaxlm.generate import SampleConfig
 from jaxlm.generate.request import Request
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
+from jaxlm.serve.speaking import turns_of
 
 TOP = 20
 """Most likeliest tokens told with each token."""
@@ -111,9 +112,7 @@ class Asker:
         wanted, older = fields.whole("max_completion_tokens", 1, most), fields.whole("max_tokens", 1, most)
         logprobs = (top or 0) if asked else None
         stop_ids = self._stop_ids | self.chat.stop_ids
-        requests = self._requests(
-            fields, [prompt], n, older if wanted is None else wanted, most, logprobs, False, stop_ids, owner
-        )
+        requests = self._requests(fields, [prompt], n, older if wanted is None else wanted, most, logprobs, False, stop_ids, owner)
         return self._ask(fields, requests, [prompt], (*fields.texts("stop", STOPS), *turns_of(self.chat)), trim=True)
 
     def _requests(
@@ -152,20 +151,16 @@ class Asker:
             fields.refuse({name: (0, 1 if name == "repetition_penalty" else 0.0)}, "the sampler has no such setting")
         return SampleConfig(**{name: value for name, value in given.items() if name in self._sampling})
 
-    def _ask(self, fields: Fields, requests: tuple[Request, ...], prompts: Sequence[Sequence[int]], stop: tuple[str, ...], **more: Any) -> Ask:
+    def _ask(
+        self, fields: Fields, requests: tuple[Request, ...], prompts: Sequence[Sequence[int]], stop: tuple[str, ...], **more: Any
+    ) -> Ask:
         stream, options = fields.flag("stream"), fields.get("stream_options")
         if options is not None and not stream:
             raise bad("stream_options needs stream: true", "stream_options")
         if options is not None and not isinstance(options, dict):
-            raise bad("stream_options must be an object such as {\"include_usage\": true}", "stream_options")
+            raise bad('stream_options must be an object such as {"include_usage": true}', "stream_options")
         usage = Fields(options or {}).flag("include_usage")
         return Ask(requests, sum(map(len, prompts)), stop, stream, usage, **more)
-
-
-def turns_of(chat: Chat) -> tuple[str, ...]:
-    """Stop strings of the plain template, whose roles are plain text: a model that was not taught to stop would go on with
-    the user's turn."""
-    return ("\nUser:", "\nSystem:", "\nAssistant:") if chat.template == DEFAULT_TEMPLATE else ()
 
 
 def _messages(given: Any) -> list[dict[str, str]]:

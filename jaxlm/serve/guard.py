@@ -27,7 +27,7 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service, paths: tuple[str, ...]):
         self._app, self._service, self._paths = app, service, paths
         key = service.options.key
-        self._key = _digest(f"Bearer {key}") if key else None
+        self._key = _digest(f"Bearer {key}".encode("utf8", "replace")) if key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,7 +55,7 @@ class Guard:
     def _check(self, request: Request) -> None:
         if self._key is not None:
             if request.url.path not in OPEN and not hmac.compare_digest(
-                _digest(request.headers.get("authorization", "")), self._key
+                _digest(request.headers.get("authorization", "").encode("latin-1")), self._key
             ):
                 raise ApiError(
                     401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`", code="invalid_api_key",
@@ -68,9 +68,9 @@ class Guard:
             raise unavailable("the server is stopping")
 
 
-def _digest(text: str) -> bytes:
-    """Of one size whatever the text: comparing tells nothing of the key, not even how long it is."""
-    return hashlib.sha256(text.encode("utf8", "replace")).digest()
+def _digest(value: bytes) -> bytes:
+    """Of one size whatever the value: comparing tells nothing of the key, not even how long it is."""
+    return hashlib.sha256(value).digest()
 
 
 def _host(request: Request) -> str:

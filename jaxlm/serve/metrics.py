@@ -8,7 +8,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
-_GAUGES = {"running": "Texts that are being written", "waiting": "Texts that wait for a slot", "slots": "Texts that can be written at a time"}
+_GAUGES = {
+    "running": "Texts that are being written",
+    "waiting": "Texts that wait for a slot",
+    "slots": "Texts that can be written at a time",
+}
 _COUNTERS = {
     "prompt_tokens": "Tokens of prompts", "reused_tokens": "Of those: found computed", "new_tokens": "Tokens written",
     "requests": "Texts taken on",
@@ -21,9 +25,7 @@ class Metrics:
     def __init__(self, stats: Callable[[], Any] | None = None):
         """`stats` tells those of the engine, read when they are asked for."""
         self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "jaxlm_http_requests", "Answers by route and status", ["route", "status"], registry=self._registry
-        )
+        self.requests = Counter("jaxlm_http_requests", "Answers by route and status", ["route", "status"], registry=self._registry)
         self.seconds = Histogram(
             "jaxlm_http_request_seconds", "Seconds from a request to the end of its answer", ["route"], buckets=_SECONDS,
             registry=self._registry,

@@ -17,7 +17,10 @@ class Page:
         text = importlib.resources.files("jaxlm.serve").joinpath("page.html").read_text(encoding="utf8")
         about = json.dumps({"name": name, "mode": mode, "locked": locked}).replace("<", "\\u003c")
         self._body = text.replace("{{name}}", html.escape(name)).replace("{{about}}", about).encode("utf8", "replace")
-        sources = {tag: " ".join(_hash(part) for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)) for tag in ("script", "style")}
+        sources = {
+            tag: " ".join(_hash(part) for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
+            for tag in ("script", "style")
+        }
         policy = {
             "default-src": "'none'", "script-src": sources["script"], "style-src": sources["style"], "connect-src": "'self'",
             "img-src": "data:", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",

@@ -1,7 +1,6 @@
 """Vectors and labels of texts: what several clients send at a time is computed together, in a thread of its own."""
 
 import concurrent.futures
-import math
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +101,9 @@ class Rows:
             before = self.task.framer.truncated
             job = Job(rows, self.task.examples(rows), concurrent.futures.Future())
             if self.task.framer.truncated > before:
-                raise bad(f"a text has more than {self.task.length} tokens: the model reads no more", param, "context_length_exceeded")
+                raise bad(
+                    f"a text has more than {self.task.length} tokens: the model reads no more", param, "context_length_exceeded"
+                )
         if not self.alive:
             raise unavailable("the thread that computes vectors and labels has ended")
         try:

@@ -4,7 +4,6 @@ import asyncio
 import socket
 import time
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -13,6 +12,7 @@ from jaxlm.report.console import say
 from jaxlm.serve.app import make_app
 from jaxlm.serve.options import ServeOptions
 from jaxlm.serve.service import Service, serve_what
+from jaxlm.serve.speaking import open_engine, writes
 
 
 class Server(uvicorn.Server):
@@ -63,27 +63,16 @@ def serve(argument: str, options: ServeOptions) -> None:
     """Load a model and serve it until a signal says to stop. ValueError for what cannot be served."""
     with listen(options.host, options.port) as there:
         trained = load_model(argument)
-        service = serve_what(trained, options, start_engine(trained, options))
+        engine = open_engine(trained, options.slots, options.context, options.queue) if writes(trained) else None
+        service = serve_what(trained, options, engine)
         host = f"[{options.host}]" if ":" in options.host else options.host
         say(f"{service.name}: {', '.join(service.routes())}")
-        say(f"http://{host}:{there.getsockname()[1]}" + ("" if service.engine is None else "  (a page to write with; Ctrl-C stops)"))
+        say(
+            f"http://{host}:{there.getsockname()[1]}" + ("" if service.engine is None else "  (a page to write with; Ctrl-C stops)")
+        )
         try:
+            if engine is not None:
+                engine.start()
             Server(service).run(sockets=[there])
         finally:
             service.close()
-
-
-def start_engine(trained: Any, options: ServeOptions) -> Any:
-    """The running engine of a decoder that writes text; None for any other model."""
-    config = trained.model.config
-    if (config.architecture, config.head.kind) != ("decoder", "language_model"):
-        return None
-    from jaxlm.generate.engine import Engine, EngineConfig
-
-    context = min(options.context or config.positions, config.positions)
-    engine = Engine(
-        trained.model, trained.params, trained.mesh, trained.tokenizer.vocab_size,
-        EngineConfig(slots=options.slots, context=context, queue=options.queue),
-    )  # fmt: skip
-    engine.start()
-    return engine

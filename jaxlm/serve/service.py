@@ -10,6 +10,7 @@ from jaxlm.serve.asks import Asker, Limits
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.options import ServeOptions
 from jaxlm.serve.rows import Rows, labels_of, vectors_of
+from jaxlm.serve.speaking import chat_of
 from jaxlm.serve.tokens import TokenTexts
 
 STALLED = 120.0
@@ -80,22 +81,6 @@ class Service:
         for rows in (self.vectors, self.labels):
             if rows is not None:
                 rows.close()
-
-
-def chat_of(trained: Trained) -> tuple[Chat | None, bool]:
-    """The conversation's template of a model, and whether it was made for conversations. The run's, else the tokenizer's, else
-    the plain one of `jaxlm.data.chat`; None where the tokenizer's does not render."""
-    tokenizer = trained.tokenizer
-    try:
-        task: Any = trained.task()
-        if task.config.kind == "chat":
-            return task.chat, True
-    except ValueError:
-        pass  # pretrained: no task over rows
-    try:
-        return Chat(tokenizer), getattr(getattr(tokenizer, "hf", None), "chat_template", None) is not None
-    except ValueError:
-        return None, False
 
 
 def serve_what(trained: Trained, options: ServeOptions, engine: Any = None) -> Service:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxlm import config as configs
+from jaxlm.verbs.batches import generate_file
 from jaxlm.verbs.words import split_words
 
 
@@ -24,14 +25,22 @@ class GenerateOptions:
     """Draw among the fewest tokens that hold this probability."""
     seed: int = 0
     """The same seed gives the same text."""
+    file: str | None = None
+    """Many prompts instead: JSON lines with "prompt" or "messages", or a text a line (.txt)."""
+    out: str | None = None
+    """File of JSON lines to write their answers to; those that it holds are kept, so the same command goes on with it."""
 
     def __post_init__(self) -> None:
+        if (self.file is None) != (self.out is None):
+            raise ValueError("--file and --out belong together: prompts are read from one, answers written to the other")
+        if self.file is not None and self.prompt:
+            raise ValueError("give a prompt or a file of them, not both")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}: it must be at least 1")
 
 
 def generate(words: Sequence[str]) -> int:
-    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]: write text."""
+    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S] | --file FILE --out FILE: write text."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
     from jaxlm.data import StreamDecoder
@@ -39,6 +48,8 @@ def generate(words: Sequence[str]) -> int:
     from jaxlm.models import load_model
 
     sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
+    if options.file is not None and options.out is not None:
+        return generate_file(argument, options.file, options.out, sampling, options.max_tokens, options.seed)
     trained = load_model(argument)
     tokenizer = trained.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]

@@ -3,7 +3,7 @@ import threading
 import time
 
 import pytest
-from fake import FakeEngine, Live
+from fake_engine import FakeEngine, Live
 
 from jaxlm.data import Chat, TokenizerConfig, train_tokenizer
 from jaxlm.serve.options import ServeOptions
@@ -34,7 +34,9 @@ def fake_server(options=None, chats=True, **engine):
 
     tokenizer = train_tokenizer(TokenizerConfig("bytes"), [])
     engine = FakeEngine(**engine)
-    service = Service(options or ServeOptions(max_body=1 << 16, max_n=4, max_texts=8), "parrot", tokenizer, engine, Chat(tokenizer), chats)
+    service = Service(
+        options or ServeOptions(max_body=1 << 16, max_n=4, max_texts=8), "parrot", tokenizer, engine, Chat(tokenizer), chats
+    )
     with serving(service) as (url, server):
         yield Live(url, engine, service, server)
     engine.close()

@@ -10,13 +10,15 @@ from jaxlm.generate.request import Event, Full, Token
 
 
 class FakeEngine:
-    """Writes each prompt's tokens again and again, then ends with the first token of `stop` that it comes to.
+    """Writes `says`, or each prompt's tokens, again and again, then ends with the first token of `stop` that it comes to.
 
-    A prompt that begins with token 1 fails, as a model might in the middle of a text.
+    With `fails` it does so at a token 1 that is not the first, as a model might in the middle of a text.
     """
 
-    def __init__(self, slots=4, context=64, queue=64, delay=0.0):
+    def __init__(self, slots=4, context=64, queue=64, delay=0.0, says=None, fails=True):
         self.config = SimpleNamespace(slots=slots, context=context)
+        self.fails = fails
+        self.says = None if says is None else tuple(says.encode())
         self.queue, self.delay, self.alive, self.beat = queue, delay, True, 0.0
         self.lock = threading.Lock()
         self.numbers = itertools.count()
@@ -77,8 +79,9 @@ class FakeEngine:
                         del self.running[ticket]
                         tell(Event(ended="length"))
                 for ticket, (request, tell, at) in list(self.running.items()):
-                    following = request.prompt[at % len(request.prompt)]
-                    if following == 1 and at:
+                    text = self.says or request.prompt
+                    following = text[at % len(text)]
+                    if self.fails and following == 1 and at:
                         ended = Event(ended="error", reason="a made-up fault")
                     elif following in request.stop and at:
                         ended = Event(ended="stop")
