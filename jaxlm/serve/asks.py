@@ -16,13 +16,18 @@ TOP = 20
 STOPS = 16
 MESSAGES = 4096
 # What would change the answer and is not there: refused, so that nobody takes an answer for what it is not.
-_NEVER = {
+_NEVER: Mapping[str, Sequence[Any]] = {
     "logit_bias": ({},), "response_format": ({"type": "text"},), "guided_json": (), "guided_regex": (), "guided_choice": (),
     "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
 }  # fmt: skip
-_TOOLS = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto")}
-_TEMPLATES = {"chat_template": (), "chat_template_kwargs": ({},)}
-_MEDIA = {"modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": ()}
+_TOOLS: Mapping[str, Sequence[Any]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+}
+_TEMPLATES: Mapping[str, Sequence[Any]] = {"chat_template": (), "chat_template_kwargs": ({},)}
+_MEDIA: Mapping[str, Sequence[Any]] = {"modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": ()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ class ServeOptions:
             raise ValueError("timeout must be positive, and drain not negative")
         if not self.loopback and not self.key:
             raise ValueError(
-                f"host {self.host!r} can be reached from other machines: set an API key (${KEY} or --api-key), or listen on 127.0.0.1"
+                f"host {self.host!r} can be reached from other machines: set an API key (${KEY} or --api-key), or keep 127.0.0.1"
             )
 
     @property

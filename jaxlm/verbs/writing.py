@@ -40,7 +40,8 @@ class GenerateOptions:
 
 
 def generate(words: Sequence[str]) -> int:
-    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S] | --file FILE --out FILE: write text."""
+    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]: write text;
+    with --file FILE --out FILE for many prompts."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
     from jaxlm.data import StreamDecoder

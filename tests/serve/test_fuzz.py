@@ -79,7 +79,7 @@ def test_any_json_to_any_route(guarded):
 @pytest.mark.slow
 def test_much_json_to_any_route(guarded):
     live, client = guarded
-    send_anything(3000)(live, client)
+    send_anything(1000)(live, client)
     told = client.get(f"{live.url}/metrics").text
     for route in ("/v1/completions", "/v1/chat/completions"):
         for status in (200, 400, 405):
