@@ -58,6 +58,13 @@ class FakeEngine:
                 beat_s=self.beat, **self.counts,
             )  # fmt: skip
 
+    def start(self):
+        """It runs from the beginning."""
+
+    def run(self):
+        while self.stats().running + self.stats().waiting:
+            time.sleep(0.001)
+
     def close(self, drain_s=0.0):
         self.alive = False
         for ticket in [*self.waiting, *self.running]:
