@@ -48,7 +48,7 @@ State = TypeVar("State", bound="_Greedy | _Beams")
 def _search(advance: Callable[[State, Cache], tuple[State, Cache]], state: State, cache: Cache, T: int, chunk: int = 32) -> State:
     """`advance` until no text is open or T tokens are there. The cache grows meanwhile, by `chunk` tokens and then ever
     twice as many: what it costs follows how long the texts become, not how long they might."""
-    begin = cache.k_XBKSH.shape[3]
+    begin = cache.size
     room = chunk
     while True:
         size = begin + min(room, T)

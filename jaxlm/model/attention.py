@@ -20,8 +20,8 @@ from jaxlm.model.positions import rotate
 
 KeyValue = tuple[jax.Array, jax.Array]
 """Keys and values, heads before places as in the cache: (B, K, S, H) of one layer, (X, B, K, S, H) of all."""
-LayerCache = tuple[KeyValue, jax.Array, jax.Array | None]
-"""Keys and values of all layers, which layer this is, and which row holds what (`Cache.holder_BGS`)."""
+LayerCache = tuple[KeyValue, jax.Array | int, jax.Array | None]
+"""Keys and values of all layers or of this one, which layer this is, and which row holds what (`Cache.holder_BGS`)."""
 
 
 class Attention(nn.Module):
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         return core
 
     def __call__(
-        self, x_BLD: jax.Array, cache: LayerCache | None, local: jax.Array, mask: Mask,
+        self, x_BLD: jax.Array, cache: LayerCache | None, local: jax.Array | bool, mask: Mask,
         angles: tuple[Angles, Angles] | None, bias_BNLS: jax.Array | None,
     ) -> tuple[jax.Array, KeyValue | None]:  # fmt: skip
         """Attention of each token to its own text. `local` is whether this layer sees a window only, `angles` are
@@ -88,8 +88,8 @@ class Attention(nn.Module):
         core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
 
         kinds = set(c.layer_pattern)
-        if len(kinds) == 1:
-            mixed_BLNH = core(c.window if kinds == {"L"} else None)
+        if len(kinds) == 1 or isinstance(local, bool):
+            mixed_BLNH = core(c.window if kinds == {"L"} or local is True else None)
         else:  # which of the two a layer is, is known only within the scan over layers
             mixed_BLNH = jax.lax.cond(local, lambda: core(c.window), lambda: core(None))
         return self.out(mixed_BLNH), filled

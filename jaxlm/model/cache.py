@@ -1,10 +1,14 @@
 """The key/value cache of incremental decoding: plain pytrees of fixed size, filled from the front.
 
+Keys and values of all layers are one array, for layers that are scanned, or one array a layer, for layers that stand
+apart (`functions.apart`): an array that holds all must be cut for each layer, which on a CPU copies it.
+
 Letters: X layers · B batch · L new tokens · S key length · K key/value heads · H head width · G rows that one text has
 become (beams). Heads stand before places: the products of a step then read the cache as it lies.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -13,13 +17,16 @@ import jax.numpy as jnp
 from jaxlm.model.config import TransformerConfig
 from jaxlm.parallel.rules import constrain
 
+Layers = jax.Array | tuple[jax.Array, ...]
+"""(X, B, K, S, H) of all layers, or (B, K, S, H) of each."""
+
 
 @flax.struct.dataclass
 class Source:
     """What the layers of a decoder read of an encoder's text, computed once: keys, values, and where no padding is."""
 
-    k_XBKSH: jax.Array
-    v_XBKSH: jax.Array
+    k_XBKSH: Layers
+    v_XBKSH: Layers
     segments_BS: jax.Array | None = None
 
 
@@ -27,9 +34,10 @@ class Source:
 class Cache:
     """Keys and values of the tokens seen so far, `length` of them in every row."""
 
-    k_XBKSH: jax.Array
-    v_XBKSH: jax.Array
+    k_XBKSH: Layers
+    v_XBKSH: Layers
     length: jax.Array
+    """() of all rows, or (B,) of each."""
     start_B: jax.Array | None = None
     """Where each row's text begins; before it stands padding, which nothing sees. None: at 0."""
     holder_BGS: jax.Array | None = None
@@ -37,21 +45,35 @@ class Cache:
     source: Source | None = None
     """Of an encoder-decoder, once it has seen its encoder's text. It may have fewer rows: those of `spread` share one."""
 
+    @property
+    def size(self) -> int:
+        """How many tokens it has room for."""
+        return jax.tree.leaves(self.k_XBKSH)[0].shape[-2]
 
-def empty_cache(config: TransformerConfig, batch: int, size: int | None = None) -> Cache:
-    """A cache for `batch` rows of up to `size` tokens (default: the model's positions)."""
-    shape = (config.stacks["decoder"], batch, config.K, size or config.positions, config.H)
+    def map(self, change: Callable[[jax.Array], jax.Array]) -> "Cache":
+        """The same with other keys and values, each array of (…, B, K, S, H) changed."""
+        k, v = jax.tree.map(change, (self.k_XBKSH, self.v_XBKSH))
+        return dataclasses.replace(self, k_XBKSH=k, v_XBKSH=v)
+
+
+def empty_cache(config: TransformerConfig, batch: int, size: int | None = None, *, apart: bool = False) -> Cache:
+    """A cache for `batch` rows of up to `size` tokens (default: the model's positions), for layers that stand `apart` or not."""
+    layers, shape = config.stacks["decoder"], (batch, config.K, size or config.positions, config.H)
+
     # Two arrays, not one twice: a jitted step that donates the cache may not be given a buffer twice.
-    k, v = (constrain(jnp.zeros(shape, config.dtype), "XBKSH") for _ in range(2))
-    return Cache(k, v, jnp.zeros((), jnp.int32))
+    def zeros() -> Layers:
+        if apart:
+            return tuple(constrain(jnp.zeros(shape, config.dtype), "BKSH") for _ in range(layers))
+        return constrain(jnp.zeros((layers, *shape), config.dtype), "XBKSH")
+
+    return Cache(zeros(), zeros(), jnp.zeros((), jnp.int32))
 
 
 def grow(cache: Cache, size: int) -> Cache:
     """The same with room for `size` tokens."""
-    more = size - cache.k_XBKSH.shape[3]
+    more = size - cache.size
     assert more >= 0, "a cache does not shrink"
-    k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]) for x in (cache.k_XBKSH, cache.v_XBKSH))
-    cache = dataclasses.replace(cache, k_XBKSH=k, v_XBKSH=v)
+    cache = cache.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]))
     if cache.holder_BGS is None:
         return cache
     rows, times, old = cache.holder_BGS.shape
@@ -60,25 +82,34 @@ def grow(cache: Cache, size: int) -> Cache:
 
 
 def extend(
-    all_XBKSH: jax.Array, new_BLKH: jax.Array, layer: jax.Array, length: jax.Array, holder_BGS: jax.Array | None
+    held: jax.Array, new_BLKH: jax.Array, layer: jax.Array | int, length: jax.Array, holder_BGS: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """`new_BLKH` written behind the `length` tokens of a layer; what that layer holds then, (B, S, K, H)."""
-    new = jnp.swapaxes(new_BLKH, 1, 2)[None]
-    all_XBKSH = jax.lax.dynamic_update_slice(all_XBKSH, new, (layer, 0, 0, length, 0))
-    held_BKSH = jax.lax.dynamic_index_in_dim(all_XBKSH, layer, keepdims=False)
+    """`new_BLKH` written behind the `length` tokens of a layer, in what all layers hold or this one; what this one holds
+    then, (B, S, K, H)."""
+    new_BKLH = jnp.swapaxes(new_BLKH, 1, 2)
+    if held.ndim == 5:
+        assert length.ndim == 0, "rows of different lengths need layers that stand apart"
+        held = jax.lax.dynamic_update_slice(held, new_BKLH[None], (layer, 0, 0, length, 0))
+        held_BKSH = jax.lax.dynamic_index_in_dim(held, layer, keepdims=False)
+    else:
+        if length.ndim:
+            held = jax.vmap(lambda row, new, place: jax.lax.dynamic_update_slice(row, new, (0, place, 0)))(held, new_BKLH, length)
+        else:
+            held = jax.lax.dynamic_update_slice(held, new_BKLH, (0, 0, length, 0))
+        held_BKSH = held
     if holder_BGS is not None:
         grouped = held_BKSH.reshape(*holder_BGS.shape[:2], *held_BKSH.shape[1:])
         grouped = jnp.take_along_axis(grouped, holder_BGS[:, :, None, :, None], axis=1)
         held_BKSH = grouped.reshape(held_BKSH.shape)
-    return all_XBKSH, jnp.swapaxes(held_BKSH, 1, 2)
+    return held, jnp.swapaxes(held_BKSH, 1, 2)
 
 
 def spread(cache: Cache, times: int) -> Cache:
     """Each row `times` times, one behind the other; they go on sharing their source."""
-    k, v = (constrain(jnp.repeat(x, times, axis=1), "XBKSH") for x in (cache.k_XBKSH, cache.v_XBKSH))
     start_B = None if cache.start_B is None else jnp.repeat(cache.start_B, times)
-    _, rows, _, size, _ = cache.k_XBKSH.shape
-    return dataclasses.replace(cache, k_XBKSH=k, v_XBKSH=v, start_B=start_B, holder_BGS=_itself(rows, times, size))
+    rows = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4]
+    cache = cache.map(lambda x: constrain(jnp.repeat(x, times, axis=-4), "XBKSH"[-x.ndim :]))
+    return dataclasses.replace(cache, start_B=start_B, holder_BGS=_itself(rows, times, cache.size))
 
 
 def _itself(rows: int, times: int, size: int) -> jax.Array:

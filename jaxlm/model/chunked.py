@@ -136,7 +136,7 @@ def stream_forward(
     """Of q (B, K, G, L, H), scaled, and k, v (B, K, S, H), whole blocks each: what is mixed, like q, and the logarithm of
     the sum of all weights (B, K, G, L) in float32; where a query sees no key, that is float32's lowest number."""
     before, after = sight(mask)
-    seen = 0 if mask.seen is None else mask.seen
+    seen = jnp.int32(0) if mask.seen is None else mask.seen
     low = float(jnp.finfo(jnp.float32).min)
 
     def rows(_: None, i: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -155,8 +155,9 @@ def stream_forward(
             total_BKGL = total_BKGL * shrink_BKGL + jnp.sum(weights, axis=-1)
             return higher_BKGL, total_BKGL, mixed_BKGLH * shrink_BKGL[..., None] + added
 
-        first = i * plan.rows + seen
-        start, stop = _span(first, first + plan.rows - 1, before, after, plan.keys, k.shape[2] // plan.keys)
+        # Rows that have seen different numbers of tokens go through the blocks of all of them.
+        first, last = i * plan.rows + jnp.min(seen), (i + 1) * plan.rows - 1 + jnp.max(seen)
+        start, stop = _span(first, last, before, after, plan.keys, k.shape[2] // plan.keys)
         zeros = jnp.zeros_like(q_BKGLH, dtype=jnp.float32)
         carry = (zeros[..., 0] + low, zeros[..., 0], zeros)
         most, total, mixed = jax.lax.fori_loop(start, stop, keys, carry)
@@ -177,7 +178,7 @@ def stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     """Gradients of q, k, v and the bias in float32, from what the forward pass was given and gave."""
     q, k, v, bias, mask, mixed, logs = saved
     before, after = sight(mask)
-    seen = 0 if mask.seen is None else mask.seen
+    seen = jnp.int32(0) if mask.seen is None else mask.seen
     along = jnp.sum(grad.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
 
     def keys(carry: tuple[Any, ...], j: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, jax.Array]]:
@@ -205,8 +206,8 @@ def stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
             return dq, dbias, dk_BKSH, dv_BKSH
 
         # The queries that see a key are those for which it lies within sight: before and after change places.
-        first = j * plan.keys - seen
-        start, stop = _span(first, first + plan.keys - 1, after, before, plan.rows, q.shape[3] // plan.rows)
+        first, last = j * plan.keys - jnp.max(seen), (j + 1) * plan.keys - 1 - jnp.min(seen)
+        start, stop = _span(first, last, after, before, plan.rows, q.shape[3] // plan.rows)
         none = jnp.zeros_like(k_BKSH, dtype=jnp.float32)
         dq, dbias, dk_BKSH, dv_BKSH = jax.lax.fori_loop(start, stop, rows, (*carry, none, none))
         return (dq, dbias), (dk_BKSH, dv_BKSH)

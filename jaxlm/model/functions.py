@@ -43,6 +43,18 @@ class Model:
     def _abstract(self) -> Params:
         return jax.eval_shape(self._boxed, jax.random.key(0))
 
+    def apart(self, params: Params) -> Params:
+        """The same parameters with each layer of the decoder for itself, for decoding: layers that are one array must be
+        cut out of it at each step, which on a CPU takes longer than multiplying by them. Pure; what `apply` is given then
+        comes with a cache of layers `apart`."""
+        config, transformer = self.config, params["transformer"]
+        stack, count = transformer["decoder"], config.stacks["decoder"]
+        layers = [
+            stack["layers"] if config.share_layers else jax.tree.map(lambda leaf, x=x: leaf[x], stack["layers"])
+            for x in range(count)
+        ]
+        return {**params, "transformer": {**transformer, "decoder": {**stack, "layers": tuple(layers)}}}
+
     @property
     def shapes(self) -> Params:
         return nn.unbox(self._abstract)

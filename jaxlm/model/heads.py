@@ -190,10 +190,15 @@ class LanguageModel(nn.Module):
         """The last hidden states (B, L, D)."""
         return self.transformer(batch).hidden_BLD
 
-    def __call__(self, batch: Batch, cache: Cache | None = None, last: bool = False) -> tuple[jax.Array, Cache | None]:
-        """Float32 logits (B, L, V), with `last` of the last place only (B, 1, V), and the cache."""
+    def __call__(
+        self, batch: Batch, cache: Cache | None = None, last: bool = False, at_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Float32 logits (B, L, V), with `last` of the last place only (B, 1, V), with `at_B` of one place of each row,
+        and the cache."""
         output = self.transformer(batch, cache)
         hidden_BLD = output.hidden_BLD[:, -1:] if last else output.hidden_BLD
+        if at_B is not None:
+            hidden_BLD = jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)
         parts = self.head(hidden_BLD, self.transformer.embed.table)
         if self.config.head.pair and self.is_initializing():
             self.pair(output.hidden_BLD[:, 0])

@@ -80,7 +80,8 @@ def _attend(
     if chosen == "cudnn":
         return cudnn(q_BLNH, k_BSKH, v_BSKH, mask, scale, bias_BNLS)
     if chosen == "chunked":
-        return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS)
+        # Of a cache only the blocks up to the longest text are read: small ones follow its length closely.
+        return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, block=512 if mask.seen is None else 128)
     return xla(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, drop)
 
 

@@ -81,12 +81,6 @@ def sinusoids(positions_BL: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def distances(length: int, size: int, seen: jax.Array | None) -> jax.Array:
-    """Place of each key less that of each query, (L, S) int32. Within a document that is their distance."""
-    query_L = jnp.arange(length, dtype=jnp.int32) + (0 if seen is None else seen)
-    return jnp.arange(size, dtype=jnp.int32)[None, :] - query_L[:, None]
-
-
 class RelativeBias(nn.Module):
     """A learned number a head and bucket of relative positions, added to the scores of every layer
     (Raffel et al. 2020, "T5", §2.1)."""
@@ -95,36 +89,36 @@ class RelativeBias(nn.Module):
     causal: bool
 
     @nn.compact
-    def __call__(self, distances_LS: jax.Array) -> jax.Array:
+    def __call__(self, distances_BLS: jax.Array) -> jax.Array:
         c = self.config
         table_RN = parameter(self, "table", "RN", nn.initializers.normal(c.init_std))
-        buckets_LS = relative_buckets(distances_LS, self.causal, c.relative_buckets, c.relative_distance)
-        return jnp.moveaxis(jnp.take(table_RN.astype(jnp.float32), buckets_LS, axis=0), 2, 0)[None]
+        buckets_BLS = relative_buckets(distances_BLS, self.causal, c.relative_buckets, c.relative_distance)
+        return jnp.moveaxis(jnp.take(table_RN.astype(jnp.float32), buckets_BLS, axis=0), 3, 1)
 
 
-def relative_buckets(distances_LS: jax.Array, causal: bool, buckets: int, farthest: int) -> jax.Array:
+def relative_buckets(distances: jax.Array, causal: bool, buckets: int, farthest: int) -> jax.Array:
     """Bucket of each distance: one each for the near half of them, then ever wider ones up to `farthest`.
 
     Where keys may stand after their query, they have half of the buckets for themselves.
     """
-    offset = jnp.zeros_like(distances_LS)
+    offset = jnp.zeros_like(distances)
     if causal:
-        apart = jnp.maximum(-distances_LS, 0)
+        apart = jnp.maximum(-distances, 0)
     else:
         buckets //= 2
-        offset = jnp.where(distances_LS > 0, buckets, 0).astype(jnp.int32)
-        apart = jnp.abs(distances_LS)
+        offset = jnp.where(distances > 0, buckets, 0).astype(jnp.int32)
+        apart = jnp.abs(distances)
     near = buckets // 2
     ratio = jnp.log(jnp.maximum(apart, 1).astype(jnp.float32) / near) / math.log(farthest / near)
     far = near + (ratio * (buckets - near)).astype(jnp.int32)
     return offset + jnp.where(apart < near, apart, jnp.minimum(far, buckets - 1))
 
 
-def alibi(distances_LS: jax.Array, heads: int) -> jax.Array:
-    """(1, N, L, S): a penalty that grows with the distance, by a slope of each head's own (Press et al. 2022,
+def alibi(distances_BLS: jax.Array, heads: int) -> jax.Array:
+    """(1 or B, N, L, S): a penalty that grows with the distance, by a slope of each head's own (Press et al. 2022,
     "Train Short, Test Long", §3; other numbers of heads than powers of two as in the released code)."""
     whole = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
     slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
-    far_LS = jnp.abs(distances_LS).astype(jnp.float32)
-    return -jnp.asarray(slopes, jnp.float32)[None, :, None, None] * far_LS[None, None]
+    far_BLS = jnp.abs(distances_BLS).astype(jnp.float32)
+    return -jnp.asarray(slopes, jnp.float32)[None, :, None, None] * far_BLS[:, None]

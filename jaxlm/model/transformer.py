@@ -20,10 +20,10 @@ from jaxlm.model.attention import Attention, KeyValue
 from jaxlm.model.cache import Cache, Source
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm, divisor
-from jaxlm.model.mask import Mask
+from jaxlm.model.mask import Mask, distances, places
 from jaxlm.model.moe import Moe
 from jaxlm.model.pipeline import pipelined, stages
-from jaxlm.model.positions import RelativeBias, alibi, distances, rotary_angles, sinusoids
+from jaxlm.model.positions import RelativeBias, alibi, rotary_angles, sinusoids
 from jaxlm.parallel.rules import gathered
 
 Batch = Mapping[str, Any]
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, layer: jax.Array, local: jax.Array, source: KeyValue | None, context: Context
+        self, carry: Carry, layer: jax.Array | int, local: jax.Array | bool, source: KeyValue | None, context: Context
     ) -> tuple[Carry, tuple[KeyValue | None, jax.Array]]:
         """`layer` is its number, `local` whether it sees a window only, `source` what its cache holds of the encoder's
         text. Returns, beside the carry, what the cache should hold of a text that was read now, and the router's loss."""
@@ -139,23 +139,27 @@ class Stack(nn.Module):
         """`batch` gives `segments_BL`, `positions_BL` and `types_BL` where it has them; `read` are an encoder's
         hidden states and batch, which the cache keeps for later calls."""
         c, length = self.config, x_BLW.shape[1]
-        place_L = jnp.arange(length, dtype=jnp.int32) + (0 if cache is None else cache.length)
+        place_BL = places(length, None if cache is None else cache.length)
         positions_BL = batch.get("positions_BL")
         if positions_BL is None:
-            positions_BL = place_L[None, :]
+            positions_BL = place_BL
             if cache is not None and cache.start_B is not None:
                 positions_BL = jnp.maximum(positions_BL - cache.start_B[:, None], 0)
         x_BLD = self._embed(x_BLW, positions_BL, batch.get("types_BL"))
-        context = self._context(batch, place_L, positions_BL, cache, read)
+        context = self._context(batch, place_BL, positions_BL, cache, read)
 
         if stages() > 1 and cache is None and not self.is_initializing() and not c.share_layers:
             x_BLD, auxiliary = self._in_stages(x_BLD, context)
             return Output(self._end(x_BLD), None, auxiliary)
-        stack = self._scanned()(c, self.train, name="layers")
         kv = None if cache is None else (cache.k_XBKSH, cache.v_XBKSH)
         source = None if cache is None or cache.source is None or read is not None else (cache.source.k_XBKSH, cache.source.v_XBKSH)
-        layer_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
-        (x_BLD, kv), (kept, auxiliary_X) = stack((x_BLD, kv), layer_X, local_X, source, context)
+        layers = None if self.is_initializing() else self.variables["params"]["layers"]
+        if isinstance(layers, tuple):
+            (x_BLD, kv), (kept, auxiliary_X) = self._apart(layers, (x_BLD, kv), source, context)
+        else:
+            stack = self._scanned()(c, self.train, name="layers")
+            layer_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
+            (x_BLD, kv), (kept, auxiliary_X) = stack((x_BLD, kv), layer_X, local_X, source, context)
         x_BLD = self._end(x_BLD)
         if cache is not None:
             assert kv is not None, "layers given a cache return it"
@@ -185,11 +189,11 @@ class Stack(nn.Module):
         return gathered(x_BLD if c.norm_position == "post" else Norm(c, c.norm, name="final_norm")(x_BLD))
 
     def _context(
-        self, batch: Batch, place_L: jax.Array, positions_BL: jax.Array, cache: Cache | None, read: tuple[jax.Array, Batch] | None
+        self, batch: Batch, place_BL: jax.Array, positions_BL: jax.Array, cache: Cache | None, read: tuple[jax.Array, Batch] | None
     ) -> Context:
-        c, length = self.config, place_L.shape[0]
+        c, length = self.config, place_BL.shape[1]
         segments_BL = batch.get("segments_BL")
-        seen, size = (None, length) if cache is None else (cache.length, cache.k_XBKSH.shape[3])
+        seen, size = (None, length) if cache is None else (cache.length, cache.size)
         assert segments_BL is None or seen is None, "packed rows are for training: a cache holds one document a row"
         holder_BGS = None if cache is None else cache.holder_BGS
         mask = Mask(segments_BL, segments_BL, seen, batch.get("prefix_B"), causal=self.causal)
@@ -198,7 +202,7 @@ class Stack(nn.Module):
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
         elif cache is not None and cache.start_B is not None:
             # Padding sees padding, so that no row of scores is empty.
-            query, key = ((p[None, :] >= cache.start_B[:, None]).astype(jnp.int32) for p in (place_L, jnp.arange(size)))
+            query, key = ((p >= cache.start_B[:, None]).astype(jnp.int32) for p in (place_BL, places(size, None)))
             context = dataclasses.replace(context, mask=Mask(query, key, seen, causal=self.causal))
         if c.position == "rotary":
             angles = rotary_angles(positions_BL, c, c.rope.theta, segments_BL)
@@ -216,6 +220,24 @@ class Stack(nn.Module):
         elif cache is not None and cache.source is not None:
             context = dataclasses.replace(context, read_mask=Mask(None, cache.source.segments_BS, causal=False))
         return context
+
+    def _apart(self, layers: tuple[Any, ...], carry: Any, source: Any, context: Context) -> tuple[Any, tuple[Any, jax.Array]]:
+        """The same as the scan over layers, of layers that have parameters and caches of their own."""
+        c, (x_BLD, cache) = self.config, carry
+        one_by_one = [None] * self.layers
+        kv_X, source_X = (one_by_one if both is None else list(zip(*both, strict=True)) for both in (cache, source))
+        kept_X, losses = [], []
+        for layer, local in enumerate(c.local(self.layers)):
+            (x_BLD, kv_X[layer]), (kept, loss) = Block(c, self.train).apply(
+                {"params": layers[layer]}, (x_BLD, kv_X[layer]), layer, bool(local), source_X[layer], context
+            )
+            kept_X.append(kept)
+            losses.append(loss)
+
+        def both(parts: list[Any]) -> Any:
+            return None if parts[0] is None else tuple(zip(*parts, strict=True))
+
+        return (x_BLD, both(kv_X)), (both(kept_X), jnp.stack(losses))
 
     def _in_stages(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """The layers as stages of a pipeline, which are pure functions of their part of the stacked parameters."""

@@ -39,13 +39,13 @@ class Answer:
         try:
             for i in range(len(self._ask.requests)):
                 for first in self.opening():
-                    yield self._event(self._chunk(i, first, None, None))
+                    yield self._event(self._chunk(choices, i, first, None, None))
             async for piece in choices.pieces():
                 told = self._told(piece.index, piece.tokens) if piece.tokens else None
                 if piece.text or piece.tokens:
-                    yield self._event(self._chunk(piece.index, self.part(piece.text), told, None))
+                    yield self._event(self._chunk(choices, piece.index, self.part(piece.text), told, None))
                 if piece.finish is not None:
-                    yield self._event(self._chunk(piece.index, self.part(None), None, piece.finish))
+                    yield self._event(self._chunk(choices, piece.index, self.part(None), None, piece.finish))
             if self._ask.usage:
                 yield self._event({**self._head, "object": self.chunk_kind, "choices": [], "usage": self._usage(choices)})
             yield b"data: [DONE]\n\n"
@@ -54,9 +54,9 @@ class Answer:
         finally:
             choices.close()
 
-    def _chunk(self, index: int, body: dict[str, Any], told: Any, finish: str | None) -> dict[str, Any]:
+    def _chunk(self, choices: Choices, index: int, body: dict[str, Any], told: Any, finish: str | None) -> dict[str, Any]:
         choice = {"index": index, **body, "logprobs": told, "finish_reason": finish}
-        usage = {"usage": None} if self._ask.usage else {}
+        usage = {"usage": self._usage(choices) if self._ask.usage_each else None} if self._ask.usage else {}
         return {**self._head, "object": self.chunk_kind, "choices": [choice], **usage}
 
     def _event(self, value: dict[str, Any]) -> bytes:

@@ -8,11 +8,10 @@ from typing import Any
 from jaxlm.data import Chat, Tokenizer
 from jaxlm.generate import SampleConfig
 from jaxlm.generate.request import Request
+from jaxlm.generate.slots import TOP
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.speaking import turns_of
 
-TOP = 20
-"""Most likeliest tokens told with each token."""
 STOPS = 16
 MESSAGES = 4096
 # What would change the answer and is not there: refused, so that nobody takes an answer for what it is not.
@@ -42,6 +41,8 @@ class Ask:
     stream: bool = False
     usage: bool = False
     """The stream ends with how many tokens there were."""
+    usage_each: bool = False
+    """Each of its chunks says how many there are so far."""
     trim: bool = False
     """White space at the beginning of a text is left out."""
     echoes: tuple[str, ...] | None = None
@@ -67,7 +68,6 @@ class Asker:
     def __init__(self, tokenizer: Tokenizer, chat: Chat | None, stop_ids: Sequence[int], limits: Limits):
         self.tokenizer, self.chat, self.limits = tokenizer, chat, limits
         self._stop_ids = frozenset([tokenizer.eos_id, *stop_ids])
-        self._sampling = {field.name for field in dataclasses.fields(SampleConfig)}
 
     def completion(self, body: Mapping[str, Any], owner: str) -> Ask:
         """Of `/v1/completions`. ApiError for what cannot be answered."""
@@ -152,9 +152,7 @@ class Asker:
         }  # fmt: skip
         given["top_k"] = given["top_k"] if (given["top_k"] or 0) > 0 else None  # 0 and −1: off, as others spell it
         given["top_p"] = max(given["top_p"], 1e-6)  # 0: the likeliest token alone
-        for name in given.keys() - self._sampling:
-            fields.refuse({name: (0, 1 if name == "repetition_penalty" else 0.0)}, "the sampler has no such setting")
-        return SampleConfig(**{name: value for name, value in given.items() if name in self._sampling})
+        return SampleConfig(**given)
 
     def _ask(
         self, fields: Fields, requests: tuple[Request, ...], prompts: Sequence[Sequence[int]], stop: tuple[str, ...], **more: Any
@@ -164,8 +162,8 @@ class Asker:
             raise bad("stream_options needs stream: true", "stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad('stream_options must be an object such as {"include_usage": true}', "stream_options")
-        usage = Fields(options or {}).flag("include_usage")
-        return Ask(requests, sum(map(len, prompts)), stop, stream, usage, **more)
+        usage, each = (Fields(options or {}).flag(name) for name in ("include_usage", "continuous_usage_stats"))
+        return Ask(requests, sum(map(len, prompts)), stop, stream, usage, usage and each, **more)
 
 
 def _messages(given: Any) -> list[dict[str, str]]:

@@ -52,6 +52,8 @@ class Choices:
         self._texts = [_Text(i, tokenizer, ask) for i in range(len(ask.requests))]
         self._tickets: dict[int, Any] = {}
         """Of the texts that are not ended."""
+        if not engine.stats().alive:
+            raise unavailable("the engine has ended: the server must be started again")
         try:
             for i, request in enumerate(ask.requests):
                 self._tickets[i] = engine.submit(request, self._teller(i))
@@ -61,8 +63,6 @@ class Choices:
                 raise busy("the server is busy: its queue is full, try again in a moment") from None
             if isinstance(error, ValueError):
                 raise bad(str(error)) from None
-            if isinstance(error, RuntimeError):
-                raise unavailable(f"the engine takes no requests: {error}") from None
             raise
         self._timer = self._loop.call_later(timeout, self._events.put_nowait, None)
 

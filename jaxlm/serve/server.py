@@ -1,12 +1,15 @@
 """A server from its start to its end: what is asked to stop lets running texts end."""
 
 import asyncio
+import queue
 import socket
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
+from jaxlm.generate.request import Event, Request
 from jaxlm.models import load_model
 from jaxlm.report.console import say
 from jaxlm.serve.app import make_app
@@ -73,6 +76,16 @@ def serve(argument: str, options: ServeOptions) -> None:
         try:
             if engine is not None:
                 engine.start()
+                _warm(engine, service)
             Server(service).run(sockets=[there])
         finally:
             service.close()
+
+
+def _warm(engine: Any, service: Service) -> None:
+    """Compile before the first client comes, whose request would wait for it; RuntimeError where the model does not compute."""
+    ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine.submit(Request((service.tokenizer.bos_id,), 1), ended.put)
+    event = ended.get()
+    if event.ended == "error":
+        raise RuntimeError(f"the model failed: {event.reason}")

@@ -142,7 +142,8 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling:
             def tell(event: Event) -> None:
                 nonlocal count
                 if event.ended == "error":
-                    raise RuntimeError(f"line {index}: {event.reason}")
+                    failed.append(f"line {index}: {event.reason}")
+                    return
                 parts.extend(stream.push(token.id) for token in event.tokens)
                 count += len(event.tokens)
                 if stream.stopped is not None and index in tickets:
@@ -155,6 +156,7 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling:
             return tell
 
         tickets: dict[int, Any] = {}
+        failed: list[str] = []
         while waiting:
             while waiting:
                 index, request = waiting[-1]
@@ -164,6 +166,8 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling:
                     break
                 waiting.pop()
             engine.run()
+            if failed:
+                raise RuntimeError(f"the model failed, and {len(failed)} answers are missing; {failed[0]}")
 
     return start
 

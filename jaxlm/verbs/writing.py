@@ -23,6 +23,16 @@ class GenerateOptions:
     """Draw among this many most likely tokens."""
     top_p: float | None = None
     """Draw among the fewest tokens that hold this probability."""
+    min_p: float | None = None
+    """Draw among tokens at least this share as likely as the likeliest."""
+    typical_p: float | None = None
+    """Draw among the tokens whose surprise is nearest to the expected one, until they hold this probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that were seen, and multiplies negative ones; 1: none."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that were written."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit each time that it was written."""
     seed: int = 0
     """The same seed gives the same text."""
     file: str | None = None
@@ -40,7 +50,7 @@ class GenerateOptions:
 
 
 def generate(words: Sequence[str]) -> int:
-    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S]: write text;
+    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S] …: write text;
     with --file FILE --out FILE for many prompts."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
@@ -48,7 +58,7 @@ def generate(words: Sequence[str]) -> int:
     from jaxlm.generate import Generator, SampleConfig
     from jaxlm.models import load_model
 
-    sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
+    sampling = SampleConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SampleConfig)})
     if options.file is not None and options.out is not None:
         return generate_file(argument, options.file, options.out, sampling, options.max_tokens, options.seed)
     trained = load_model(argument)

@@ -91,6 +91,28 @@ def test_rows_that_take_each_others_place_are_the_texts_they_then_are(case):
     np.testing.assert_allclose(logits[:, 0], full(params, batch_of(reads, history, source))[:, -1], atol=1e-5)
 
 
+def test_rows_of_different_length_go_on_from_their_own_ends(case):
+    """Layers and caches apart; rows that hold 5 and 2 tokens read 3 more, then 1: the logits of each text read at once,
+    by the plain and by the blockwise kernel."""
+    model, params, reads, full, _ = case
+    ids = tokens(2, 12, seed=6)
+    expected = full(params, batch_of(reads, ids))
+    for kernel in ("xla", "chunked"):
+        own = Model(dataclasses.replace(model.config, kernel=kernel))
+        apply, layers = jax.jit(own.apply), jax.jit(model.apart)(params)
+        cache = empty_cache(model.config, 2, 12, apart=True)
+        _, cache = apply(layers, batch_of(reads, ids[:, :5]), cache)
+        seen_B = np.array([5, 2], np.int32)
+        cache = dataclasses.replace(cache, length=seen_B)
+        for size in (3, 1):
+            piece = np.stack([text[seen : seen + size] for text, seen in zip(ids, seen_B, strict=True)])
+            logits, cache = apply(layers, {"tokens_BL": piece}, cache)
+            for row, seen in enumerate(seen_B):
+                np.testing.assert_allclose(logits[row], expected[row, seen : seen + size], atol=1e-5)
+            seen_B = seen_B + size
+        np.testing.assert_array_equal(cache.length, [9, 6])
+
+
 def test_the_last_place_alone_has_the_logits_of_all():
     model, batch = Model(PAIR), batch_of(True, tokens(2, 5))
     last, full = jax.jit(lambda p: (model.apply(p, batch, last=True)[0], model.apply(p, batch)[0]))(drawn(model))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlm.model import RotaryConfig, TransformerConfig
-from jaxlm.model.positions import alibi, distances, relative_buckets, rotary_angles, rotary_frequencies, rotate, sinusoids
+from jaxlm.model.mask import distances
+from jaxlm.model.positions import alibi, relative_buckets, rotary_angles, rotary_frequencies, rotate, sinusoids
 
 CONFIG = TransformerConfig(vocab_size=8, positions=64, width=64, heads=4, position="rotary")  # heads of 16
 
@@ -102,8 +103,10 @@ def test_dynamic_needs_more_than_one_pair():
 
 
 def test_distances_count_on_behind_a_cache():
-    np.testing.assert_array_equal(distances(2, 4, None), [[0, 1, 2, 3], [-1, 0, 1, 2]])
-    np.testing.assert_array_equal(distances(2, 4, jnp.int32(2)), [[-2, -1, 0, 1], [-3, -2, -1, 0]])
+    np.testing.assert_array_equal(distances(2, 4, None), [[[0, 1, 2, 3], [-1, 0, 1, 2]]])
+    np.testing.assert_array_equal(distances(2, 4, jnp.int32(2)), [[[-2, -1, 0, 1], [-3, -2, -1, 0]]])
+    each = distances(2, 4, jnp.array([2, 0], jnp.int32))
+    np.testing.assert_array_equal(each, [[[-2, -1, 0, 1], [-3, -2, -1, 0]], [[0, 1, 2, 3], [-1, 0, 1, 2]]])
 
 
 def test_alibi_by_hand():

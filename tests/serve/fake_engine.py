@@ -20,7 +20,7 @@ class FakeEngine:
         self.fails = fails
         self.says = None if says is None else tuple(says.encode())
         self.queue, self.delay, self.alive, self.beat = queue, delay, True, 0.0
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.numbers = itertools.count()
         self.waiting, self.running, self.cancelled = {}, {}, []
         self.counts = {"prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "requests": 0}
@@ -33,8 +33,6 @@ class FakeEngine:
         if len(request.prompt) + request.max_tokens > self.config.context:
             raise ValueError(f"{len(request.prompt)} + {request.max_tokens} tokens: the context is {self.config.context}")
         with self.lock:
-            if not self.alive:
-                raise RuntimeError("it has ended")
             if len(self.waiting) >= self.queue:
                 raise Full
             ticket = next(self.numbers)

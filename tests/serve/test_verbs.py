@@ -22,7 +22,7 @@ def engine(monkeypatch):
     tokenizer = train_tokenizer(TokenizerConfig("bytes"), [])
     config = types.SimpleNamespace(architecture="decoder", positions=64)
     model = types.SimpleNamespace(config=config)
-    trained = types.SimpleNamespace(model=model, tokenizer=tokenizer, name="parrot", stop_ids=lambda: [])
+    trained = types.SimpleNamespace(model=model, tokenizer=tokenizer, name="parrot", stop_ids=list)
     made = FakeEngine(context=64)
     monkeypatch.setattr(models, "load_model", lambda argument: trained)
     monkeypatch.setattr(speaking, "open_engine", lambda *_, **__: made)

@@ -1,0 +1,383 @@
+"""Continuous batching: requests come and go at any time, and all that run are advanced together (Yu et al. 2022, "Orca")."""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.generate.request import Ended, Event, Full, Request, Tell, Token
+from jaxlm.generate.slots import BURST, STOPS, TOP, Burst, Decoder, Scores, Slots, filled, pieces, row_of
+from jaxlm.model import Model, Params
+from jaxlm.parallel import settle
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine holds at once."""
+
+    slots: int = 8
+    """Texts that are written at the same time."""
+    context: int = 2048
+    """Most tokens of a prompt with its text; at most the model's positions."""
+    queue: int = 256
+    """Most requests that wait."""
+    chunk: int = 128
+    """Tokens of a prompt that are read at once: between two such pieces the other texts go on."""
+    burst_s: float = 0.05
+    """Seconds that texts are advanced without a look at what has come; the smoother they stream, the shorter."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("context", 2), ("queue", 1), ("chunk", 8)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """What an engine does now, and has done since it began."""
+
+    running: int
+    waiting: int
+    slots: int
+    requests: int
+    prompt_tokens: int
+    reused_tokens: int
+    """Of prompts: those whose keys and values another request had left."""
+    new_tokens: int
+    alive: bool
+    """Its thread, if it has one, runs."""
+    beat_s: float
+    """Since it last did something, or saw that there is nothing to do."""
+
+
+class Ticket:
+    """A request that was taken."""
+
+    def __init__(self, request: Request, tell: Tell):
+        self.request, self.cancelled, self._tell = request, False, tell
+        self.over = False
+
+    def tell(self, event: Event) -> None:
+        """A listener that fails is a fault of its own and stops nobody else."""
+        self.over = event.ended is not None
+        try:
+            self._tell(event)
+        except Exception:
+            _log.exception("a listener failed")
+            self.cancelled = True
+
+
+@dataclasses.dataclass
+class _Seat:
+    """A slot as the host knows it."""
+
+    ticket: Ticket | None = None
+    todo: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    """Pieces of the prompt that are still to be read."""
+    held: tuple[int, ...] = ()
+    """Whole pieces of a prompt whose keys and values it holds."""
+    used: int = 0
+    """When it was last taken."""
+    scores: list[Token] = dataclasses.field(default_factory=list)
+    """Of the prompt's tokens, until all of them are there."""
+
+    @property
+    def running(self) -> bool:
+        return self.ticket is not None and not self.todo
+
+
+class Engine:
+    """Texts of many requests from one model, each as if it were alone.
+
+    `start()` has a thread of its own do the work; `run()` does it here until nothing is left. `vocab_size` is the
+    tokenizer's. Raises ValueError for a model that does not write text.
+    """
+
+    def __init__(self, model: Model, params: Params, mesh: jax.sharding.Mesh, vocab_size: int, config: EngineConfig | None = None):
+        kind = (model.config.architecture, model.config.head.kind)
+        if kind != ("decoder", "language_model"):
+            raise ValueError(f"text is written by architecture decoder with head language_model, not by {kind[0]} with {kind[1]}")
+        config = config or EngineConfig()
+        self.config = dataclasses.replace(config, context=min(config.context, model.config.positions))
+        if mesh.devices.flat[0].platform == "cpu":
+            # Only the blocks of the cache that are in use, one after the other; an accelerator rather reads all at once.
+            model = Model(dataclasses.replace(model.config, kernel="chunked"))
+        chunk = min(config.chunk, self.config.context)
+        room = -(-(self.config.context + chunk) // 128) * 128  # whole blocks of that kernel
+        self.mesh, self.vocab_size, self.chunk = mesh, vocab_size, chunk
+        self._decoder = Decoder(model, vocab_size, config.slots, room - chunk, chunk)
+        with jax.set_mesh(mesh):
+            self._params = self._decoder.split(params)
+            self._state: Slots = self._decoder.empty()
+        self._seats = [_Seat() for _ in range(config.slots)]
+        self._waiting: dict[str, collections.deque[Ticket]] = {}
+        self._lock = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = self._stopped = False
+        self._step_s, self._clock, self._beat = 0.0, itertools.count(1), time.monotonic()
+        self._counts = collections.Counter[str]()
+
+    # --- what others ask, from any thread ---------------------------------------------------------
+
+    def submit(self, request: Request, tell: Tell) -> Ticket:
+        """Take a request; `tell` hears what becomes of it. Raises ValueError for one that cannot be answered, and Full."""
+        self._check(request)
+        ticket = Ticket(request, tell)
+        with self._lock:
+            if self._closing:
+                raise Full("the engine is closing: it takes no more requests")
+            if self._count_waiting() >= self.config.queue:
+                raise Full(f"{self.config.queue} requests are waiting: try again later")
+            self._waiting.setdefault(request.owner, collections.deque()).append(ticket)
+            self._counts["requests"] += 1
+            self._lock.notify_all()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request wherever it is; an event says when its slot is free. No effect on one that is over."""
+        with self._lock:
+            ticket.cancelled = True
+            self._lock.notify_all()
+
+    def start(self) -> None:
+        """Work in a thread of its own."""
+        assert self._thread is None, "an engine starts once"
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Take no more requests, give those that are here `drain_s` seconds to end, cancel the rest."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        if self._thread is None:
+            self._stopped = True
+            self._cancel_all()
+            return
+        deadline = time.monotonic() + drain_s
+        while time.monotonic() < deadline and self._busy() and self._thread.is_alive():
+            time.sleep(0.02)
+        with self._lock:
+            self._stopped = True
+            self._lock.notify_all()
+        self._thread.join()
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            counts = self._counts
+            return EngineStats(
+                sum(seat.ticket is not None for seat in self._seats), self._count_waiting(), self.config.slots, counts["requests"],
+                counts["prompt_tokens"], counts["reused_tokens"], counts["new_tokens"],
+                not self._stopped and (self._thread is None or self._thread.is_alive()), time.monotonic() - self._beat,
+            )  # fmt: skip
+
+    def run(self) -> None:
+        """Work here until no request is left."""
+        assert self._thread is None, "an engine that has a thread works there"
+        while self._busy():
+            self.step()
+
+    def _check(self, request: Request) -> None:
+        if not request.prompt:
+            raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts a new text)")
+        if not all(0 <= token < self.vocab_size for token in request.prompt):
+            raise ValueError(f"a token of the prompt is not among the {self.vocab_size} of the vocabulary")
+        if request.max_tokens < 0:
+            raise ValueError(f"max_tokens is {request.max_tokens}: it must not be negative")
+        if len(request.prompt) + request.max_tokens > self.config.context:
+            raise ValueError(
+                f"the prompt of {len(request.prompt)} tokens and max_tokens {request.max_tokens} are more than the context of "
+                f"{self.config.context}"
+            )
+        if len(request.stop) > STOPS:
+            raise ValueError(f"{len(request.stop)} tokens end the text: at most {STOPS} may")
+        if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
+            raise ValueError(f"logprobs is {request.logprobs}: it must be from 0 to {TOP}")
+
+    def _count_waiting(self) -> int:
+        return sum(len(queue) for queue in self._waiting.values())
+
+    def _busy(self) -> bool:
+        with self._lock:
+            return bool(self._count_waiting()) or any(seat.ticket is not None for seat in self._seats)
+
+    # --- the work, in one thread ------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._beat = time.monotonic()
+                if self._stopped:
+                    break
+                if not self._count_waiting() and all(seat.ticket is None for seat in self._seats):
+                    self._lock.wait(timeout=1.0)
+                    continue
+            self.step()
+        self._cancel_all()
+
+    def step(self) -> None:
+        """Seat those who wait, read one piece of a prompt, advance all texts by a burst."""
+        self._beat = time.monotonic()
+        try:
+            with jax.set_mesh(self.mesh):
+                self._seat()
+                self._read()
+                self._write()
+        except Exception as error:
+            # What a program that failed was given is gone with it: those who had a slot are told, the others go on.
+            _log.exception("a step of the engine failed")
+            for seat in self._seats:
+                if seat.ticket is not None:
+                    seat.ticket.tell(Event(ended="error", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+            self._seats = [_Seat() for _ in self._seats]
+            with jax.set_mesh(self.mesh):
+                self._state = self._decoder.empty()
+
+    def _cancel_all(self) -> None:
+        for seat in self._seats:
+            self._leave(seat, "cancelled")
+        with self._lock:
+            tickets = [ticket for queue in self._waiting.values() for ticket in queue]
+            self._waiting.clear()
+        for ticket in tickets:
+            ticket.tell(Event(ended="cancelled"))
+
+    def _leave(self, seat: _Seat, ended: Ended, tokens: Iterable[Token] = ()) -> None:
+        if seat.ticket is not None:
+            seat.ticket.tell(Event(tuple(tokens), ended=ended))
+            seat.ticket, seat.todo, seat.scores = None, [], []
+
+    def _seat(self) -> None:
+        """Free the slots of those who left, and give the free ones to those who wait: owners take turns."""
+        for seat in self._seats:
+            if seat.ticket is not None and seat.ticket.cancelled:
+                self._leave(seat, "cancelled")
+        with self._lock:
+            gone = [ticket for queue in self._waiting.values() for ticket in queue if ticket.cancelled]
+            for owner, queue in list(self._waiting.items()):
+                left = collections.deque(ticket for ticket in queue if not ticket.cancelled)
+                self._waiting[owner] = left
+                if not left:
+                    del self._waiting[owner]
+            seated = []
+            for _ in range(sum(seat.ticket is None for seat in self._seats)):
+                if not self._waiting:
+                    break
+                owner, queue = next(iter(self._waiting.items()))
+                seated.append(queue.popleft())
+                del self._waiting[owner]
+                if queue:
+                    self._waiting[owner] = queue  # behind the others
+        for ticket in gone:
+            ticket.tell(Event(ended="cancelled"))
+        for ticket in seated:
+            self._place(ticket)
+
+    def _place(self, ticket: Ticket) -> None:
+        """A free slot for a request: the one that holds most of its prompt, else that of another copied to the free one that
+        was longest not used. Whole pieces alone are reused, so that what is computed behind them is the same without."""
+        request = ticket.request
+        fresh = request.logprobs is not None and request.prompt_logprobs  # needs all of the prompt's scores
+
+        def common(seat: _Seat) -> int:
+            if fresh:
+                return 0
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(seat.held, request.prompt[:-1], strict=False))
+            return sum(1 for _ in same) // self.chunk * self.chunk
+
+        free = [seat for seat in self._seats if seat.ticket is None]
+        best = max(self._seats, key=common)
+        start = common(best)
+        seat = max(free, key=lambda seat: (common(seat), -seat.used))
+        if common(seat) < start:
+            source, target = self._seats.index(best), self._seats.index(seat)
+            self._state = self._decoder.copy(self._state, np.int32(source), np.int32(target), np.int32(start))
+        seat.ticket, seat.held, seat.used = ticket, request.prompt[:start], next(self._clock)
+        seat.todo, seat.scores = pieces(len(request.prompt), start, self.chunk), []
+        self._counts.update(prompt_tokens=len(request.prompt), reused_tokens=start)
+
+    def _read(self) -> None:
+        """One piece of the prompt that has waited longest."""
+        seats = [seat for seat in self._seats if seat.todo]
+        if not seats:
+            return
+        seat = min(seats, key=lambda seat: seat.used)
+        ticket = seat.ticket
+        assert ticket is not None
+        request = ticket.request
+        begin, count, size = seat.todo.pop(0)
+        scored = request.logprobs is not None
+        prompt_1V = np.zeros((1, self._decoder.model.config.V), bool)
+        prompt_1V[0, list(request.prompt)] = True
+        tokens = request.prompt[begin : begin + count]
+        after = request.prompt[begin + 1 : begin + count + 1]
+        self._state, token_1, own, of_prompt = self._decoder.read(
+            self._params, self._state, np.int32(self._seats.index(seat)), row_of([request]), prompt_1V, filled(tokens, size),
+            filled(after, size), np.int32(begin), np.int32(count), np.bool_(not seat.todo), None, scored=scored,
+        )  # fmt: skip
+        settle(self.mesh, self._state.token_B)
+        if count == self.chunk:
+            seat.held = request.prompt[: begin + count]
+        if scored and request.prompt_logprobs:
+            told = jax.device_get(of_prompt)
+            seat.scores = seat.scores or [Token(request.prompt[0])]
+            seat.scores += [_token(id, told, (i,), request) for i, id in enumerate(after)]
+        if seat.todo:
+            return
+        if seat.scores:
+            ticket.tell(Event(prompt=tuple(seat.scores)))
+            seat.scores = []
+        token = int(jax.device_get(token_1)[0])
+        if request.max_tokens < 1:
+            self._leave(seat, "length")
+        elif token in request.stop:
+            self._leave(seat, "stop")
+        else:
+            self._counts["new_tokens"] += 1
+            first = _token(token, jax.device_get(own) if scored else None, (0,), request)
+            if request.max_tokens == 1:
+                self._leave(seat, "length", [first])
+            else:
+                ticket.tell(Event((first,)))
+
+    def _write(self) -> None:
+        """A burst of all running texts, as long as `burst_s`."""
+        if not any(seat.running for seat in self._seats):
+            return
+        scored = any(seat.ticket is not None and seat.ticket.request.logprobs is not None for seat in self._seats)
+        live_B = np.array([seat.running for seat in self._seats])
+        steps = int(np.clip(self.config.burst_s / self._step_s if self._step_s else 1, 1, BURST))
+        began = time.monotonic()
+        self._state, burst = self._decoder.write(self._params, self._state, live_B, np.int32(steps), None, scored=scored)
+        settle(self.mesh, self._state.token_B)
+        told: Burst = jax.device_get(burst)
+        took = (time.monotonic() - began) / max(1, int(told.count_B.max()))
+        self._step_s = took if not self._step_s else 0.8 * self._step_s + 0.2 * took
+        for b, seat in enumerate(self._seats):
+            ticket = seat.ticket
+            if ticket is None or not live_B[b]:
+                continue
+            request, count = ticket.request, int(told.count_B[b])
+            tokens = [_token(int(told.tokens_BT[b, i]), told.scores, (b, i), request) for i in range(count)]
+            self._counts["new_tokens"] += count
+            if not told.running_B[b]:
+                self._leave(seat, "length" if told.new_B[b] >= request.max_tokens else "stop", tokens)
+            elif tokens:
+                ticket.tell(Event(tuple(tokens)))
+
+
+def _token(id: int, scores: Any, place: tuple[int, ...], request: Request) -> Token:
+    if request.logprobs is None:
+        return Token(id)
+    told: Scores = scores
+    top = [(int(i), float(p)) for i, p in zip(told.id[place], told.top[place], strict=True) if np.isfinite(p)]
+    return Token(id, float(told.own[place]), tuple(top[: request.logprobs]))
