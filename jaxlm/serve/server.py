@@ -85,7 +85,8 @@ def serve(argument: str, options: ServeOptions) -> None:
 def _warm(engine: Any, service: Service) -> None:
     """Compile before the first client comes, whose request would wait for it; RuntimeError where the model does not compute."""
     ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    engine.submit(Request((service.tokenizer.bos_id,), 1), ended.put)
-    event = ended.get()
+    engine.submit(Request((service.tokenizer.bos_id,), min(2, engine.config.context - 1)), ended.put)
+    while not (event := ended.get()).ended:
+        pass
     if event.ended == "error":
         raise RuntimeError(f"the model failed: {event.reason}")
