@@ -39,11 +39,11 @@ def writes(trained: Trained) -> bool:
 
 
 def open_engine(trained: Trained, slots: int, context: int | None = None, queue: int = 1024) -> Any:
-    """An engine for a decoder that writes text, not yet started."""
+    """An engine for a decoder that writes text, not yet started. ValueError for a context that the model does not have."""
     from jaxlm.generate.engine import Engine, EngineConfig
 
     positions = trained.model.config.positions
-    return Engine(
-        trained.model, trained.params, trained.mesh, trained.tokenizer.vocab_size,
-        EngineConfig(slots=slots, context=min(context or positions, positions), queue=queue),
-    )  # fmt: skip
+    if context is not None and context > positions:
+        raise ValueError(f"context is {context}: the model has {positions} positions")
+    config = EngineConfig(slots=slots, context=context or positions, queue=queue)
+    return Engine(trained.model, trained.params, trained.mesh, trained.tokenizer.vocab_size, config)

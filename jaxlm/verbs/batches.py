@@ -77,6 +77,7 @@ class Answers:
         line = {**self._lines[index], "index": index, "text": text, "tokens": tokens, "ended": ended}
         self._file.write(json.dumps(line, ensure_ascii=False).encode("utf8", "replace") + b"\n")
         self._file.flush()
+        self.done.add(index)
 
 
 def generate_file(argument: str, file: str, out: str, sampling: Any, max_tokens: int, seed: int) -> int:
@@ -97,6 +98,9 @@ def generate_file(argument: str, file: str, out: str, sampling: Any, max_tokens:
         start = run(trained, lines, left, sampling, max_tokens, seed)
         with answers:
             start(answers, shown.advance)
+    missing = [i for i in left if i not in answers.done]
+    if missing:  # what failed was logged when it did
+        raise RuntimeError(f"{len(missing)} answers could not be written to {out}, that to line {missing[0]} (from 0) among them")
     say(f"{out}: {len(lines):,} answers")
     return 0
 

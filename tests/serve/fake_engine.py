@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import threading
 import time
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ class FakeEngine:
             if len(self.waiting) >= self.queue:
                 raise Full
             ticket = next(self.numbers)
-            self.waiting[ticket] = (request, tell, 0)
+            self.waiting[ticket] = (request, safe(tell), 0)
             self.seen.append(request)
             self.counts["requests"] += 1
             return ticket
@@ -98,6 +99,18 @@ class FakeEngine:
                     if ended.ended:
                         del self.running[ticket]
                     tell(ended)
+
+
+def safe(tell):
+    """As the real one: a listener that fails stops nobody else."""
+
+    def told(event):
+        try:
+            tell(event)
+        except Exception:
+            logging.getLogger(__name__).exception("a listener failed")
+
+    return told
 
 
 def token(i, logprobs):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import httpx
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import openai
 import pytest
 from conftest import serving
+from test_fuzz import send_anything
 from test_rows import trained
 
 from jaxlm.serve.options import ServeOptions
@@ -163,6 +165,16 @@ def test_of_two_hundred_at_once_none_is_lost(real):
             assert crowd[i] == ask(i, client)
 
 
+@pytest.mark.slow
+def test_whatever_is_sent_the_engine_goes_on(real):
+    _, engine, url = real
+    live = types.SimpleNamespace(url=url, engine=engine)
+    with httpx.Client(timeout=120) as client:
+        send_anything(300)(live, client)
+        until_idle(engine)
+        assert client.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 3}).status_code == 200
+
+
 # --- as processes -----------------------------------------------------------------------------------
 
 
@@ -170,16 +182,13 @@ def test_of_two_hundred_at_once_none_is_lost(real):
 def run(tmp_path_factory):
     """A run of a few steps, trained as a user would: the folder in which `runs/tiny` lies."""
     place = tmp_path_factory.mktemp("user")
-    words = [
-        "train.py", "configs/tiny.yaml", "--model.preset", "null", "--model.kv-heads", "null", "--model.layers", "1", "--model.width",
-        "32", "--model.heads", "2", "--data.tokenizer.kind", "bytes", "--train.steps", "4", "--train.eval-every", "2",
-        "--train.sample-tokens", "4",
-    ]  # fmt: skip
+    small = {"preset": "null", "kv-heads": "null", "layers": 1, "width": 32, "heads": 2}
+    words = [str(word) for name, value in small.items() for word in (f"--model.{name}", value)]
+    words += ["--data.tokenizer.kind", "bytes", "--train.steps", "4", "--train.eval-every", "2", "--train.sample-tokens", "4"]
+    words = [str(ROOT / "train.py"), "configs/tiny.yaml", *words]
     (place / "configs").mkdir()
     (place / "configs" / "tiny.yaml").write_bytes((ROOT / "configs" / "tiny.yaml").read_bytes())
-    done = subprocess.run(
-        [sys.executable, str(ROOT / words[0]), *words[1:]], cwd=place, env=environment(place), capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *words], cwd=place, env=environment(place), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return place
 

@@ -1,10 +1,14 @@
 """`jaxlm generate --file` and `jaxlm chat` around a made-up engine, and `jaxlm serve` before it starts one."""
 
+import dataclasses
 import json
 import threading
 import types
 
+import jax
+import numpy as np
 import pytest
+import tokenizers
 from fake_engine import FakeEngine
 
 from jaxlm import cli
@@ -109,6 +113,55 @@ def test_answers_to_other_prompts_are_not_mixed_in(engine, tmp_path, capsys):
     assert cli.main(["generate", "model", "--file", str(file)]) == 1 and "belong together" in capsys.readouterr().err
 
 
+def test_answers_that_cannot_be_written_are_missed(engine, tmp_path, monkeypatch, capsys):
+    from jaxlm.verbs import batches
+
+    def full(self, index, *_):
+        if index == 3:
+            raise OSError("no space left")
+        done(self, index, *_)
+
+    done = batches.Answers.write
+    monkeypatch.setattr(batches.Answers, "write", full)
+    assert generate(write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl") == 2
+    assert "1 answers could not be written" in capsys.readouterr().err
+
+
+def test_a_model_that_fails_is_told_and_the_rest_is_kept(engine, tmp_path, capsys):
+    file, out = write(tmp_path / "in.jsonl", [{"prompt": "good"}, {"prompt": "ba\x01d"}]), tmp_path / "out.jsonl"
+    assert generate(file, out) == 2 and "a made-up fault" in capsys.readouterr().err
+    assert [line["text"] for line in read(out)] == ["good"]
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_answers_a_file_by_search(tmp_path, monkeypatch, capsys):
+    """Each answer is what its text has alone, the likeliest token each time, by hand and without a cache."""
+    from test_rows import trained
+
+    from jaxlm import models
+
+    made = trained(tmp_path, "encoder_decoder", {"kind": "language_model"})
+    monkeypatch.setattr(models, "load_model", lambda argument: made)
+    texts = [f"a text of {i}" + " words" * (i % 3) for i in range(20)]
+    file, out = write(tmp_path / "in.jsonl", [{"prompt": text} for text in texts]), tmp_path / "out.jsonl"
+    assert generate(file, out) == 1 and "give --temperature 0" in capsys.readouterr().err
+    assert generate(file, out, "--temperature", "0") == 0
+    found, tokenizer, apply = read(out), made.tokenizer, jax.jit(made.model.apply)
+    assert len(found) == 20
+    for i in (0, 7, 19):
+        source = np.array([[*texts[i].encode(), tokenizer.eos_id]], np.int32)
+        written = [tokenizer.special["pad"]]
+        while len(written) < 21:
+            row = np.full((1, 24), 0, np.int32)
+            row[0, : len(written)] = written
+            batch = {"encoder": {"tokens_BL": source}, "decoder": {"tokens_BL": row}}
+            logits = np.asarray(apply(made.params, batch)[0])[0, len(written) - 1, : tokenizer.vocab_size]
+            if int(np.argmax(logits)) == tokenizer.eos_id:
+                break
+            written.append(int(np.argmax(logits)))
+        assert found[i]["text"] == tokenizer.decode(written[1:]).strip() and found[i]["tokens"] == len(written) - 1
+
+
 # --- jaxlm chat -----------------------------------------------------------------------------------
 
 
@@ -166,6 +219,34 @@ def test_a_conversation_that_is_too_long_says_so(engine, monkeypatch, capsys):
     talk(monkeypatch, ["x" * 100, "Hi"])
     out = capsys.readouterr().out
     assert "context of 64 is full" in out and prompts(engine) == ["User: Hi\nAssistant:"]
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_models_own_template_is_used(tmp_path, template):
+    """ChatML's turns end with its own token; only the plain template has stop strings, and its model's page goes on with texts."""
+    import transformers
+    from test_rows import trained
+
+    from jaxlm.serve.speaking import chat_of, stop_ids, turns_of
+
+    made = trained(tmp_path, "decoder", {"kind": "language_model"})
+    if template:
+        rust = tokenizers.Tokenizer.from_str(made.tokenizer.definition())
+        hf = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=rust, eos_token="<|endoftext|>", additional_special_tokens=["<|im_end|>"]
+        )
+        hf.chat_template = (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+            "{{ 'assistant: ' if add_generation_prompt }}"
+        )
+        hf.save_pretrained(tmp_path / "theirs")
+        made = dataclasses.replace(made, tokenizer_folder=tmp_path / "theirs")
+    chat, made_for_it = chat_of(made)
+    assert made_for_it == template and bool(turns_of(chat)) != template
+    assert len(stop_ids(made, chat)) == 1 + template
+    if template:
+        (end,) = stop_ids(made, chat) - {made.tokenizer.eos_id}
+        assert chat.prompt([{"role": "user", "content": "a"}]).tolist() == [*b"user: a", end, *b"assistant: "]
 
 
 # --- jaxlm serve ----------------------------------------------------------------------------------
