@@ -83,10 +83,13 @@ def serve(argument: str, options: ServeOptions) -> None:
 
 
 def _warm(engine: Any, service: Service) -> None:
-    """Compile before the first client comes, whose request would wait for it; RuntimeError where the model does not compute."""
+    """Compile before the first client comes, whose request would wait for it: for a prompt of each size that pieces have.
+    RuntimeError where the model does not compute."""
     ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    engine.submit(Request((service.tokenizer.bos_id,), min(2, engine.config.context - 1)), ended.put)
-    while not (event := ended.get()).ended:
-        pass
-    if event.ended == "error":
-        raise RuntimeError(f"the model failed: {event.reason}")
+    lengths = {min(length, engine.config.context - 1) for length in (1, engine.config.chunk // 8, engine.config.chunk)}
+    for length in lengths:
+        new = min(2, engine.config.context - length)
+        engine.submit(Request((service.tokenizer.bos_id,) * length, new), lambda event: ended.put(event) if event.ended else None)
+    for event in [ended.get() for _ in lengths]:
+        if event.ended == "error":
+            raise RuntimeError(f"the model failed: {event.reason}")
