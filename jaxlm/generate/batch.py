@@ -209,6 +209,7 @@ class BatchGenerator:
         ids_V = np.arange(model.config.V)
         self._real_V, self._banned_V = ids_V < vocab_size, np.isin(ids_V, list(banned))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._apart = jax.jit(model.apart)
         self._run = jax.jit(self._pure, static_argnames=("T", "G"), out_shardings=whole)
 
     def __call__(
@@ -229,6 +230,7 @@ class BatchGenerator:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         texts: list[list[int]] = [[] for _ in prompts]
         with jax.set_mesh(self.mesh):
+            params = self._apart(params)
             for start in range(0, len(order), rows):
                 part = order[start : start + rows]
                 batch = jax.device_put(self._batch([prompts[i] for i in part], rows, forced), sharding)
@@ -272,9 +274,9 @@ class BatchGenerator:
             batch["segments_BL"] = (jnp.arange(L)[None, :] < length_B[:, None]).astype(jnp.int32)
             begin_F = jnp.concatenate([jnp.array([self.start_id], jnp.int32), forced_F])
             batch = {"encoder": batch, "decoder": {"tokens_BL": jnp.broadcast_to(begin_F[None, :], (B, 1 + F))}}
-            cache = empty_cache(self.model.config, B, 1 + F)
+            cache = empty_cache(self.model.config, B, 1 + F, apart=True)
         else:
-            cache = dataclasses.replace(empty_cache(self.model.config, B, L), start_B=L - length_B)
+            cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True), start_B=L - length_B)
 
         def scores(batch: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
             logits_RLV, cache = self.model.apply(params, batch, cache, last=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.heads import Labeller, LanguageModel
+from jaxlm.model.layers import TURNED, turned
 from jaxlm.model.transformer import Batch
 
 Params = Any
@@ -44,15 +45,18 @@ class Model:
         return jax.eval_shape(self._boxed, jax.random.key(0))
 
     def apart(self, params: Params) -> Params:
-        """The same parameters with each layer of the decoder for itself, for decoding: layers that are one array must be
-        cut out of it at each step, which on a CPU takes longer than multiplying by them. Pure; what `apply` is given then
-        comes with a cache of layers `apart`."""
+        """The same parameters with each layer of the decoder for itself and its kernels turned (`layers.TURNED`), for
+        decoding: layers that are one array must be cut out of it at each step, which on a CPU takes longer than multiplying
+        by them. Pure; what `apply` is given then comes with a cache of layers `apart`."""
         config, transformer = self.config, params["transformer"]
         stack, count = transformer["decoder"], config.stacks["decoder"]
-        layers = [
-            stack["layers"] if config.share_layers else jax.tree.map(lambda leaf, x=x: leaf[x], stack["layers"])
-            for x in range(count)
-        ]
+        first = 0 if config.share_layers else 1
+
+        def layer(x: int) -> Params:
+            own = jax.tree.map(lambda leaf: leaf[x] if first else leaf, stack["layers"])
+            return own if config.quantize != "none" else _turned(own, self.axes["transformer"]["decoder"]["layers"], first)
+
+        layers = [layer(x) for x in range(count)]
         return {**params, "transformer": {**transformer, "decoder": {**stack, "layers": tuple(layers)}}}
 
     @property
@@ -77,3 +81,16 @@ class Model:
     def parameters(self) -> int:
         """How many numbers the parameter tree holds."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
+
+def _turned(params: Params, axes: Any, first: int) -> Params:
+    """The kernels of linear maps as `layers.turned` has them; their logical axes begin with that of the layers, or not."""
+    made = {}
+    for name, leaf in params.items():
+        if isinstance(leaf, dict):
+            made[name] = _turned(leaf, axes[name], first)
+        elif name == "kernel" and len(letters := "".join(axes[name][first:])) in (2, 3) and "D" in (letters[0], letters[-1]):
+            made[TURNED] = jnp.einsum(f"{letters}->{turned(letters)}", leaf)
+        else:
+            made[name] = leaf
+    return made

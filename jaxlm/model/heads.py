@@ -26,7 +26,12 @@ def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
 
 def _logits(hidden_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, cap: float | None) -> jax.Array:
     table_VD = table_VD.astype(hidden_BCD.dtype)
-    logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+    if hidden_BCD.shape[0] * hidden_BCD.shape[1] <= 64:
+        # As few rows as in decoding: with the table first a CPU multiplies about twice as fast.
+        logits_VBC = jnp.einsum("VD,BCD->VBC", table_VD, hidden_BCD, preferred_element_type=jnp.float32)
+        logits_BCV = jnp.moveaxis(logits_VBC, 0, 2)
+    else:
+        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
     if bias_V is not None:
         logits_BCV = logits_BCV + bias_V.astype(jnp.float32)[None, None, :]
     return constrain(soft_cap(logits_BCV, cap), "BLV")

@@ -224,9 +224,9 @@ class Stack(nn.Module):
     def _apart(self, layers: tuple[Any, ...], carry: Any, source: Any, context: Context) -> tuple[Any, tuple[Any, jax.Array]]:
         """The same as the scan over layers, of layers that have parameters and caches of their own."""
         c, (x_BLD, cache) = self.config, carry
-        one_by_one = [None] * self.layers
-        kv_X, source_X = (one_by_one if both is None else list(zip(*both, strict=True)) for both in (cache, source))
-        kept_X, losses = [], []
+        kv_X, source_X = ([None] * self.layers if both is None else list(zip(*both, strict=True)) for both in (cache, source))
+        kept_X: list[Any] = []
+        losses: list[Any] = []
         for layer, local in enumerate(c.local(self.layers)):
             (x_BLD, kv_X[layer]), (kept, loss) = Block(c, self.train).apply(
                 {"params": layers[layer]}, (x_BLD, kv_X[layer]), layer, bool(local), source_X[layer], context
