@@ -79,7 +79,8 @@ class _Stream(StreamingResponse):
 
 class _Routes:
     def __init__(self, service: Service):
-        self._service, self._page = service, Page(service.name, service.mode, bool(service.options.key))
+        limit = service.asker.limits.max_tokens if service.asker is not None else 0
+        self._service, self._page = service, Page(service.name, service.mode, bool(service.options.key), limit)
 
     async def page(self, request: Request) -> Response:
         return self._page.response()

@@ -11,11 +11,11 @@ from starlette.responses import Response
 
 
 class Page:
-    """The page for one model; `mode` is what it offers, `locked` whether it must ask for a key."""
+    """The page for one model; `mode` is what it offers, `locked` whether it must ask for a key, `limit` the most new tokens."""
 
-    def __init__(self, name: str, mode: str, locked: bool):
+    def __init__(self, name: str, mode: str, locked: bool, limit: int = 0):
         text = importlib.resources.files("jaxlm.serve").joinpath("page.html").read_text(encoding="utf8")
-        about = json.dumps({"name": name, "mode": mode, "locked": locked}).replace("<", "\\u003c")
+        about = json.dumps({"name": name, "mode": mode, "locked": locked, "limit": limit}).replace("<", "\\u003c")
         self._body = text.replace("{{name}}", html.escape(name)).replace("{{about}}", about).encode("utf8", "replace")
         sources = {
             tag: " ".join(_hash(part) for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL))

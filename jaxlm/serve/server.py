@@ -70,13 +70,12 @@ def serve(argument: str, options: ServeOptions) -> None:
         service = serve_what(trained, options, engine)
         host = f"[{options.host}]" if ":" in options.host else options.host
         say(f"{service.name}: {', '.join(service.routes())}")
-        say(
-            f"http://{host}:{there.getsockname()[1]}" + ("" if service.engine is None else "  (a page to write with; Ctrl-C stops)")
-        )
         try:
             if engine is not None:
                 engine.start()
                 _warm(engine, service)
+            page = "" if engine is None else "  (a page to write with; Ctrl-C stops)"
+            say(f"http://{host}:{there.getsockname()[1]}{page}")
             Server(service).run(sockets=[there])
         finally:
             service.close()

@@ -161,7 +161,7 @@ def test_a_model_that_only_goes_on(visit):
         assert page.inner_text(".page .text").startswith("The harbour is quiet. They dream")
         picture(page, "phone-text")
         page.tap("button:has-text('Go on')")
-        page.wait_for_function("document.querySelector('.page .new').textContent.startsWith('They')")
+        page.wait_for_function("() => document.querySelector('.page .new').textContent.startsWith('They')")
         assert bytes(live.engine.seen[-1].prompt[1:]).startswith(b"The harbour is quiet. They dream")
         page.keyboard.press("Escape")
         shown(page, "stopped")
@@ -179,6 +179,17 @@ def test_a_key_is_asked_for(visit):
         page.fill("#key", "secret")
         page.click("button:has-text('Try again')")
         shown(page, "User: Hi")
+
+
+@pytest.mark.slow
+def test_a_short_context_is_no_error(visit):
+    """The most new tokens that are set are more than fit behind the prompt: as many as fit are asked for, nearly."""
+    with fake_server(context=100, delay=0.002, says=SAYS, chats=False) as live:
+        page = visit(live.url, forgive="400")
+        assert page.input_value("#max_tokens") == "100"
+        page.fill("#input", "x" * 80)
+        page.press("#input", "Enter")
+        shown(page, "12 tokens")
 
 
 def test_nothing_foreign_runs_on_it(live):
