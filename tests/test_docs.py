@@ -77,7 +77,7 @@ def serve(command: str, clone: pathlib.Path, env: dict[str, str]) -> subprocess.
     process.terminate()
     out, err = process.communicate(timeout=60)
     failed = [done.stderr for done in asked if done.returncode or not done.stdout.strip()]
-    return subprocess.CompletedProcess(command, process.returncode or bool(failed), out, err + "".join(failed))
+    return subprocess.CompletedProcess(command, process.returncode or len(failed), out, err + "".join(failed))
 
 
 @pytest.mark.slow
