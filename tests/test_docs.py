@@ -15,6 +15,7 @@ from made_up import write_data
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 INSTALL = re.compile(r"^python3 -m venv \.venv && \. \.venv/bin/activate && pip install -e (\S+) && ")
 README = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf8"), re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf8"), re.DOTALL)
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BERT = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -62,7 +63,21 @@ def run(command: str, clone: pathlib.Path) -> subprocess.CompletedProcess:
         "PATH": f"{bin_folder}:{env['PATH']}", "PYTHONPATH": str(clone), "JAXLM_CACHE": str(clone / "cache"),
         "JAX_PLATFORMS": "cpu", "JAXLM_DATA": str(clone / "made-up"),
     }  # fmt: skip
+    if command.startswith("jaxlm serve"):
+        return serve(command, clone, env)
     return subprocess.run(command, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=400)
+
+
+def serve(command: str, clone: pathlib.Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    """A server that is started, asked as README's snippet asks it, and told to stop."""
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command.split(), cwd=clone, env=env, **pipe)
+    listens = any("http://" in line for line in iter(process.stdout.readline, ""))
+    asked = [subprocess.run([sys.executable, "-c", code], cwd=clone, env=env, timeout=300, **pipe) for code in SNIPPETS if listens]
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    failed = [done.stderr for done in asked if done.returncode or not done.stdout.strip()]
+    return subprocess.CompletedProcess(command, process.returncode or len(failed), out, err + "".join(failed))
 
 
 @pytest.mark.slow

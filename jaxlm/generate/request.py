@@ -42,10 +42,10 @@ class Request:
     """Likeliest tokens told with each new one, beside its own log-probability; None: neither."""
     prompt_logprobs: bool = False
     """The same of the prompt's tokens, as many as `logprobs` says."""
-    guide: "Guide | None" = None
-    """What its text must match; of this request alone, as it remembers how far the text has come."""
     owner: str = ""
     """Whose it is: owners take turns, and the requests of one wait for each other."""
+    guide: "Guide | None" = None
+    """What its text must match; of this request alone, as it remembers how far the text has come."""
 
 
 @dataclasses.dataclass(frozen=True)

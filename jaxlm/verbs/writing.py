@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxlm import config as configs
+from jaxlm.verbs.batches import generate_file
 from jaxlm.verbs.words import split_words
 
 
@@ -45,8 +46,16 @@ class GenerateOptions:
     """The text must match this regular expression. Each token then waits for the one before it."""
     json_schema: str | None = None
     """File with a JSON schema that the text must match. Each token then waits for the one before it."""
+    file: str | None = None
+    """Many prompts instead: JSON lines with "prompt" or "messages", or a text a line (.txt)."""
+    out: str | None = None
+    """File of JSON lines to write their answers to; those that it holds are kept, so the same command goes on with it."""
 
     def __post_init__(self) -> None:
+        if (self.file is None) != (self.out is None):
+            raise ValueError("--file and --out belong together: prompts are read from one, answers written to the other")
+        if self.file is not None and self.prompt:
+            raise ValueError("give a prompt or a file of them, not both")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}: it must be at least 1")
         for first, second in (("draft", "lookup"), ("regex", "json_schema")):
@@ -54,6 +63,8 @@ class GenerateOptions:
                 raise ValueError(f"{first} and {second} are both given: one of them is enough")
         if self.guesses and (self.regex or self.json_schema):
             raise ValueError("draft and lookup guess several tokens at once, which regex and json_schema do not allow")
+        if self.file is not None and (self.guesses or self.regex or self.json_schema):
+            raise ValueError("many prompts of a file are answered together, without draft, lookup, regex and json_schema")
         for name in ("draft_tokens", "lookup"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
@@ -64,7 +75,8 @@ class GenerateOptions:
 
 
 def generate(words: Sequence[str]) -> int:
-    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S] …: write text."""
+    """jaxlm generate MODEL [--prompt TEXT] [--max-tokens N] [--temperature T] [--top-k K] [--top-p P] [--seed S] …: write text;
+    with --file FILE --out FILE for many prompts."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
     from jaxlm.data import StreamDecoder
@@ -77,6 +89,8 @@ def generate(words: Sequence[str]) -> int:
         constraint = Constraint(regex=options.regex)
     elif options.json_schema is not None:
         constraint = Constraint(json_schema=_read(options.json_schema))
+    if options.file is not None and options.out is not None:
+        return generate_file(argument, options.file, options.out, sampling, options.max_tokens, options.seed)
     trained = load_model(argument)
     tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]

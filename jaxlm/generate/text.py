@@ -1,0 +1,63 @@
+"""Tokens as they come → text that is safe to show, which ends before a stop string."""
+
+from collections.abc import Sequence
+
+from jaxlm.data import StreamDecoder, Tokenizer
+
+
+class TextStream:
+    """The text of one answer, piece by piece.
+
+    What is held back: bytes that are not yet a character, and text that may be the beginning of a stop string. The pieces
+    joined are `tokenizer.decode` of the tokens, up to the stop string that is complete first (of two that are complete with
+    the same character, the one that began first). With `trim` white space at the beginning is left out.
+    """
+
+    stopped: str | None = None
+    """The stop string that ended the text; it is not part of it, and nothing comes after it."""
+    seen: int = 0
+    """Characters of the text so far, those held back too."""
+    shown: int = 0
+    """Characters that were given out."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, trim: bool = False):
+        """Raises ValueError for a stop string that is empty."""
+        if "" in stop:
+            raise ValueError("a stop string is empty: give at least one character")
+        self._decoder, self._stop, self._trim = StreamDecoder(tokenizer), tuple(stop), trim
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token makes safe to show, often empty."""
+        return "" if self.stopped is not None else self._take(self._decoder.push(token))
+
+    def flush(self) -> str:
+        """The text still held back, at the end of the tokens."""
+        if self.stopped is not None:
+            return ""
+        text = self._take(self._decoder.flush())
+        rest, self._held = self._held, ""
+        self.shown += len(rest)
+        return text + rest
+
+    def _take(self, text: str) -> str:
+        if self._trim:
+            text = text.lstrip()
+            self._trim = not text
+        self.seen += len(text)
+        text = self._held + text
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            _, end, self.stopped = min(found)
+            self._held = ""
+        else:
+            end = len(text) - self._beginning(text)
+            self._held = text[end:]
+        self.shown += end
+        return text[:end]
+
+    def _beginning(self, text: str) -> int:
+        """How many of the last characters may be the beginning of a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        sizes = range(min(longest, len(text)), 0, -1)
+        return next((n for n in sizes if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)

@@ -1,0 +1,49 @@
+"""How a model that writes text is spoken with: its conversations, what ends its texts, its engine."""
+
+from typing import Any
+
+from jaxlm.data import DEFAULT_TEMPLATE, Chat
+from jaxlm.models import Trained
+
+
+def chat_of(trained: Trained) -> tuple[Chat | None, bool]:
+    """A model's conversations, and whether it was made for them: by its run's template, else its tokenizer's, else the plain
+    one of `jaxlm.data.chat`. None where the tokenizer's template does not render."""
+    tokenizer = trained.tokenizer
+    try:
+        task: Any = trained.task()
+        if task.config.kind == "chat":
+            return task.chat, True
+    except ValueError:
+        pass  # pretrained: no task over rows
+    try:
+        return Chat(tokenizer), getattr(getattr(tokenizer, "hf", None), "chat_template", None) is not None
+    except ValueError:
+        return None, False
+
+
+def turns_of(chat: Chat) -> tuple[str, ...]:
+    """Stop strings of the plain template, whose roles are plain text: a model that was not taught to stop would go on with
+    the user's turn."""
+    return ("\nUser:", "\nSystem:", "\nAssistant:") if chat.template == DEFAULT_TEMPLATE else ()
+
+
+def stop_ids(trained: Trained, chat: Chat | None = None) -> frozenset[int]:
+    """The tokens that end a text, or an assistant's turn."""
+    return frozenset([trained.tokenizer.eos_id, *trained.stop_ids(), *(chat.stop_ids if chat is not None else ())])
+
+
+def writes(trained: Trained) -> bool:
+    """It is a decoder that writes text."""
+    return (trained.model.config.architecture, trained.model.config.head.kind) == ("decoder", "language_model")
+
+
+def open_engine(trained: Trained, slots: int, context: int | None = None, queue: int = 1024) -> Any:
+    """An engine for a decoder that writes text, not yet started. ValueError for a context that the model does not have."""
+    from jaxlm.generate.engine import Engine, EngineConfig
+
+    positions = trained.model.config.positions
+    if context is not None and context > positions:
+        raise ValueError(f"context is {context}: the model has {positions} positions")
+    config = EngineConfig(slots=slots, context=context or positions, queue=queue)
+    return Engine(trained.model, trained.params, trained.mesh, trained.tokenizer.vocab_size, config)

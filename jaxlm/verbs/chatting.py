@@ -1,0 +1,134 @@
+"""jaxlm chat."""
+
+import dataclasses
+import queue
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlm import config as configs
+from jaxlm.report.console import say
+from jaxlm.verbs.words import split_words
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """The flags of `jaxlm chat`."""
+
+    system: str | None = None
+    """What the model is told before the conversation."""
+    max_tokens: int = 512
+    """Most tokens of an answer."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the most likely token."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens."""
+    top_p: float | None = None
+    """Draw among the fewest tokens that hold this probability."""
+    seed: int = 0
+    """The same seed gives the same answers to the same words."""
+    context: int | None = None
+    """Most tokens of a conversation; empty: the model's positions."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+
+
+def chat(words: Sequence[str]) -> int:
+    """jaxlm chat MODEL [--system TEXT] [--max-tokens N] [--temperature T] [--seed S]: a conversation in the terminal."""
+    (argument,), flags = split_words(words, "MODEL")
+    options = configs.load(ChatOptions, None, flags).value
+    from jaxlm.generate import SampleConfig
+    from jaxlm.models import load_model
+    from jaxlm.serve.speaking import open_engine
+
+    sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
+    trained = load_model(argument)
+    engine = open_engine(trained, 1, options.context)
+    engine.start()
+    try:
+        converse(Conversation(trained, engine, options, sampling), trained.name)
+    finally:
+        engine.close()
+    return 0
+
+
+def converse(conversation: "Conversation", name: str) -> None:
+    """Read a turn, write its answer, until /exit or the end of the input. Ctrl-C ends an answer, not the conversation."""
+    say(f"{name}: /reset begins anew, /exit ends, Ctrl-C stops an answer")
+    while True:
+        try:
+            words = input("> ").strip()
+        except EOFError:
+            say()
+            return
+        except KeyboardInterrupt:
+            say("\n/exit ends")
+            continue
+        if words == "/exit":
+            return
+        if words == "/reset":
+            conversation.reset()
+            say("a new conversation")
+        elif words.startswith("/"):
+            say(f"unknown command {words!r}: there are /reset and /exit")
+        elif words:
+            try:
+                conversation.answer(words, lambda text: print(text, end="", file=sys.stdout, flush=True))
+                print()
+            except ValueError as error:
+                say(f"{error}; /reset begins anew")
+
+
+class Conversation:
+    """Turns so far, and an engine that writes the next."""
+
+    def __init__(self, trained: Any, engine: Any, options: ChatOptions, sampling: Any):
+        """ValueError for a model whose chat template does not render."""
+        from jaxlm.serve.speaking import chat_of, stop_ids, turns_of
+
+        chat, _ = chat_of(trained)
+        if chat is None:
+            raise ValueError(f"the chat template of {trained.name} writes no question and its answer")
+        self._chat, self._tokenizer, self._engine = chat, trained.tokenizer, engine
+        self._options, self._sampling = options, sampling
+        self._stop_ids, self._stop = stop_ids(trained, chat), turns_of(chat)
+        self.reset()
+
+    def reset(self) -> None:
+        system = self._options.system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def answer(self, words: str, write: Any) -> None:
+        """Write the answer to one more turn of the user's. ValueError, and the turn is not kept, where it does not fit."""
+        from jaxlm.generate.request import Event, Request
+        from jaxlm.generate.text import TextStream
+
+        asked = [*self.messages, {"role": "user", "content": words}]
+        prompt = tuple(self._chat.prompt(asked).tolist())
+        room = self._engine.config.context - len(prompt)
+        if room < 1:
+            raise ValueError(f"the conversation has {len(prompt)} tokens: the context of {self._engine.config.context} is full")
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        request = Request(prompt, min(self._options.max_tokens, room), self._sampling, self._options.seed, self._stop_ids)
+        ticket = self._engine.submit(request, events.put)
+        text, said, ended = TextStream(self._tokenizer, self._stop, trim=True), "", False
+        while not ended:
+            try:
+                event = events.get()
+            except KeyboardInterrupt:
+                self._engine.cancel(ticket)
+                continue
+            if event.ended == "error":
+                raise RuntimeError(f"the model failed: {event.reason}")
+            more = "".join(text.push(token.id) for token in event.tokens)
+            ended = event.ended is not None or text.stopped is not None
+            more += text.flush() if ended else ""
+            said += more
+            write(more)
+        if text.stopped is not None:
+            self._engine.cancel(ticket)
+        self.messages = [*asked, {"role": "assistant", "content": said}]
