@@ -67,6 +67,7 @@ ROOMS = {
         "options",
         "errors",
         "fields",
+        "guided",
         "tokens",
         "speaking",
         "asks",

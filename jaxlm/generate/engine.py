@@ -401,7 +401,7 @@ class Engine:
             try:
                 may_V = seat.ticket.request.guide.mask()
             except ValueError as error:
-                self._leave(seat, "error", reason=str(error))
+                self._leave(seat, "stuck", reason=str(error))
                 continue
             row_V[:] = False
             row_V[: len(may_V)] = may_V

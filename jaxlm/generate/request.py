@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxlm.generate.sample import SampleConfig
 
-Ended = Literal["stop", "length", "cancelled", "error"]
+Ended = Literal["stop", "length", "cancelled", "stuck", "error"]
+"""stuck: its guide allows no token at all."""
 
 
 class Guide(Protocol):

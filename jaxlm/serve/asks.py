@@ -10,14 +10,14 @@ from jaxlm.generate import SampleConfig
 from jaxlm.generate.request import Request
 from jaxlm.generate.slots import TOP
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
+from jaxlm.serve.guided import Guided
 from jaxlm.serve.speaking import turns_of
 
 STOPS = 16
 MESSAGES = 4096
 # What would change the answer and is not there: refused, so that nobody takes an answer for what it is not.
 _NEVER: Mapping[str, Sequence[Any]] = {
-    "logit_bias": ({},), "response_format": ({"type": "text"},), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
+    "logit_bias": ({},), "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
 }  # fmt: skip
 _TOOLS: Mapping[str, Sequence[Any]] = {
     "tools": ([],),
@@ -72,7 +72,7 @@ class Asker:
     def completion(self, body: Mapping[str, Any], owner: str) -> Ask:
         """Of `/v1/completions`. ApiError for what cannot be answered."""
         fields = Fields(body)
-        fields.refuse(_NEVER, "this server writes text freely")
+        fields.refuse(_NEVER, "this server has no such way to write")
         fields.refuse({"suffix": ("",)}, "this server writes behind a prompt, not into it")
         n = fields.whole("n", 1, self.limits.max_n) or 1
         fields.refuse({"best_of": (n,)}, "ask for n texts and choose among them")
@@ -100,7 +100,7 @@ class Asker:
         """Of `/v1/chat/completions`. ApiError for what cannot be answered."""
         assert self.chat is not None, "the route says so before"
         fields = Fields(body)
-        fields.refuse(_NEVER, "this server writes text freely")
+        fields.refuse(_NEVER, "this server has no such way to write")
         fields.refuse(_TOOLS, "this server's models call no tools")
         fields.refuse(_TEMPLATES, "the model's own chat template is used, never one from a request")
         fields.refuse(_MEDIA, "this server reads and writes text")
@@ -127,6 +127,7 @@ class Asker:
         sample, context = self._sample(fields), self.limits.context
         seed = fields.whole("seed", -(1 << 63), (1 << 64) - 1)
         seed = random.getrandbits(31) if seed is None else seed
+        guided = Guided(fields, self.tokenizer, stop)
         made = []
         for prompt in prompts:
             room = context - len(prompt)
@@ -139,7 +140,7 @@ class Asker:
             size = min(default, room) if wanted is None else wanted
             for i in range(n):
                 seed_i = (seed + i) & 0x7FFFFFFF
-                made.append(Request(prompt, size, sample, seed_i, stop, logprobs, prompt_logprobs, owner))
+                made.append(Request(prompt, size, sample, seed_i, stop, logprobs, prompt_logprobs, owner, guided.text()))
         return tuple(made)
 
     def _sample(self, fields: Fields) -> SampleConfig:

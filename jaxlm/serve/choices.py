@@ -154,6 +154,8 @@ class _Text:
         """ApiError where the engine says that it failed."""
         if event.ended == "error":
             raise ApiError(500, f"the model failed: {event.reason or 'no reason given'}", code="engine_error")
+        if event.ended == "stuck":
+            raise bad(event.reason, code="constraint_failed")
         if event.ended == "cancelled":
             raise unavailable("the server is stopping and ended this text")
         text, tokens = "", []

@@ -3,6 +3,7 @@
 import dataclasses
 import ipaddress
 import os
+from typing import Literal
 
 KEY = "JAXLM_API_KEY"
 
@@ -22,7 +23,9 @@ class ServeOptions:
     slots: int = 8
     """Texts that are written at a time."""
     context: int | None = None
-    """Most tokens of a prompt and its text together; empty: the model's positions."""
+    """Most tokens of a prompt and its text together, for each slot; empty: the model's positions, at most 4096."""
+    cache: Literal["same", "int8"] = "same"
+    """How keys and values of the slots are held: as they are computed, or in int8, which takes about half of bfloat16's bytes."""
     queue: int = 256
     """Texts that may wait for a slot; beyond it the answer is 429."""
     max_tokens: int | None = None

@@ -66,7 +66,9 @@ def serve(argument: str, options: ServeOptions) -> None:
     """Load a model and serve it until a signal says to stop. ValueError for what cannot be served."""
     with listen(options.host, options.port) as there:
         trained = load_model(argument)
-        engine = open_engine(trained, options.slots, options.context, options.queue) if writes(trained) else None
+        engine = None
+        if writes(trained):
+            engine = open_engine(trained, options.slots, options.context, options.queue, options.cache)
         service = serve_what(trained, options, engine)
         host = f"[{options.host}]" if ":" in options.host else options.host
         say(f"{service.name}: {', '.join(service.routes())}")

@@ -1,6 +1,6 @@
 """How a model that writes text is spoken with: its conversations, what ends its texts, its engine."""
 
-from typing import Any
+from typing import Any, Literal
 
 from jaxlm.data import DEFAULT_TEMPLATE, Chat
 from jaxlm.models import Trained
@@ -38,12 +38,18 @@ def writes(trained: Trained) -> bool:
     return (trained.model.config.architecture, trained.model.config.head.kind) == ("decoder", "language_model")
 
 
-def open_engine(trained: Trained, slots: int, context: int | None = None, queue: int = 1024) -> Any:
+CONTEXT = 4096
+"""Tokens of a text that are made room for where nobody says how many; models may read far more than memory holds."""
+
+
+def open_engine(
+    trained: Trained, slots: int, context: int | None = None, queue: int = 1024, cache: Literal["same", "int8"] = "same"
+) -> Any:
     """An engine for a decoder that writes text, not yet started. ValueError for a context that the model does not have."""
     from jaxlm.generate.engine import Engine, EngineConfig
 
     positions = trained.model.config.positions
     if context is not None and context > positions:
         raise ValueError(f"context is {context}: the model has {positions} positions")
-    config = EngineConfig(slots=slots, context=context or positions, queue=queue)
+    config = EngineConfig(slots=slots, context=context or min(positions, CONTEXT), queue=queue, cache=cache)
     return Engine(trained.model, trained.params, trained.mesh, trained.tokenizer.vocab_size, config)

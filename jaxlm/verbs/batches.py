@@ -119,20 +119,20 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling:
     chat = chat_of(trained)[0] if talks else None
     if talks and chat is None:
         raise ValueError(f"the chat template of {trained.name} writes no question and its answer: give prompts, not messages")
-    tokenizer, engine = trained.tokenizer, open_engine(trained, min(SLOTS, len(left)))
+    tokenizer, positions = trained.tokenizer, trained.model.config.positions
     ends, turn_ends = stop_ids(trained), stop_ids(trained, chat)
     requests = {}
     for i in left:
         talk = "messages" in lines[i]
         assert chat is not None or not talk, "seen above"
         ids = chat.prompt(lines[i]["messages"]) if chat and talk else [tokenizer.bos_id, *tokenizer.encode(lines[i]["prompt"])]
-        room = engine.config.context - len(ids)
+        room = positions - len(ids)
         if room < 1:
-            raise ValueError(
-                f"line {i} (from 0) has {len(ids)} tokens: the model reads at most {engine.config.context}, one new included"
-            )
+            raise ValueError(f"line {i} (from 0) has {len(ids)} tokens: the model reads at most {positions}, one new included")
         prompt = tuple(map(int, ids))
         requests[i] = Request(prompt, min(max_tokens, room), sampling, seed + i, turn_ends if talk else ends)
+    most = max(len(request.prompt) + request.max_tokens for request in requests.values())
+    engine = open_engine(trained, min(SLOTS, len(left)), most)
 
     def start(answers: Answers, advance: Callable[[int], None]) -> None:
         waiting = list(requests.items())[::-1]

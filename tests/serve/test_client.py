@@ -153,7 +153,12 @@ def test_parts_of_text_and_developers_are_understood(client, live):
         ({"stop": ["a"] * 17}, "stop", "up to 16"),
         ({"stop": [""]}, "stop", "empty"),
         ({"extra_body": {"stream_options": {}}}, "stream_options", "needs stream"),
-        ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format", "not supported"),
+        ({"extra_body": {"response_format": {"type": "yaml"}}}, "response_format", "json_object"),
+        ({"extra_body": {"response_format": {"type": "json_schema"}}}, "response_format", "must be a JSON schema"),
+        ({"extra_body": {"guided_regex": "("}}, "guided_regex", "cannot be used"),
+        ({"extra_body": {"guided_choice": []}}, "guided_choice", "at least one"),
+        ({"extra_body": {"guided_choice": ["a"], "guided_regex": "a"}}, "guided_choice", "one of them"),
+        ({"extra_body": {"guided_grammar": "x"}}, "guided_grammar", "not supported"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_its_name(client, options, param, says):

@@ -16,6 +16,7 @@ FIELDS = [
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "n", "best_of", "echo",
     "logprobs", "top_logprobs", "stop", "seed", "stream", "stream_options", "suffix", "tools", "logit_bias", "user", "input",
     "encoding_format", "text", "pair", "presence_penalty", "response_format", "role", "content", "include_usage", "type",
+    "guided_regex", "guided_json", "guided_choice", "json_schema", "schema",
 ]  # fmt: skip
 TEXTS = st.one_of(
     st.sampled_from(["parrot", "a", "", "user", "assistant", "text", "é\ud800", "\x00", "base64"]), st.text(max_size=20)

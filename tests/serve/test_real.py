@@ -116,6 +116,25 @@ def test_every_setting_reaches_the_sampler(client):
         assert len(set(other.choices[0].logprobs.tokens)) > len(set(plain))
 
 
+def test_texts_match_what_they_are_asked_to(client):
+    """By OpenAI's field and by vLLM's, beside free texts that stay as they are alone."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"],
+              "additionalProperties": False}  # fmt: skip
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    free = {"model": "tiny", "prompt": "Boats", "max_tokens": 20, "seed": 5}
+    alone = client.completions.create(**free).choices[0].text
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        objects = pool.submit(client.chat.completions.create, model="tiny", messages=HI, response_format=asked, n=2, max_tokens=40)
+        chosen = pool.submit(client.completions.create, **free, extra_body={"guided_choice": ["yes", "no"]})
+        matched = pool.submit(client.completions.create, **free, extra_body={"guided_regex": "[ab]{3}-[0-9]{2}"})
+        beside = pool.submit(client.completions.create, **free)
+    for choice in objects.result().choices:
+        assert 0 <= json.loads(choice.message.content)["n"] <= 99 and choice.finish_reason == "stop"
+    assert chosen.result().choices[0].text in ("yes", "no")
+    assert re.fullmatch("[ab]{3}-[0-9]{2}", matched.result().choices[0].text)
+    assert beside.result().choices[0].text == alone
+
+
 def test_vectors_beside_texts(client, real):
     found = client.embeddings.create(model="tiny", input=["a", "b"])
     assert len(found.data) == 2 and np.linalg.norm(found.data[0].embedding) == pytest.approx(1, abs=1e-5)
