@@ -59,7 +59,7 @@ ROOMS = {
     ],
     "train": ["objectives", "quantized", "tune", "adam8bit", "soap", "moments", "optim", "step", "checkpoint", "loop"],
     "hub": ["tensors", "files", "loading", "saving", "family", "encoders", "decoders", "seq2seq", "convert", "adapters"],
-    "generate": ["sample", "request", "constrain", "watermark", "decode", "speculative", "batch", "slots", "engine"],
+    "generate": ["sample", "request", "constrain", "watermark", "decode", "speculative", "batch", "contrastive", "slots", "engine"],
     "metrics": ["intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],
     "tasks": ["task", "labelling", "reading", "writing", "comparing", "baseline", "page", "predictor"],
     "models": [],

@@ -135,12 +135,31 @@ def _rounded(x_BKLH: jax.Array) -> Rounded:
     return Rounded(jnp.round(x_BKLH.astype(jnp.float32) / scale).astype(jnp.int8), scale)
 
 
-def spread(cache: Cache, times: int) -> Cache:
+def repeat(cache: Cache, times: int) -> Cache:
     """Each row `times` times, one behind the other; they go on sharing their source."""
     start_B = None if cache.start_B is None else jnp.repeat(cache.start_B, times)
-    rows = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4]
     cache = cache.map(lambda x: constrain(jnp.repeat(x, times, axis=-4), "XBKSH"[-x.ndim :]))
-    return dataclasses.replace(cache, start_B=start_B, holder_BGS=_itself(rows, times, cache.size))
+    return dataclasses.replace(cache, start_B=start_B)
+
+
+def level(cache: Cache, row_B: jax.Array) -> Cache:
+    """After `repeat` and one more token of each row: all rows of a text hold what its row `row_B` holds of that token."""
+    assert cache.length.ndim == 0, "rows that level each other are of one length"
+    rows = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4]
+    times, place = rows // row_B.shape[0], cache.length - 1
+    from_R = jnp.repeat(jnp.arange(0, rows, times) + row_B, times)
+
+    def change(x: jax.Array) -> jax.Array:
+        last = jnp.take(jax.lax.dynamic_slice_in_dim(x, place, 1, x.ndim - 2), from_R, axis=x.ndim - 4)
+        return jax.lax.dynamic_update_slice_in_dim(x, last, place, x.ndim - 2)
+
+    return cache.map(change)
+
+
+def spread(cache: Cache, times: int) -> Cache:
+    """`repeat`, of rows that will take each other's place (`reorder`)."""
+    rows = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4]
+    return dataclasses.replace(repeat(cache, times), holder_BGS=_itself(rows, times, cache.size))
 
 
 def _itself(rows: int, times: int, size: int) -> jax.Array:

@@ -9,7 +9,7 @@ from test_model import tokens
 from test_stacks import DECODER, PAIR, SEVERAL, drawn
 
 from jaxlm.model import Model, RotaryConfig, empty_cache
-from jaxlm.model.cache import grow, reorder, spread
+from jaxlm.model.cache import grow, level, reorder, repeat, spread
 
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "kv_heads": 2, "qk_norm": "heads"}
 TWO_BASES = RotaryConfig(theta=100.0, local_theta=10.0)
@@ -71,6 +71,25 @@ def test_texts_of_different_length_end_together_and_do_not_touch_each_other(case
     assert np.isfinite(found).all(), "padding is computed too, and must not poison what sees it not"
     for row, start in enumerate(start_B):
         np.testing.assert_allclose(found[row, start:], expected[row, : 11 - start], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_that_one_of_them_levels_are_its_text(case):
+    """Two texts become three rows each; after each token all rows of a text go on from one of them, without a note of who
+    holds what."""
+    model, params, reads, full, cached = case
+    ids, rng = tokens(2, 3, seed=3), np.random.default_rng(0)
+    _, cache = cached(params, batch_of(reads, ids), empty_cache(model.config, 2, 8))
+    cache, history = repeat(cache, 3), np.repeat(ids, 3, axis=0)
+    assert cache.holder_BGS is None
+    source = {name: np.repeat(x, 3, axis=0) for name, x in SOURCE.items()}
+    for row in ([0, 1], [2, 0], [1, 2]):
+        new = rng.integers(0, 40, (6, 1)).astype(np.int32)
+        logits, cache = cached(params, {"tokens_BL": new}, cache)
+        history = np.concatenate([history, new], axis=1)
+        np.testing.assert_allclose(logits[:, 0], full(params, batch_of(reads, history, source))[:, -1], atol=1e-5)
+        cache = level(cache, np.array(row, np.int32))
+        history = np.repeat(history.reshape(2, 3, -1)[np.arange(2), row], 3, axis=0)
 
 
 def test_rows_that_take_each_others_place_are_the_texts_they_then_are(case):
