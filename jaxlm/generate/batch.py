@@ -327,9 +327,9 @@ class BatchGenerator:
             batch["segments_BL"] = (jnp.arange(L)[None, :] < length_B[:, None]).astype(jnp.int32)
             begin_F = jnp.concatenate([jnp.array([self.start_id], jnp.int32), forced_F])
             batch = {"encoder": batch, "decoder": {"tokens_BL": jnp.broadcast_to(begin_F[None, :], (B, 1 + F))}}
-            cache = empty_cache(self.model.config, B, 1 + F, apart=True)
+            cache = empty_cache(self.model.config, B, 1 + F, apart=True, piece=1 + F)
         else:
-            cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True), start_B=L - length_B)
+            cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True, piece=L), start_B=L - length_B)
 
         def scores(batch: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
             logits_RLV, cache = self.model.apply(params, batch, cache, last=True)

@@ -47,10 +47,12 @@ def by_hand(forward, prompt: list[int], config: ContrastiveConfig, stop=()) -> l
 def model_of(position: str) -> Model:
     # Tied embeddings would say the last token again; a table of 40 entries for 33 tokens.
     sizes = {"vocab_size": 40, "positions": 32, "layers": 2, "width": 16, "heads": 4}
+    if position == "windowed":  # texts are long enough for a ring
+        position, sizes = "rotary", {**sizes, "layer_pattern": "LG", "window": 3}
     return Model(TransformerConfig(**sizes, position=position, tie_embeddings=False, init_std=0.5))
 
 
-@pytest.fixture(scope="module", params=[slow("learned"), "rotary"])
+@pytest.fixture(scope="module", params=[slow("learned"), "rotary", slow("windowed")])
 def ours(request):
     model = model_of(request.param)
     params = model.init(jax.random.key(0))
