@@ -31,6 +31,9 @@ SMALL = [
         (["generate", "nowhere", "--min-p", "7"], ["min_p is 7"]),
         (["generate", "nowhere", "--draft", "a", "--lookup", "3"], ["draft and lookup are both given"]),
         (["generate", "nowhere", "--lookup", "0"], ["lookup is 0"]),
+        (["generate", "nowhere", "--penalty-alpha", "0.6"], ["penalty_alpha needs top_k"]),
+        (["generate", "nowhere", "--penalty-alpha", "2", "--top-k", "4"], ["penalty_alpha is 2", "from 0 to 1"]),
+        (["generate", "x", "--penalty-alpha", "1", "--top-k", "4", "--seed", "1", "--top-p", "0.5"], ["leave off top_p, seed"]),
         (["generate", "nowhere", "--lookup", "3", "--regex", "a"], ["guess several tokens at once"]),
         (["generate", "nowhere", "--json-schema", "none.json"], ["json_schema 'none.json' cannot be read"]),
         (["config", "--data.sources.kind", "file"], ["'file'", "did you mean 'files'"]),
@@ -152,6 +155,10 @@ def test_a_run_from_start_to_text(command, tmp_path):
     plain, drafted, looked_up = (command(*greedy, *more) for more in ((), ("--draft", "runs/tiny"), ("--lookup", 3)))
     assert plain.returncode == 0 and plain.stdout == drafted.stdout == looked_up.stdout
     assert re.search(r"(\d+) of \1 guessed tokens were taken", drafted.stderr), "a model takes all of its own guesses"
+    contrast = ("generate", "runs/tiny", "--prompt", "The", "--max-tokens", 20, "--top-k", 4, "--penalty-alpha")
+    contrasted, likeliest = (command(*contrast, alpha) for alpha in (0.9, 0))
+    assert contrasted.returncode == 0 and contrasted.stdout.startswith("The"), contrasted.stderr
+    assert plain.stdout == likeliest.stdout != contrasted.stdout
     matched = command("generate", "runs/tiny", "--max-tokens", 20, "--regex", "[ab]{3}-[0-9]")
     assert re.fullmatch(r"[ab]{3}-[0-9]\n", matched.stdout), matched.stderr
 

@@ -2,6 +2,7 @@
 
 from jaxlm.generate.batch import BatchGenerator, DecodeConfig, Scored
 from jaxlm.generate.constrain import Constraint, Grammar
+from jaxlm.generate.contrastive import ContrastiveConfig, ContrastiveGenerator
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
 from jaxlm.generate.speculative import Speculator, Stats
@@ -10,6 +11,8 @@ from jaxlm.generate.watermark import Detection, Watermark, detect
 __all__ = [
     "BatchGenerator",
     "Constraint",
+    "ContrastiveConfig",
+    "ContrastiveGenerator",
     "DecodeConfig",
     "Detection",
     "Generator",

@@ -7,7 +7,7 @@ V vocabulary · E tokens that end a text · C candidates.
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,22 @@ class Found(NamedTuple):
     """Log-probability / tokens^penalty, counting what ended them; −inf: there is no such text."""
 
 
-State = TypeVar("State", bound="_Greedy | _Beams")
+class Searching(Protocol):
+    """What a search knows after some tokens."""
+
+    @property
+    def new(self) -> jax.Array:
+        """How many new tokens there are."""
+
+    @property
+    def open_B(self) -> jax.Array:  # noqa: N802
+        """Which texts may go on."""
 
 
-def _search(advance: Callable[[State, Cache], tuple[State, Cache]], state: State, cache: Cache, T: int, chunk: int = 32) -> State:
+State = TypeVar("State", bound=Searching)
+
+
+def search(advance: Callable[[State, Cache], tuple[State, Cache]], state: State, cache: Cache, T: int, chunk: int = 32) -> State:
     """`advance` until no text is open or T tokens are there. The cache grows meanwhile, by `chunk` tokens and then ever
     twice as many: what it costs follows how long the texts become, not how long they might."""
     begin = cache.size
@@ -85,7 +97,7 @@ def greedy(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array) 
     def choose(state: _Greedy, scores_BV: jax.Array) -> _Greedy:
         token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
         total_B = state.total_B + jnp.where(state.open_B, jnp.max(scores_BV, axis=-1).astype(jnp.float32), 0)
-        open_B = state.open_B & ~_among(token_B, stop_E)
+        open_B = state.open_B & ~among(token_B, stop_E)
         tokens_BT = jax.lax.dynamic_update_slice(state.tokens_BT, token_B[:, None], (0, state.new))
         return _Greedy(state.new + 1, token_B, tokens_BT, state.length_B + open_B.astype(jnp.int32), total_B, open_B)
 
@@ -96,7 +108,7 @@ def greedy(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array) 
     B = start.open_B.shape[0]
     given_B, zero_B = jnp.full(B, start.given, jnp.int32), jnp.zeros(B, jnp.float32)
     begin = _Greedy(jnp.int32(start.given), start.given_BT[:, 0], start.given_BT, given_B, zero_B, start.open_B)
-    last = _search(advance, choose(begin, start.scores_BV), start.cache, T)
+    last = search(advance, choose(begin, start.scores_BV), start.cache, T)
     counted_B = jnp.minimum(last.length_B + 1, T).astype(jnp.float32)
     return Found(last.tokens_BT[:, None], last.length_B[:, None], (last.total_B / counted_B**penalty)[:, None])
 
@@ -137,7 +149,7 @@ def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Ar
         tokens_BCT = jax.lax.dynamic_update_slice(
             _rows(state.tokens_BGT, parent_BC), token_BC[:, :, None], (0, 0, state.new)
         )  # fmt: skip
-        new, stops_BC = state.new + 1, _among(token_BC, stop_E)
+        new, stops_BC = state.new + 1, among(token_BC, stop_E)
         ends_BC = stops_BC | (new == T)
 
         counted = new.astype(jnp.float32) ** penalty
@@ -163,11 +175,12 @@ def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Ar
     score_BG = jnp.where(jnp.arange(G)[None, :] == 0, 0, none_BG)
     begin = _Beams(jnp.int32(start.given), tokens_BGT, score_BG, zero_BG, tokens_BGT, zero_BG, none_BG, start.open_B)
     first = choose(begin, jnp.repeat(start.scores_BV, G, axis=0))
-    last = _search(advance, first, spread(start.cache, G), T)
+    last = search(advance, first, spread(start.cache, G), T)
     return Found(last.ended_BGT[:, :best], last.ended_length_BG[:, :best], last.ended_score_BG[:, :best])
 
 
-def _among(ids: jax.Array, some_E: jax.Array) -> jax.Array:
+def among(ids: jax.Array, some_E: jax.Array) -> jax.Array:
+    """Which of `ids` are some of those."""
     return jnp.any(ids[..., None] == some_E.reshape((1,) * ids.ndim + (-1,)), axis=-1)
 
 
@@ -264,7 +277,7 @@ class BatchGenerator:
         self._check(prompts, config.max_tokens, len(forced))
         sharding, T, penalty = batch_sharding(self.mesh), config.max_tokens, config.length_penalty
         ways = self.mesh.size // sharding.shard_shape((self.mesh.size,))[0]
-        rows = -(-min(batch_size, _round(len(prompts))) // ways) * ways
+        rows = -(-min(batch_size, rounded(len(prompts))) // ways) * ways
         forced_F, stop_E = np.array(forced, np.int32), np.array(sorted(stop), np.int32)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         sizes = {"T": T, "G": config.beams, "N": config.n_best if scored else 1, "scored": scored}
@@ -299,7 +312,7 @@ class BatchGenerator:
         rows go on at the same place. Rows of length 0 fill up the batch."""
         texts = [[*prompt] if self.reads else [*prompt, *forced] for prompt in prompts]
         length_B = np.array([len(text) for text in texts] + [0] * (rows - len(texts)), np.int32)
-        tokens_BL = np.full((rows, max(8, _round(len(texts[0])))), self.pad_id, np.int32)
+        tokens_BL = np.full((rows, max(8, rounded(len(texts[0])))), self.pad_id, np.int32)
         for text, row_L in zip(texts, tokens_BL, strict=False):
             row_L[slice(len(text)) if self.reads else slice(-len(text), None)] = text
         return tokens_BL, length_B
@@ -314,9 +327,9 @@ class BatchGenerator:
             batch["segments_BL"] = (jnp.arange(L)[None, :] < length_B[:, None]).astype(jnp.int32)
             begin_F = jnp.concatenate([jnp.array([self.start_id], jnp.int32), forced_F])
             batch = {"encoder": batch, "decoder": {"tokens_BL": jnp.broadcast_to(begin_F[None, :], (B, 1 + F))}}
-            cache = empty_cache(self.model.config, B, 1 + F, apart=True)
+            cache = empty_cache(self.model.config, B, 1 + F, apart=True, piece=1 + F)
         else:
-            cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True), start_B=L - length_B)
+            cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True, piece=L), start_B=L - length_B)
 
         def scores(batch: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
             logits_RLV, cache = self.model.apply(params, batch, cache, last=True)
@@ -330,6 +343,6 @@ class BatchGenerator:
         return greedy(step, start, stop_E, penalty) if G == 1 else beam_search(step, start, stop_E, penalty, G, N)
 
 
-def _round(length: int) -> int:
+def rounded(length: int) -> int:
     """The next power of two: few sizes, so few compilations."""
     return 1 << max(0, length - 1).bit_length()

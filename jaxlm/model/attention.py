@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.model.cache import extend
+from jaxlm.model.cache import At, extend
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.kernels import attend
 from jaxlm.model.layers import Angles, Linear, Norm
@@ -21,8 +21,8 @@ from jaxlm.model.positions import rotate
 
 KeyValue = tuple[Any, Any]
 """Keys and values, heads before places as in the cache: (B, K, S, H) of one layer, (X, B, K, S, H) of all."""
-LayerCache = tuple[KeyValue, jax.Array | int, jax.Array | None]
-"""Keys and values of all layers or of this one, which layer this is, and which row holds what (`Cache.holder_BGS`)."""
+LayerCache = tuple[KeyValue, jax.Array | int, At]
+"""Keys and values of all layers or of this one, which layer this is, and where in them the new ones stand."""
 
 
 class Attention(nn.Module):
@@ -82,9 +82,9 @@ class Attention(nn.Module):
         filled = None
         if cache is not None:
             assert mask.seen is not None, "a cache comes with the number of tokens it holds"
-            (k_XBKSH, v_XBKSH), layer, holder_BGS = cache
-            k_XBKSH, k_BSKH = extend(k_XBKSH, k_BSKH, layer, mask.seen, holder_BGS)
-            v_XBKSH, v_BSKH = extend(v_XBKSH, v_BSKH, layer, mask.seen, holder_BGS)
+            (k_XBKSH, v_XBKSH), layer, at = cache
+            k_XBKSH, k_BSKH = extend(k_XBKSH, k_BSKH, layer, at)
+            v_XBKSH, v_BSKH = extend(v_XBKSH, v_BSKH, layer, at)
             filled = (k_XBKSH, v_XBKSH)
         core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
 

@@ -68,10 +68,11 @@ class Model:
         return nn.get_partition_spec(self._abstract)
 
     def apply(
-        self, params: Params, batch: Batch, *args: Any,
+        self, params: Params, batch: Batch | jax.Array, *args: Any,
         train: bool = False, rng: jax.Array | None = None, method: str = "__call__", **options: Any,
     ) -> Any:  # fmt: skip
-        """Call a method of the module: `__call__` (logits and cache, or a label head's scores), `hidden` or `loss`.
+        """Call a method of the module: `__call__` (logits and cache, or a label head's scores), `hidden` or `loss`;
+        `logits` takes hidden states for a batch.
 
         `train` turns dropout on, which then draws from `rng`, as does the rounding of gradients with `config.quantize`.
         """

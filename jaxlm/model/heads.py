@@ -195,6 +195,16 @@ class LanguageModel(nn.Module):
         """The last hidden states (B, L, D)."""
         return self.transformer(batch).hidden_BLD
 
+    def states(self, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache | None]:
+        """The last hidden states (B, L, D) of a call with a cache, and the cache; `logits` makes logits of those that are
+        wanted."""
+        output = self.transformer(batch, cache)
+        return output.hidden_BLD, output.cache
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """Float32 logits (B, L, V) of last hidden states."""
+        return _logits(*self.head(hidden_BLD, self.transformer.embed.table), self.config.logit_softcap)
+
     def __call__(
         self, batch: Batch, cache: Cache | None = None, last: bool = False, at_B: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None]:
@@ -204,10 +214,10 @@ class LanguageModel(nn.Module):
         hidden_BLD = output.hidden_BLD[:, -1:] if last else output.hidden_BLD
         if at_B is not None:
             hidden_BLD = jnp.take_along_axis(hidden_BLD, at_B[:, None, None], axis=1)
-        parts = self.head(hidden_BLD, self.transformer.embed.table)
+        logits_BLV = self.logits(hidden_BLD)
         if self.config.head.pair and self.is_initializing():
             self.pair(output.hidden_BLD[:, 0])
-        return _logits(*parts, self.config.logit_softcap), output.cache
+        return logits_BLV, output.cache
 
     def loss(self, batch: Batch, *, chunk: int, z_loss: float = 0.0, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
         """Sums over `targets_BL` weighted by `weights_BL` (of an encoder-decoder those of its decoder), as

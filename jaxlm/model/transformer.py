@@ -7,7 +7,8 @@ E experts · C classes · X layers of a stack. `q_BLNH` needs no shape comment.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.model.attention import Attention, KeyValue
-from jaxlm.model.cache import Cache, Source
+from jaxlm.model.cache import At, Cache, Source
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm, divisor
 from jaxlm.model.mask import Mask, distances, places
@@ -37,8 +38,8 @@ class Context:
     angles: tuple[Angles, Angles] | None = None
     """Rotary angles of layers that see all and of layers that see a window."""
     bias_BNLS: jax.Array | None = None
-    holder_BGS: jax.Array | None = None
-    """Of the cache."""
+    at: At | None = None
+    """In the cache."""
     read_BSD: jax.Array | None = None
     """The encoder's hidden states, which the blocks of a decoder read."""
     read_mask: Mask | None = None
@@ -90,7 +91,7 @@ class Block(nn.Module):
 
         start_BLD = x_BLD
         attention = Attention(c, self.train, name="attention")
-        held = None if cache is None else (cache, layer, context.holder_BGS)
+        held = None if cache is None or context.at is None else (cache, layer, context.at)
         y_BLD, cache = attention(before("attention", x_BLD), held, local, context.mask, context.angles, context.bias_BNLS)
         y_BLD = checkpoint_name(y_BLD, "attention")
         x_BLD = after("attention", x_BLD, y_BLD)
@@ -146,7 +147,8 @@ class Stack(nn.Module):
             if cache is not None and cache.start_B is not None:
                 positions_BL = jnp.maximum(positions_BL - cache.start_B[:, None], 0)
         x_BLD = self._embed(x_BLW, positions_BL, batch.get("types_BL"))
-        context = self._context(batch, place_BL, positions_BL, cache, read)
+        bias = self._bias()
+        context = self._context(batch, place_BL, positions_BL, cache, read, bias)
 
         if stages() > 1 and cache is None and not self.is_initializing() and not c.share_layers:
             x_BLD, auxiliary = self._in_stages(x_BLD, context)
@@ -155,7 +157,9 @@ class Stack(nn.Module):
         source = None if cache is None or cache.source is None or read is not None else (cache.source.k_XBKSH, cache.source.v_XBKSH)
         layers = None if self.is_initializing() else self.variables["params"]["layers"]
         if isinstance(layers, tuple):
-            (x_BLD, kv), (kept, auxiliary_X) = self._apart(layers, (x_BLD, kv), source, context)
+            (x_BLD, kv), (kept, auxiliary_X) = self._apart(
+                layers, (x_BLD, kv), source, context, self._of_rings(context, place_BL, cache, bias)
+            )
         else:
             stack = self._scanned()(c, self.train, name="layers")
             layer_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
@@ -188,16 +192,23 @@ class Stack(nn.Module):
         c = self.config
         return gathered(x_BLD if c.norm_position == "post" else Norm(c, c.norm, name="final_norm")(x_BLD))
 
+    def _bias(self) -> Callable[[jax.Array], jax.Array] | None:
+        """Distances (1 or B, L, S) → what is added to the scores, (1 or B, N, L, S)."""
+        c = self.config
+        if c.position == "relative":
+            return RelativeBias(c, self.causal, name="relative_bias")
+        return functools.partial(alibi, heads=c.heads) if c.position == "alibi" else None
+
     def _context(
-        self, batch: Batch, place_BL: jax.Array, positions_BL: jax.Array, cache: Cache | None, read: tuple[jax.Array, Batch] | None
-    ) -> Context:
+        self, batch: Batch, place_BL: jax.Array, positions_BL: jax.Array, cache: Cache | None,
+        read: tuple[jax.Array, Batch] | None, bias: Callable[[jax.Array], jax.Array] | None,
+    ) -> Context:  # fmt: skip
         c, length = self.config, place_BL.shape[1]
         segments_BL = batch.get("segments_BL")
         seen, size = (None, length) if cache is None else (cache.length, cache.size)
         assert segments_BL is None or seen is None, "packed rows are for training: a cache holds one document a row"
-        holder_BGS = None if cache is None else cache.holder_BGS
         mask = Mask(segments_BL, segments_BL, seen, batch.get("prefix_B"), causal=self.causal)
-        context = Context(mask, holder_BGS=holder_BGS)
+        context = Context(mask, at=None if cache is None else At(cache.length, cache.holder_BGS))
         if segments_BL is not None:
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
         elif cache is not None and cache.start_B is not None:
@@ -208,11 +219,8 @@ class Stack(nn.Module):
             angles = rotary_angles(positions_BL, c, c.rope.theta, segments_BL)
             local = rotary_angles(positions_BL, c, c.rope.local_theta, segments_BL) if c.rope.local_theta else angles
             context = dataclasses.replace(context, angles=(angles, local))
-        elif c.position == "relative":
-            bias_BNLS = RelativeBias(c, self.causal, name="relative_bias")(distances(length, size, seen))
-            context = dataclasses.replace(context, bias_BNLS=bias_BNLS)
-        elif c.position == "alibi":
-            context = dataclasses.replace(context, bias_BNLS=alibi(distances(length, size, seen), c.heads))
+        elif bias is not None:
+            context = dataclasses.replace(context, bias_BNLS=bias(distances(length, size, seen)))
         if read is not None:
             states_BSD, source = read
             mask = Mask(segments_BL, source.get("segments_BL"), causal=False)
@@ -221,7 +229,34 @@ class Stack(nn.Module):
             context = dataclasses.replace(context, read_mask=Mask(None, cache.source.segments_BS, causal=False))
         return context
 
-    def _apart(self, layers: tuple[Any, ...], carry: Any, source: Any, context: Context) -> tuple[Any, tuple[Any, jax.Array]]:
+    def _of_rings(
+        self, context: Context, place_BL: jax.Array, cache: Cache | None, bias: Callable[[jax.Array], jax.Array] | None
+    ) -> Context:
+        """What layers share whose cache is a ring: keys are its last places, of which those before the text are not seen."""
+        room = min((most for most in cache.limits if most is not None), default=None) if cache is not None else None
+        if cache is None or room is None or room >= cache.size:
+            return context
+        rows, length = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4], place_BL.shape[1]
+        assert length + self.config.window <= room, "a call of more tokens than the ring's piece"
+        first_B = jnp.broadcast_to(cache.length + (length - room), rows)
+        start_B = jnp.zeros(rows, jnp.int32) if cache.start_B is None else cache.start_B
+        key_BS = first_B[:, None] + jnp.arange(room, dtype=jnp.int32)[None, :]
+        query, key = ((p >= start_B[:, None]).astype(jnp.int32) for p in (place_BL, key_BS))
+        seen = jnp.int32(room - length)
+        prefix_B = None if context.mask.prefix_B is None else context.mask.prefix_B - first_B
+        holder_BGS = cache.holder_BGS
+        if holder_BGS is not None:
+            holder_BGS = jnp.take(holder_BGS, jnp.clip(key_BS[0], 0), axis=2)
+        return dataclasses.replace(
+            context,
+            mask=Mask(query, key, seen, prefix_B, causal=self.causal),
+            at=At(cache.length, holder_BGS, ring=True),
+            bias_BNLS=None if bias is None else bias(distances(length, room, seen)),
+        )
+
+    def _apart(
+        self, layers: tuple[Any, ...], carry: Any, source: Any, context: Context, of_rings: Context
+    ) -> tuple[Any, tuple[Any, jax.Array]]:
         """The same as the scan over layers, of layers that have parameters and caches of their own."""
         c, (x_BLD, cache) = self.config, carry
         kv_X, source_X = ([None] * self.layers if both is None else list(zip(*both, strict=True)) for both in (cache, source))
@@ -229,7 +264,7 @@ class Stack(nn.Module):
         losses: list[Any] = []
         for layer, local in enumerate(c.local(self.layers)):
             (x_BLD, kv_X[layer]), (kept, loss) = Block(c, self.train).apply(
-                {"params": layers[layer]}, (x_BLD, kv_X[layer]), layer, bool(local), source_X[layer], context
+                {"params": layers[layer]}, (x_BLD, kv_X[layer]), layer, bool(local), source_X[layer], of_rings if local else context
             )
             kept_X.append(kept)
             losses.append(loss)

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxlm import config as configs
 from jaxlm.verbs.batches import generate_file
@@ -34,6 +34,9 @@ class GenerateOptions:
     """Taken off the logits of tokens that were written."""
     frequency_penalty: float = 0.0
     """Taken off a token's logit each time that it was written."""
+    penalty_alpha: float | None = None
+    """Contrastive search: of the `top_k` likeliest tokens that with the largest (1 − penalty_alpha) · its probability −
+    penalty_alpha · its likeness to the text so far. Nothing is drawn, and the text comes at once."""
     seed: int = 0
     """The same seed gives the same text."""
     draft: str | None = None
@@ -65,6 +68,15 @@ class GenerateOptions:
             raise ValueError("draft and lookup guess several tokens at once, which regex and json_schema do not allow")
         if self.file is not None and (self.guesses or self.regex or self.json_schema):
             raise ValueError("many prompts of a file are answered together, without draft, lookup, regex and json_schema")
+        if self.penalty_alpha is not None:
+            if self.top_k is None:
+                raise ValueError("penalty_alpha needs top_k: the number of likeliest tokens to choose among, say --top-k 4")
+            own = {"prompt", "max_tokens", "top_k", "penalty_alpha"}
+            others = [f.name for f in dataclasses.fields(self) if f.name not in own and getattr(self, f.name) != f.default]
+            if others:
+                raise ValueError(
+                    f"penalty_alpha draws nothing and goes with top_k and max_tokens alone: leave off {', '.join(others)}"
+                )
         for name in ("draft_tokens", "lookup"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
@@ -80,10 +92,22 @@ def generate(words: Sequence[str]) -> int:
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
     from jaxlm.data import StreamDecoder
-    from jaxlm.generate import Constraint, Generator, Grammar, SampleConfig, Speculator, Stats
+    from jaxlm.generate import (
+        Constraint,
+        ContrastiveConfig,
+        ContrastiveGenerator,
+        Generator,
+        Grammar,
+        SampleConfig,
+        Speculator,
+        Stats,
+    )
     from jaxlm.models import load_model
 
     sampling = SampleConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SampleConfig)})
+    contrast = None
+    if options.penalty_alpha is not None and options.top_k is not None:
+        contrast = ContrastiveConfig(options.top_k, options.penalty_alpha, options.max_tokens)
     constraint = None
     if options.regex is not None:
         constraint = Constraint(regex=options.regex)
@@ -95,6 +119,7 @@ def generate(words: Sequence[str]) -> int:
     tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
     stop, stats = {tokenizer.eos_id, *trained.stop_ids()}, Stats()
+    tokens: Iterable[int]
     asked = (trained.params, prompt, options.max_tokens, sampling)
     if options.draft is not None:
         small = load_model(options.draft, mesh)
@@ -105,6 +130,8 @@ def generate(words: Sequence[str]) -> int:
     elif options.lookup is not None:
         speculator = Speculator(model, mesh, tokenizer.vocab_size, options.lookup)
         tokens = speculator.stream(*asked, seed=options.seed, stop=stop, stats=stats)
+    elif contrast is not None:
+        (tokens,) = ContrastiveGenerator(model, mesh, tokenizer.vocab_size)(trained.params, [prompt], contrast, stop)
     else:
         grammar = None if constraint is None else Grammar(tokenizer, constraint, stop)
         generator = Generator(model, mesh, tokenizer.vocab_size)

@@ -9,7 +9,7 @@ from test_model import tokens
 from test_stacks import DECODER, PAIR, SEVERAL, drawn
 
 from jaxlm.model import Model, RotaryConfig, empty_cache
-from jaxlm.model.cache import grow, reorder, spread
+from jaxlm.model.cache import grow, level, reorder, repeat, spread
 
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "kv_heads": 2, "qk_norm": "heads"}
 TWO_BASES = RotaryConfig(theta=100.0, local_theta=10.0)
@@ -73,6 +73,25 @@ def test_texts_of_different_length_end_together_and_do_not_touch_each_other(case
         np.testing.assert_allclose(found[row, start:], expected[row, : 11 - start], atol=1e-5)
 
 
+@pytest.mark.slow
+def test_rows_that_one_of_them_levels_are_its_text(case):
+    """Two texts become three rows each; after each token all rows of a text go on from one of them, without a note of who
+    holds what."""
+    model, params, reads, full, cached = case
+    ids, rng = tokens(2, 3, seed=3), np.random.default_rng(0)
+    _, cache = cached(params, batch_of(reads, ids), empty_cache(model.config, 2, 8))
+    cache, history = repeat(cache, 3), np.repeat(ids, 3, axis=0)
+    assert cache.holder_BGS is None
+    source = {name: np.repeat(x, 3, axis=0) for name, x in SOURCE.items()}
+    for row in ([0, 1], [2, 0], [1, 2]):
+        new = rng.integers(0, 40, (6, 1)).astype(np.int32)
+        logits, cache = cached(params, {"tokens_BL": new}, cache)
+        history = np.concatenate([history, new], axis=1)
+        np.testing.assert_allclose(logits[:, 0], full(params, batch_of(reads, history, source))[:, -1], atol=1e-5)
+        cache = level(cache, np.array(row, np.int32))
+        history = np.repeat(history.reshape(2, 3, -1)[np.arange(2), row], 3, axis=0)
+
+
 def test_rows_that_take_each_others_place_are_the_texts_they_then_are(case):
     """Two texts become three rows each; after each token rows go on from others of the same text. Each row's next logits are
     those of its own history, its source still the text's."""
@@ -111,6 +130,77 @@ def test_rows_of_different_length_go_on_from_their_own_ends(case):
                 np.testing.assert_allclose(logits[row], expected[row, seen : seen + size], atol=1e-5)
             seen_B = seen_B + size
         np.testing.assert_array_equal(cache.length, [9, 6])
+
+
+WINDOWED = [name for name, config in MODELS.items() if "L" in config.layer_pattern]
+
+
+@pytest.mark.parametrize("name", ["windows", *(pytest.param(name, marks=pytest.mark.slow) for name in [*WINDOWED[1:], "alibi"])])
+@pytest.mark.parametrize("kernel", ["xla", pytest.param("chunked", marks=pytest.mark.slow)])
+def test_layers_that_see_a_window_hold_no_more_than_they_see(name, kernel):
+    """A window of 3 and pieces of up to 4 tokens: rings of 7 places, turned five times by 36 tokens, in pieces of several
+    sizes of which some are set back. Then rows of different lengths, rows that begin late, and rows that take each other's
+    place: the logits of the texts read at once."""
+    config = dataclasses.replace(MODELS[name], kernel=kernel, positions=48)
+    if name == "alibi":
+        config = dataclasses.replace(config, layer_pattern="GL", window=3)
+    model, ids = Model(config), tokens(2, 36, seed=6)
+    params = drawn(model)
+    expected = jax.jit(lambda p: model.apply(p, {"tokens_BL": ids})[0])(params)
+    layers, apply = jax.jit(model.apart)(params), jax.jit(model.apply)
+    cache = empty_cache(config, 2, 6, apart=True, piece=4)
+    ringed, seen = config.local(config.layers), 0
+    for size, kept in ((4, 4), (1, 1), (1, 1), (4, 2), (4, 4), (1, 0), (4, 1), (4, 4), (4, 4), (4, 3), (1, 1), (4, 4)):
+        cache = grow(cache, 40) if seen == 6 else cache
+        piece = np.concatenate([ids[:, seen : seen + kept], np.full((2, size - kept), 7, np.int32)], axis=1)
+        logits, cache = apply(layers, {"tokens_BL": piece}, cache)
+        np.testing.assert_allclose(logits[:, :kept], expected[:, seen : seen + kept], atol=1e-5)
+        seen += kept
+        cache = dataclasses.replace(cache, length=jax.numpy.int32(seen))
+    assert [held.shape[-2] for held in cache.k_XBKSH] == [7 if local else 40 for local in ringed]
+    per_place = 2 * 2 * config.K * config.H * 4
+    assert sum(x.nbytes for x in jax.tree.leaves((cache.k_XBKSH, cache.v_XBKSH))) == per_place * sum(7 if x else 40 for x in ringed)
+
+    spreads, history = spread(cache, 2), np.repeat(ids[:, :seen], 2, axis=0)
+    for parents in ([[0, 1], [0, 1]], [[1, 0], [1, 1]], [[0, 0], [1, 0]]):
+        history = history.reshape(2, 2, -1)[np.arange(2)[:, None], np.array(parents)].reshape(4, -1)
+        new = np.arange(4, dtype=np.int32)[:, None]
+        logits, spreads = apply(layers, {"tokens_BL": new}, reorder(spreads, np.array(parents, np.int32)))
+        history = np.concatenate([history, new], axis=1)
+    full = jax.jit(lambda p, tokens_BL: model.apply(p, {"tokens_BL": tokens_BL})[0][:, -1])
+    np.testing.assert_allclose(logits[:, 0], full(params, history), atol=1e-5)
+
+    # Row 1 goes back by one token of the last piece.
+    seen_B = np.array([seen, seen - 1], np.int32)
+    cache = dataclasses.replace(cache, length=seen_B)
+    for size in (3, 1):
+        piece = np.stack([text[at : at + size] for text, at in zip(ids, seen_B, strict=True)])
+        logits, cache = apply(layers, {"tokens_BL": piece}, cache)
+        for row, at in enumerate(seen_B):
+            np.testing.assert_allclose(logits[row], expected[row, at : at + size], atol=1e-5)
+        seen_B = seen_B + size
+
+    late = dataclasses.replace(empty_cache(config, 2, 40, apart=True, piece=4), start_B=np.array([0, 3], np.int32))
+    rows = np.stack([ids[0], np.roll(ids[1], 3)])
+    for at in range(0, 32, 4):
+        logits, late = apply(layers, {"tokens_BL": rows[:, at : at + 4]}, late)
+        np.testing.assert_allclose(logits[0], expected[0, at : at + 4], atol=1e-5)
+        begin = max(0, 3 - at)
+        np.testing.assert_allclose(logits[1, begin:], expected[1, at + begin - 3 : at + 1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_ring_in_int8_says_what_a_whole_cache_in_int8_says():
+    config = dataclasses.replace(MODELS["windows"], cache="int8")
+    model, ids = Model(config), tokens(2, 20, seed=6)
+    layers, apply, said = model.apart(drawn(model)), jax.jit(model.apply), []
+    for piece in (4, None):
+        cache, parts = empty_cache(config, 2, 20, apart=True, piece=piece), []
+        for part in np.split(ids, 5, axis=1):
+            logits, cache = apply(layers, {"tokens_BL": part}, cache)
+            parts.append(logits)
+        said.append(np.concatenate(parts, axis=1))
+    np.testing.assert_allclose(*said, atol=1e-5)
 
 
 @pytest.mark.parametrize("apart", [False, True])
