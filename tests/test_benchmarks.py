@@ -49,3 +49,18 @@ def test_load_prints_time_and_memory_of_both():
 def test_precision_prints_losses_and_draws_curves(tmp_path):
     out = run("benchmarks/precision.py", "--steps", "5", "--ways", "int8", "--out", str(tmp_path / "curves.png"))
     assert "float32: held-out loss" in out and "int8: held-out loss" in out and (tmp_path / "curves.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_decode_compares_the_texts_and_prints_a_ratio():
+    sizes = ("--layers", "2", "--width", "64", "--heads", "2", "--vocab", "500", "--prompt", "8", "--new", "16")
+    out = run("benchmarks/decode.py", *sizes, "--batches", "1", "3", "--rounds", "1")
+    assert re.findall(r"batch (\d): jaxlm [\d.]+ tokens/s, torch [\d.]+ tokens/s, jaxlm / torch [\d.]+", out) == ["1", "3"], out
+
+
+@pytest.mark.slow
+def test_serve_prints_speed_and_latency():
+    sizes = ("--layers", "1", "--width", "32", "--heads", "2", "--prompt", "8", "--new", "8", "--slots", "4")
+    out = run("benchmarks/serve.py", *sizes, "--clients", "1", "3", "--rounds", "1")
+    assert "offline, batches of 32:" in out and re.findall(r"(\d) clients: \d+ tokens/s", out) == ["1", "3"], out

@@ -20,7 +20,8 @@ class Guided:
         given = {name: found for name in _FIELDS if (found := _read(fields, name)) is not None}
         if len(given) > 1:
             raise bad(f"{' and '.join(given)} are given: a text follows one of them", list(given)[1])
-        self._name, self._constraint = next(iter(given.items()), ("", None))
+        self._name = next(iter(given), "")
+        self._constraint = given.get(self._name)
 
     def text(self) -> Grammar | None:
         """Of one more text; None where it is free."""

@@ -27,7 +27,10 @@ MODELS = {
 SOURCE = {"tokens_BL": tokens(2, 7, seed=5), "segments_BL": np.array([[1] * 7, [1] * 4 + [0] * 3], np.int32)}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+QUICK = {"gpt2", "windows", "t5"}
+
+
+@pytest.fixture(scope="module", params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def case(request):
     """A model, its parameters, what comes before its decoder's tokens, and the jitted calls without and with a cache."""
     model = Model(MODELS[request.param])
@@ -112,7 +115,7 @@ def test_rows_that_take_each_others_place_are_the_texts_they_then_are(case):
 
 def test_rows_of_different_length_go_on_from_their_own_ends(case):
     """Layers and caches apart; rows that hold 5 and 2 tokens read 3 more, then 1: the logits of each text read at once,
-    by the plain and by the blockwise kernel."""
+    by the plain or by the blockwise kernel."""
     model, params, reads, full, _ = case
     ids = tokens(2, 12, seed=6)
     expected = full(params, batch_of(reads, ids))
