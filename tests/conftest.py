@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import time
 
 # Before JAX is imported: the backend reads these once. GPU tests run with JAXLM_TEST_PLATFORM=cuda.
 PLATFORM = os.environ.get("JAXLM_TEST_PLATFORM", "cpu")
@@ -44,6 +45,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("parity") and (why := _missing_parity()):
         # CI sets this, so that a missing oracle is a failure there and not a silent skip.
         (pytest.fail if os.environ.get("JAXLM_REQUIRE_PARITY") else pytest.skip)(why)
+    if item.get_closest_marker("slow") and time.time() > float(os.environ.get("JAXLM_UNTIL", "inf")):
+        pytest.skip("no time is left for more slow proofs (JAXLM_UNTIL)")
     if item.get_closest_marker("gpu") and PLATFORM == "cpu":
         pytest.skip("no GPU: run with JAXLM_TEST_PLATFORM=cuda on a machine that has one")
 
