@@ -183,7 +183,7 @@ def test_each_token_is_what_the_full_forward_says(ours):
         assert found[0] == list(stream)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_text_does_not_depend_on_its_neighbours(ours, beams):
     """Alone or beside others, in any order; what stops one text leaves the others."""
     model, params = ours

@@ -145,7 +145,7 @@ def test_texts_are_distributed_as_drawn_one_by_one(params, drafter, config):
     assert scipy.stats.chisquare(pooled[0][filled], pooled[1][filled]).pvalue > 0.01
 
 
-@pytest.mark.parametrize("drafter", [slow("model"), "look-up"])
+@pytest.mark.parametrize("drafter", [slow("model"), slow("look-up")])
 def test_streams_are_distributed_as_drawn_one_by_one(params, drafter):
     """The same over the host's loop: the third and fourth token of 400 streams."""
     prompt, config = [3, 1, 2, 3, 1], SETTINGS[1]

@@ -80,6 +80,7 @@ def test_what_the_model_would_write_is_greedy(both):
     assert not scorer._run("", [scorer._example(np.array([*start, new[0] - 1, *new[1:]]), 5)])[0].greedy
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_whole_texts_are_those_of_torch(both):
     """Token by token, each from as much before it as its window holds."""

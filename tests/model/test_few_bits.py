@@ -94,7 +94,8 @@ def test_all_maps_of_the_layers_and_nothing_else_multiply_in_few_bits(kind, type
         assert re.search(r"= s32\[[\d,]*\]\S* dot\(", compiled), "no product has been compiled to integers"
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_scanned_is_unrolled_and_rematerialised(kind):
     key = jax.random.key(3)
     params = Model(CONFIG).init(jax.random.key(0))
@@ -107,6 +108,7 @@ def test_scanned_is_unrolled_and_rematerialised(kind):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * largest), found, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_written_token_by_token_as_it_is_read_at_once(kind):
     """A row of activations has a scale of its own, so that a cache changes nothing; other scores than float32's."""
@@ -124,6 +126,7 @@ def test_text_is_written_token_by_token_as_it_is_read_at_once(kind):
     assert 1e-3 < np.abs(plain[0, -1] - logits).max() / np.abs(plain[0, -1]).max() < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_to_an_encoder_multiplies_in_few_bits_too(kind):
     config = dataclasses.replace(CONFIG, architecture="encoder_decoder", quantize=kind, init_std=0.1)

@@ -19,7 +19,7 @@ import openai
 import pytest
 from conftest import serving
 from test_fuzz import send_anything
-from test_rows import trained
+from test_vectors import trained
 
 from jaxlm.serve.options import ServeOptions
 from jaxlm.serve.service import serve_what

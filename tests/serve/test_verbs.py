@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import time
 import types
 
 import jax
@@ -136,7 +137,7 @@ def test_a_model_that_fails_is_told_and_the_rest_is_kept(engine, tmp_path, capsy
 @pytest.mark.slow
 def test_an_encoder_decoder_answers_a_file_by_search(tmp_path, monkeypatch, capsys):
     """Each answer is what its text has alone, the likeliest token each time, by hand and without a cache."""
-    from test_rows import trained
+    from test_vectors import trained
 
     from jaxlm import models
 
@@ -198,11 +199,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(engine, monkeypatch, capsys
     """The engine writes slowly; Ctrl-C comes while it does. What was written is kept as the answer."""
     import signal
 
-    engine.delay, engine.says = 0.02, tuple(b"ha")
-    pressed = threading.Timer(0.25, signal.raise_signal, [signal.SIGINT])
+    engine.delay, engine.says = 0.05, tuple(b"ha")
+
+    def press():  # once it writes: on a busy machine that may take a while
+        while not any(count > 2 for _, _, count in list(engine.running.values())):
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
 
     def hi():
-        pressed.start()
+        threading.Thread(target=press).start()
         return "Hi"
 
     def at_the_prompt():
@@ -225,7 +230,7 @@ def test_a_conversation_that_is_too_long_says_so(engine, monkeypatch, capsys):
 def test_a_models_own_template_is_used(tmp_path, template):
     """ChatML's turns end with its own token; only the plain template has stop strings, and its model's page goes on with texts."""
     import transformers
-    from test_rows import trained
+    from test_vectors import trained
 
     from jaxlm.serve.speaking import chat_of, stop_ids, turns_of
 

@@ -113,7 +113,10 @@ def prepare(name, folder):
     return file
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("classification", "text_to_text", "chat") else pytest.param(name, marks=pytest.mark.slow) for name in TASKS],
+)
 def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     kind, (_, score, least, _) = name.split(" by ")[0], TASKS[name]

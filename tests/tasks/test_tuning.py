@@ -57,7 +57,7 @@ def run(*flags):
     return Run(load_config("tune.yaml", cli.configs.parse_flags(flags)).value)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [name if name in ("adapters",) else pytest.param(name, marks=pytest.mark.slow) for name in WAYS])
 def test_what_is_frozen_stays_and_the_folder_gives_the_merged_model(base, way, monkeypatch):
     monkeypatch.chdir(base)
     name = way.replace(" ", "-")
@@ -79,6 +79,7 @@ def test_what_is_frozen_stays_and_the_folder_gives_the_merged_model(base, way, m
     assert again["accuracy"]["value"] == told["accuracy"]["value"] == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_and_an_average_goes_on_where_it_ended(base, monkeypatch):
     monkeypatch.chdir(base)
     flags = (*WAYS["adapters"], "--optim.average", "0.9")

@@ -233,6 +233,7 @@ def test_a_decoder_has_places_for_what_it_writes(job):
 # --- what becomes of it -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["next sentence", "replaced"])
 def test_a_pretrained_model_is_fine_tuned(kind, trained, tmp_path):
     """The command that the run names, on rows of its own: the body is the pretrained one's, the head is new."""
