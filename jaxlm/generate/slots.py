@@ -89,8 +89,9 @@ def _key(seed: int) -> np.ndarray:
 class Decoder:
     """The three programs of an engine, compiled for `slots` texts of up to `context` tokens.
 
-    On a CPU what a text becomes is the same to the bit whatever stands in the other slots (not tried elsewhere): each row of a program is computed by
-    itself, of the cache only the blocks up to the longest text are read, and those behind a text's own end add nothing.
+    On a CPU what a text becomes is the same to the bit whatever stands in the other slots (not tried elsewhere): each
+    row of a program is computed by itself, of the cache only the blocks up to the longest text are read, and those
+    behind a text's own end add nothing.
     """
 
     def __init__(self, model: Model, vocab_size: int, slots: int, context: int, chunk: int):
