@@ -100,6 +100,14 @@ class Trained:
         tree = configs.read_yaml(self.run / "config.yaml")[0]
         return start_parameters(tree["model"].get("init_from"), self.model, self.mesh, tree["seed"])
 
+    def for_writing(self) -> "Trained":
+        """The same with the decoder's layers apart (`Model.apart`), as all that writes text has them: who lets go of this one
+        then holds the parameters once."""
+        if "decoder" not in self.model.config.stacks:
+            return self
+        with jax.set_mesh(self.mesh):
+            return dataclasses.replace(self, params=jax.jit(self.model.apart)(self.params))
+
     def task(self, kind: str | None = None, length: int | None = None) -> Task:
         """The task that it was trained for, or `kind` of a Hugging Face model, as far as its head is one's."""
         head, architecture = self.model.config.head.kind, self.model.config.architecture

@@ -70,6 +70,7 @@ ROOMS = {
         "batch",
         "contrastive",
         "slots",
+        "turns",
         "engine",
     ],
     "metrics": ["intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],

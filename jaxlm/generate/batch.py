@@ -245,7 +245,7 @@ class BatchGenerator:
             raise ValueError("start_id is missing: the decoder of an encoder_decoder begins with a token")
         self.model, self.mesh, self.pad_id, self.start_id = model, mesh, pad_id, start_id
         ids_V = np.arange(model.config.V)
-        self._real_V, self._banned_V = ids_V < vocab_size, np.isin(ids_V, list(banned))
+        self._allowed_V = (ids_V < vocab_size) & ~np.isin(ids_V, list(banned))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._apart = jax.jit(model.apart)
         self._run = jax.jit(self._pure, static_argnames=("T", "G", "N", "scored"), out_shardings=whole)
@@ -327,15 +327,15 @@ class BatchGenerator:
             batch["segments_BL"] = (jnp.arange(L)[None, :] < length_B[:, None]).astype(jnp.int32)
             begin_F = jnp.concatenate([jnp.array([self.start_id], jnp.int32), forced_F])
             batch = {"encoder": batch, "decoder": {"tokens_BL": jnp.broadcast_to(begin_F[None, :], (B, 1 + F))}}
-            cache = empty_cache(self.model.config, B, 1 + F, apart=True, piece=1 + F)
+            cache = empty_cache(self.model.config, B, 1 + F, piece=1 + F)
         else:
-            cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True, piece=L), start_B=L - length_B)
+            cache = dataclasses.replace(empty_cache(self.model.config, B, L, piece=L), start_B=L - length_B)
 
         def scores(batch: dict[str, Any], cache: Cache) -> tuple[jax.Array, Cache]:
             logits_RLV, cache = self.model.apply(params, batch, cache, last=True)
-            scores_RV = jnp.where(self._real_V[None, :], logits_RLV[:, 0], -jnp.inf)
-            scores_RV = jax.nn.log_softmax(scores_RV, axis=-1) if G > 1 or scored else scores_RV
-            return jnp.where(self._banned_V[None, :], -jnp.inf, scores_RV), cache
+            # Log-probabilities are over the whole table, as the loss has them.
+            scores_RV = jax.nn.log_softmax(logits_RLV[:, 0], axis=-1) if G > 1 or scored else logits_RLV[:, 0]
+            return jnp.where(self._allowed_V[None, :], scores_RV, -jnp.inf), cache
 
         given_BT = jnp.broadcast_to(jnp.pad(forced_F, (0, T - F))[None, :], (B, T))
         start = Prefilled(*scores(batch, cache), given_BT, F, length_B > 0)

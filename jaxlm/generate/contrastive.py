@@ -136,7 +136,7 @@ class ContrastiveGenerator:
                 jax.lax.dynamic_update_slice(state.said_BSD, best(one_BKD), (0, place, 0)),
             ), level(cache, best_B)
 
-        cache = dataclasses.replace(empty_cache(self.model.config, B, L, apart=True, piece=L), start_B=start_B)
+        cache = dataclasses.replace(empty_cache(self.model.config, B, L, piece=L), start_B=start_B)
         hidden_BLD, cache = read(tokens_BL, cache)
         said_BSD = jnp.pad(_unit(hidden_BLD), ((0, 0), (0, T), (0, 0)))
         none_BT, zero_B = jnp.zeros((B, T), jnp.int32), jnp.zeros(B, jnp.int32)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.generate.request import Ended, Event, Full, Request, Tell, Token
 from jaxlm.generate.slots import BURST, STOPS, TOP, Burst, Decoder, Scores, Slots, filled, pieces, row_of
+from jaxlm.generate.turns import Turns
 from jaxlm.model import Model, Params
 from jaxlm.parallel import settle
 
@@ -122,7 +123,9 @@ class Engine:
             self._params = self._decoder.split(params)
             self._state: Slots = self._decoder.empty()
         self._seats = [_Seat() for _ in range(config.slots)]
-        self._waiting: dict[str, collections.deque[Ticket]] = {}
+        self._waiting = Turns[Ticket]()
+        self._gone: list[Ticket] = []
+        """Cancelled while they waited, and not yet told so."""
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
@@ -138,9 +141,9 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise Full("the engine is closing: it takes no more requests")
-            if self._count_waiting() >= self.config.queue:
+            if len(self._waiting) >= self.config.queue:
                 raise Full(f"{self.config.queue} requests are waiting: try again later")
-            self._waiting.setdefault(request.owner, collections.deque()).append(ticket)
+            self._waiting.put(request.owner, ticket)
             self._counts["requests"] += 1
             self._lock.notify_all()
         return ticket
@@ -149,6 +152,8 @@ class Engine:
         """End a request wherever it is; an event says when its slot is free. No effect on one that is over."""
         with self._lock:
             ticket.cancelled = True
+            if self._waiting.discard(ticket.request.owner, ticket):
+                self._gone.append(ticket)
             self._lock.notify_all()
 
     def start(self) -> None:
@@ -178,7 +183,7 @@ class Engine:
         with self._lock:
             counts = self._counts
             return EngineStats(
-                sum(seat.ticket is not None for seat in self._seats), self._count_waiting(), self.config.slots, counts["requests"],
+                sum(seat.ticket is not None for seat in self._seats), len(self._waiting), self.config.slots, counts["requests"],
                 counts["prompt_tokens"], counts["reused_tokens"], counts["new_tokens"],
                 not self._stopped and (self._thread is None or self._thread.is_alive()), time.monotonic() - self._beat,
             )  # fmt: skip
@@ -206,12 +211,9 @@ class Engine:
         if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
             raise ValueError(f"logprobs is {request.logprobs}: it must be from 0 to {TOP}")
 
-    def _count_waiting(self) -> int:
-        return sum(len(queue) for queue in self._waiting.values())
-
     def _busy(self) -> bool:
         with self._lock:
-            return bool(self._count_waiting()) or any(seat.ticket is not None for seat in self._seats)
+            return bool(self._waiting or self._gone) or any(seat.ticket is not None for seat in self._seats)
 
     # --- the work, in one thread ------------------------------------------------------------------
 
@@ -221,7 +223,7 @@ class Engine:
                 self._beat = time.monotonic()
                 if self._stopped:
                     break
-                if not self._count_waiting() and all(seat.ticket is None for seat in self._seats):
+                if not self._busy():
                     self._lock.wait(timeout=1.0)
                     continue
             self.step()
@@ -249,8 +251,7 @@ class Engine:
         for seat in self._seats:
             self._leave(seat, "cancelled")
         with self._lock:
-            tickets = [ticket for queue in self._waiting.values() for ticket in queue]
-            self._waiting.clear()
+            tickets, self._gone = self._gone + self._waiting.clear(), []
         for ticket in tickets:
             ticket.tell(Event(ended="cancelled"))
 
@@ -265,21 +266,9 @@ class Engine:
             if seat.ticket is not None and seat.ticket.cancelled:
                 self._leave(seat, "cancelled")
         with self._lock:
-            gone = [ticket for queue in self._waiting.values() for ticket in queue if ticket.cancelled]
-            for owner, queue in list(self._waiting.items()):
-                left = collections.deque(ticket for ticket in queue if not ticket.cancelled)
-                self._waiting[owner] = left
-                if not left:
-                    del self._waiting[owner]
-            seated = []
-            for _ in range(sum(seat.ticket is None for seat in self._seats)):
-                if not self._waiting:
-                    break
-                owner, queue = next(iter(self._waiting.items()))
-                seated.append(queue.popleft())
-                del self._waiting[owner]
-                if queue:
-                    self._waiting[owner] = queue  # behind the others
+            gone, self._gone = self._gone, []
+            free = sum(seat.ticket is None for seat in self._seats)
+            seated = [self._waiting.take() for _ in range(min(free, len(self._waiting)))]
         for ticket in gone:
             ticket.tell(Event(ended="cancelled"))
         for ticket in seated:

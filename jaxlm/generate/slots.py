@@ -105,7 +105,7 @@ class Decoder:
     def empty(self) -> Slots:
         B, V = self.slots, self.model.config.V
         # Room for a whole piece behind the last token: what fills it up is written too.
-        cache = empty_cache(self.model.config, B, self.context + self.chunk, apart=True)
+        cache = empty_cache(self.model.config, B, self.context + self.chunk)
         seen = Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
         row = jax.tree.map(jnp.array, row_of([Request((0,), sample=SampleConfig(0))] * B))
 
@@ -121,31 +121,23 @@ class Decoder:
         """`length` tokens of a prompt written into a slot behind `start` others; after the `whole` prompt the first new
         token. Returns also that token (1,), its scores, and those of the tokens `after_1L` each of the piece (L). The
         tokens of the whole prompt and its settings come with each piece."""
-        cache = state.cache
-        own = cache.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=0))
+        own = state.cache.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=0))
         own = dataclasses.replace(own, length=start[None])
         last_1 = (length - 1)[None]
         logits_1LV, own = self.model.apply(params, {"tokens_BL": tokens_1L}, own, at_B=None if scored else last_1)
-        k, v = jax.tree.map(
-            lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, slot, axis=0),
-            (cache.k_XBKSH, cache.v_XBKSH), (own.k_XBKSH, own.v_XBKSH),
-        )  # fmt: skip
         logits_1V = jnp.take_along_axis(logits_1LV, last_1[:, None, None], axis=1)[:, 0] if scored else logits_1LV[:, 0]
         seen = Seen(prompt_1V, jnp.zeros_like(prompt_1V, jnp.int32))
         zero_1 = jnp.zeros(1, jnp.int32)
         token_1 = self._choose(logits_1V, row, zero_1, seen, allowed_1V)
         ended_1 = jnp.any(token_1[:, None] == row.stop_BE, axis=1) | (row.limit_B < 1)
         new_1 = (~ended_1).astype(jnp.int32)
-        cache = dataclasses.replace(cache, k_XBKSH=k, v_XBKSH=v)
 
         def put(all_: jax.Array, one: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(all_, one.astype(all_.dtype), slot, axis=0)
 
-        state = Slots(
-            dataclasses.replace(cache, length=put(cache.length, (start + length)[None])),
-            jax.tree.map(put, state.row, row), jax.tree.map(put, state.seen, seen.take(token_1)), put(state.token_B, token_1),
-            put(state.new_B, new_1), put(state.running_B, whole & ~ended_1 & (row.limit_B > 1)),
-        )  # fmt: skip
+        own = dataclasses.replace(own, length=(start + length)[None])
+        running_1 = whole & ~ended_1 & (row.limit_B > 1)
+        state = jax.tree.map(put, state, Slots(own, row, seen.take(token_1), token_1, new_1, running_1))
         if not scored:
             return state, token_1, None, None
         of_prompt = self._scores(logits_1LV[0], after_1L[0])
@@ -205,10 +197,10 @@ class Decoder:
         return sample(logits_BV, keys_B, row.knobs, self.vocab_size, seen, allowed_BV)
 
     def _scores(self, logits_BV: jax.Array, token_B: jax.Array) -> Scores:
-        real_BV = jnp.where((jnp.arange(logits_BV.shape[-1]) < self.vocab_size)[None, :], logits_BV, -jnp.inf)
-        logp_BV = jax.nn.log_softmax(real_BV, axis=-1)
+        # Over the whole table, as the loss and `harness` have it; entries that only pad it are never shown.
+        logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
         own_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
-        top_BC, id_BC = jax.lax.top_k(logp_BV, min(TOP, self.vocab_size))
+        top_BC, id_BC = jax.lax.top_k(logp_BV[:, : self.vocab_size], min(TOP, self.vocab_size))
         more = [(0, 0), (0, TOP - top_BC.shape[1])]
         return Scores(own_B, jnp.pad(top_BC, more, constant_values=-jnp.inf), jnp.pad(id_BC.astype(jnp.int32), more))
 

@@ -161,6 +161,9 @@ class Speculator:
             raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts a new text)")
         assert (draft_params is None) == (self._small is None), "a draft has parameters"
         stats, one, small, K = Stats() if stats is None else stats, self._one, self._small, self.drafts
+        with jax.set_mesh(self.mesh):
+            params = one.apart(params)
+            draft_params = draft_params if small is None else small.apart(draft_params)
         text, run_key, row = [int(token) for token in prompt], jax.random.key(seed), knobs([config])
         end, positions = len(text) + max_tokens, self.model.config.positions
         size = one.round(end + K)

@@ -1,28 +1,22 @@
 """The attention layer: projections, query/key norms, rotary positions, cache, and the core between them.
 
 Letters: B batch · L query length · S key length · D model width · N query heads · K key/value heads ·
-H head width · X layers.
+H head width.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.model.cache import At, extend
+from jaxlm.model.cache import At, KeyValue, Read, extend
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.kernels import attend
 from jaxlm.model.layers import Angles, Linear, Norm
 from jaxlm.model.mask import Mask
 from jaxlm.model.positions import rotate
-
-KeyValue = tuple[Any, Any]
-"""Keys and values, heads before places as in the cache: (B, K, S, H) of one layer, (X, B, K, S, H) of all."""
-LayerCache = tuple[KeyValue, jax.Array | int, At]
-"""Keys and values of all layers or of this one, which layer this is, and where in them the new ones stand."""
 
 
 class Attention(nn.Module):
@@ -69,23 +63,22 @@ class Attention(nn.Module):
         return core
 
     def __call__(
-        self, x_BLD: jax.Array, cache: LayerCache | None, local: jax.Array | bool, mask: Mask,
-        angles: tuple[Angles, Angles] | None, bias_BNLS: jax.Array | None,
+        self, x_BLD: jax.Array, held: KeyValue | None, local: jax.Array | bool, mask: Mask,
+        angles: tuple[Angles, Angles] | None, bias_BNLS: jax.Array | None, at: At | None,
     ) -> tuple[jax.Array, KeyValue | None]:  # fmt: skip
         """Attention of each token to its own text. `local` is whether this layer sees a window only, `angles` are
-        the rotary angles of layers that see all and of layers that do not."""
+        the rotary angles of layers that see all and of layers that do not, `at` is where the new tokens stand in what the
+        cache `held`. Returns also what it holds now."""
         c = self.config
         q_BLNH, (k_BSKH, v_BSKH) = self._queries(x_BLD), self._keys(x_BLD)
         if angles is not None:
             turn = angles[0] if c.rope.local_theta is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *angles)
             q_BLNH, k_BSKH = rotate(q_BLNH, turn), rotate(k_BSKH, turn)
-        filled = None
-        if cache is not None:
-            assert mask.seen is not None, "a cache comes with the number of tokens it holds"
-            (k_XBKSH, v_XBKSH), layer, at = cache
-            k_XBKSH, k_BSKH = extend(k_XBKSH, k_BSKH, layer, at)
-            v_XBKSH, v_BSKH = extend(v_XBKSH, v_BSKH, layer, at)
-            filled = (k_XBKSH, v_XBKSH)
+        if held is not None:
+            assert mask.seen is not None and at is not None, "a cache comes with the number of tokens it holds"
+            k_BKSH, k_BSKH = extend(held[0], k_BSKH, at)
+            v_BKSH, v_BSKH = extend(held[1], v_BSKH, at)
+            held = k_BKSH, v_BKSH
         core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
 
         kinds = set(c.layer_pattern)
@@ -93,14 +86,14 @@ class Attention(nn.Module):
             mixed_BLNH = core(c.window if kinds == {"L"} or local is True else None)
         else:  # which of the two a layer is, is known only within the scan over layers
             mixed_BLNH = jax.lax.cond(local, lambda: core(c.window), lambda: core(None))
-        return self.out(mixed_BLNH), filled
+        return self.out(mixed_BLNH), held
 
-    def source(self, states_BSD: jax.Array) -> KeyValue:
+    def source(self, states_BSD: jax.Array) -> Read:
         """What `read` needs of another text, the encoder's hidden states."""
         k_BSKH, v_BSKH = self._keys(states_BSD)
         return jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
 
-    def read(self, x_BLD: jax.Array, source: KeyValue, mask: Mask) -> jax.Array:
+    def read(self, x_BLD: jax.Array, source: Read, mask: Mask) -> jax.Array:
         """Attention of each token to another text (Vaswani et al. 2017, §3.2.3). Where there are fewer rows of that,
         neighbouring rows share one (`cache.spread`)."""
         q_BLNH, (k_BSKH, v_BSKH) = self._queries(x_BLD), (jnp.swapaxes(x, 1, 2) for x in source)

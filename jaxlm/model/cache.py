@@ -1,7 +1,7 @@
 """The key/value cache of incremental decoding: plain pytrees of fixed size, filled from the front.
 
-Keys and values of all layers are one array, for layers that are scanned, or one array a layer, for layers that stand
-apart (`functions.apart`): an array that holds all must be cut for each layer, which on a CPU copies it.
+Each layer has an array of its own, and a call with a cache goes through the layers one by one: an array that holds all of
+them must be cut for each, which on a CPU copies it.
 
 Letters: X layers · B batch · L new tokens · S key length · K key/value heads · H head width · G rows that one text has
 become (beams). Heads stand before places: the products of a step then read the cache as it lies.
@@ -29,16 +29,17 @@ class Rounded:
 
 
 Held = jax.Array | Rounded
-Layers = Held | tuple[Held, ...]
-"""(X, B, K, S, H) of all layers, or (B, K, S, H) of each."""
+KeyValue = tuple[Held, Held]
+"""A layer's keys and values, (B, K, S, H) each."""
+Read = tuple[jax.Array, jax.Array]
+"""The same of an encoder's text, which is never rounded."""
 
 
 @flax.struct.dataclass
 class Source:
     """What the layers of a decoder read of an encoder's text, computed once: keys, values, and where no padding is."""
 
-    k_XBKSH: Layers
-    v_XBKSH: Layers
+    layers: tuple[Read, ...]
     segments_BS: jax.Array | None = None
 
 
@@ -46,8 +47,7 @@ class Source:
 class Cache:
     """Keys and values of the tokens seen so far, `length` of them in every row."""
 
-    k_XBKSH: Layers
-    v_XBKSH: Layers
+    layers: tuple[KeyValue, ...]
     length: jax.Array
     """() of all rows, or (B,) of each."""
     start_B: jax.Array | None = None
@@ -59,13 +59,16 @@ class Cache:
     size: int = flax.struct.field(pytree_node=False, kw_only=True)
     """How many tokens it has room for."""
     limits: tuple[int | None, ...] = flax.struct.field(pytree_node=False, default=())
-    """Of layers that stand apart, the most places that each has: one with fewer than `size` is a ring, in which a token at
-    place p lies at p mod its places."""
+    """The most places that each layer has: one with fewer than `size` is a ring, in which a token at place p lies at
+    p mod its places."""
+
+    @property
+    def rows(self) -> int:
+        return int(jax.tree.leaves(self.layers)[0].shape[0])
 
     def map(self, change: Callable[[jax.Array], jax.Array]) -> "Cache":
-        """The same with other keys and values, each array of (…, B, K, S, H) changed."""
-        k, v = jax.tree.map(change, (self.k_XBKSH, self.v_XBKSH))
-        return dataclasses.replace(self, k_XBKSH=k, v_XBKSH=v)
+        """The same with other keys and values, each array of (B, K, S, ·) changed."""
+        return dataclasses.replace(self, layers=jax.tree.map(change, self.layers))
 
 
 @flax.struct.dataclass
@@ -78,31 +81,24 @@ class At:
     """Of a ring the last places are read in their order, up to the last new one."""
 
 
-def empty_cache(
-    config: TransformerConfig, batch: int, size: int | None = None, *, apart: bool = False, piece: int | None = None
-) -> Cache:
-    """A cache for `batch` rows of up to `size` tokens (default: the model's positions), for layers that stand `apart` or not.
+def empty_cache(config: TransformerConfig, batch: int, size: int | None = None, *, piece: int | None = None) -> Cache:
+    """A cache for `batch` rows of up to `size` tokens (default: the model's positions).
 
-    With `piece`, the most tokens of a call, layers that stand apart and see a window only have room for window + piece:
-    the length may then be set back by what the last call wrote, and no further.
+    With `piece`, the most tokens of a call, layers that see a window only have room for window + piece: the length may then
+    be set back by what the last call wrote, and no further.
     """
-    layers, size = config.stacks["decoder"], size or config.positions
-    limits: tuple[int | None, ...] = ()
-    if apart:
-        ring = None if piece is None else config.window + piece
-        limits = tuple(ring if local else None for local in config.local(layers))
+    size, ring = size or config.positions, None if piece is None else config.window + piece
+    limits = tuple(ring if local else None for local in config.local(config.stacks["decoder"]))
 
     # Each an array of its own: a jitted step that donates the cache may not be given a buffer twice.
-    def zeros(room: int, *more: int) -> Held:
-        whole = (*more, batch, config.K, room, config.H)
-
+    def zeros(room: int) -> Held:
         def of(dtype: Any, width: int) -> jax.Array:
-            return constrain(jnp.zeros((*whole[:-1], width), dtype), "XBKSH"[-len(whole) :])
+            return constrain(jnp.zeros((batch, config.K, room, width), dtype), "BKSH")
 
         return Rounded(of(jnp.int8, config.H), of(jnp.float32, 1)) if config.cache == "int8" else of(config.dtype, config.H)
 
-    k, v = (tuple(zeros(_room(size, most)) for most in limits) if apart else zeros(size, layers) for _ in range(2))
-    return Cache(k, v, jnp.zeros((), jnp.int32), size=size, limits=limits)
+    layers = tuple((zeros(_room(size, most)), zeros(_room(size, most))) for most in limits)
+    return Cache(layers, jnp.zeros((), jnp.int32), size=size, limits=limits)
 
 
 def _room(size: int, most: int | None) -> int:
@@ -113,17 +109,14 @@ def grow(cache: Cache, size: int) -> Cache:
     """The same with room for `size` tokens."""
     assert size >= cache.size, "a cache does not shrink"
 
-    def wider(held: Held, most: int | None) -> Held:
+    def wider(layer: KeyValue, most: int | None) -> KeyValue:
         def pad(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, _room(size, most) - x.shape[-2]), (0, 0)])
+            return jnp.pad(x, [(0, 0), (0, 0), (0, _room(size, most) - x.shape[2]), (0, 0)])
 
-        padded: Held = jax.tree.map(pad, held)
+        padded: KeyValue = jax.tree.map(pad, layer)
         return padded
 
-    def each(layers: Layers) -> Layers:
-        return tuple(map(wider, layers, cache.limits)) if isinstance(layers, tuple) else wider(layers, None)
-
-    cache = dataclasses.replace(cache, k_XBKSH=each(cache.k_XBKSH), v_XBKSH=each(cache.v_XBKSH), size=size)
+    cache = dataclasses.replace(cache, layers=tuple(map(wider, cache.layers, cache.limits)), size=size)
     if cache.holder_BGS is None:
         return cache
     rows, times, old = cache.holder_BGS.shape
@@ -131,24 +124,23 @@ def grow(cache: Cache, size: int) -> Cache:
     return dataclasses.replace(cache, holder_BGS=holder_BGS)
 
 
-def extend(held: Held, new_BLKH: jax.Array, layer: jax.Array | int, at: At) -> tuple[Held, jax.Array]:
-    """`new_BLKH` written behind the `at.length` tokens of a layer, in what all layers hold or this one; what this one holds
-    then, (B, S, K, H)."""
+def extend(held: Held, new_BLKH: jax.Array, at: At) -> tuple[Held, jax.Array]:
+    """`new_BLKH` written behind the `at.length` tokens of a layer; what it holds then, as the cache has it and as
+    (B, S, K, H)."""
     holder_BGS, L = at.holder_BGS, new_BLKH.shape[1]
     new = jnp.swapaxes(new_BLKH, 1, 2)
     coded = _rounded(new) if isinstance(held, Rounded) else new
-    held = jax.tree.map(lambda all_, one: _write(all_, one, layer, at), held, coded)
+    held = jax.tree.map(lambda all_, one: _write(all_, one, at), held, coded)
 
     def read(x: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) if x.ndim == 5 else x
         if at.ring:
-            size = own.shape[2]
+            size = x.shape[2]
             from_BS = jnp.atleast_1d(at.length + L)[:, None] + jnp.arange(size)[None, :]
-            own = jnp.take_along_axis(own, (from_BS % size)[:, None, :, None], axis=2)
+            x = jnp.take_along_axis(x, (from_BS % size)[:, None, :, None], axis=2)
         if holder_BGS is None:
-            return own
-        grouped = own.reshape(*holder_BGS.shape[:2], *own.shape[1:])
-        return jnp.take_along_axis(grouped, holder_BGS[:, :, None, :, None], axis=1).reshape(own.shape)
+            return x
+        grouped = x.reshape(*holder_BGS.shape[:2], *x.shape[1:])
+        return jnp.take_along_axis(grouped, holder_BGS[:, :, None, :, None], axis=1).reshape(x.shape)
 
     own: Held = jax.tree.map(read, held)
     if isinstance(own, Rounded):
@@ -156,15 +148,12 @@ def extend(held: Held, new_BLKH: jax.Array, layer: jax.Array | int, at: At) -> t
     return held, jnp.swapaxes(own, 1, 2)
 
 
-def _write(held: jax.Array, new_BKLH: jax.Array, layer: jax.Array | int, at: At) -> jax.Array:
+def _write(held: jax.Array, new_BKLH: jax.Array, at: At) -> jax.Array:
     length = at.length
     if at.ring:
         (rows, _, size, _), L = held.shape, new_BKLH.shape[2]
         place_BL = jnp.broadcast_to(jnp.atleast_1d(length)[:, None] + jnp.arange(L)[None, :], (rows, L)) % size
         return jax.vmap(lambda row, new, place: row.at[:, place].set(new))(held, new_BKLH, place_BL)
-    if held.ndim == 5:
-        assert length.ndim == 0, "rows of different lengths need layers that stand apart"
-        return jax.lax.dynamic_update_slice(held, new_BKLH[None], (layer, 0, 0, length, 0))
     if length.ndim == 0:
         return jax.lax.dynamic_update_slice(held, new_BKLH, (0, 0, length, 0))
     return jax.vmap(lambda row, new, place: jax.lax.dynamic_update_slice(row, new, (0, place, 0)))(held, new_BKLH, length)
@@ -180,29 +169,28 @@ def _rounded(x_BKLH: jax.Array) -> Rounded:
 def repeat(cache: Cache, times: int) -> Cache:
     """Each row `times` times, one behind the other; they go on sharing their source."""
     start_B = None if cache.start_B is None else jnp.repeat(cache.start_B, times)
-    cache = cache.map(lambda x: constrain(jnp.repeat(x, times, axis=-4), "XBKSH"[-x.ndim :]))
+    cache = cache.map(lambda x: constrain(jnp.repeat(x, times, axis=0), "BKSH"))
     return dataclasses.replace(cache, start_B=start_B)
 
 
 def level(cache: Cache, row_B: jax.Array) -> Cache:
     """After `repeat` and one more token of each row: all rows of a text hold what its row `row_B` holds of that token."""
     assert cache.length.ndim == 0, "rows that level each other are of one length"
-    rows = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4]
+    rows = cache.rows
     times, place = rows // row_B.shape[0], cache.length - 1
     from_R = jnp.repeat(jnp.arange(0, rows, times) + row_B, times)
 
     def change(x: jax.Array) -> jax.Array:
-        at = place % x.shape[-2]
-        last = jnp.take(jax.lax.dynamic_slice_in_dim(x, at, 1, x.ndim - 2), from_R, axis=x.ndim - 4)
-        return jax.lax.dynamic_update_slice_in_dim(x, last, at, x.ndim - 2)
+        at = place % x.shape[2]
+        last = jnp.take(jax.lax.dynamic_slice_in_dim(x, at, 1, axis=2), from_R, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(x, last, at, axis=2)
 
     return cache.map(change)
 
 
 def spread(cache: Cache, times: int) -> Cache:
     """`repeat`, of rows that will take each other's place (`reorder`)."""
-    rows = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4]
-    return dataclasses.replace(repeat(cache, times), holder_BGS=_itself(rows, times, cache.size))
+    return dataclasses.replace(repeat(cache, times), holder_BGS=_itself(cache.rows, times, cache.size))
 
 
 def _itself(rows: int, times: int, size: int) -> jax.Array:

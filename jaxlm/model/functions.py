@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.heads import Labeller, LanguageModel
 from jaxlm.model.layers import TURNED, turned
-from jaxlm.model.transformer import Batch
+from jaxlm.model.transformer import Batch, parted
 
 Params = Any
 
@@ -47,17 +47,16 @@ class Model:
     def apart(self, params: Params) -> Params:
         """The same parameters with each layer of the decoder for itself and its kernels turned (`layers.TURNED`), for
         decoding: layers that are one array must be cut out of it at each step, which on a CPU takes longer than multiplying
-        by them. Pure; what `apply` is given then comes with a cache of layers `apart`."""
+        by them. Pure; parameters that stand apart already stay as they are."""
         config, transformer = self.config, params["transformer"]
-        stack, count = transformer["decoder"], config.stacks["decoder"]
-        first = 0 if config.share_layers else 1
-
-        def layer(x: int) -> Params:
-            own = jax.tree.map(lambda leaf: leaf[x] if first else leaf, stack["layers"])
-            return own if config.quantize != "none" else _turned(own, self.axes["transformer"]["decoder"]["layers"], first)
-
-        layers = [layer(x) for x in range(count)]
-        return {**params, "transformer": {**transformer, "decoder": {**stack, "layers": tuple(layers)}}}
+        stack = transformer["decoder"]
+        if isinstance(stack["layers"], tuple):
+            return params
+        layers = parted(stack["layers"], config.stacks["decoder"], config.share_layers)
+        if config.quantize == "none":
+            axes, first = self.axes["transformer"]["decoder"]["layers"], 0 if config.share_layers else 1
+            layers = tuple(_turned(layer, axes, first) for layer in layers)
+        return {**params, "transformer": {**transformer, "decoder": {**stack, "layers": layers}}}
 
     @property
     def shapes(self) -> Params:

@@ -8,6 +8,7 @@ E experts · C classes · X layers of a stack. `q_BLNH` needs no shape comment.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.model.attention import Attention, KeyValue
-from jaxlm.model.cache import At, Cache, Source
+from jaxlm.model.attention import Attention
+from jaxlm.model.cache import At, Cache, KeyValue, Read, Source
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm, divisor
 from jaxlm.model.mask import Mask, distances, places
@@ -58,10 +59,6 @@ class Output:
     """The routers' losses, a scalar summed over the layers; 0 without experts."""
 
 
-Carry = tuple[jax.Array, KeyValue | None]
-"""What goes from block to block: the residual stream, and the cache of all layers, a buffer that each writes in place."""
-
-
 class Block(nn.Module):
     """Attention, then (in a decoder that reads an encoder) attention to it, then MLP, each with its norms and
     residual. Norms: before the sub-layer (pre, as GPT-2), after the sum (post, as Vaswani et al. 2017), before
@@ -72,11 +69,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, layer: jax.Array | int, local: jax.Array | bool, source: KeyValue | None, context: Context
-    ) -> tuple[Carry, tuple[KeyValue | None, jax.Array]]:
-        """`layer` is its number, `local` whether it sees a window only, `source` what its cache holds of the encoder's
-        text. Returns, beside the carry, what the cache should hold of a text that was read now, and the router's loss."""
-        (x_BLD, cache), c, where = carry, self.config, self.config.norm_position
+        self, x_BLD: jax.Array, layer: jax.Array | int, local: jax.Array | bool, own: KeyValue | None, source: Read | None,
+        context: Context,
+    ) -> tuple[jax.Array, tuple[KeyValue | None, Read | None, jax.Array]]:  # fmt: skip
+        """`layer` is its number, `local` whether it sees a window only; a cache holds of its `own` text and of the `source`
+        that the encoder read. Returns, beside the residual stream, these two as they are now, and the router's loss."""
+        c, where = self.config, self.config.norm_position
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
 
         def before(name: str, x_BLD: jax.Array) -> jax.Array:
@@ -91,17 +89,14 @@ class Block(nn.Module):
 
         start_BLD = x_BLD
         attention = Attention(c, self.train, name="attention")
-        held = None if cache is None or context.at is None else (cache, layer, context.at)
-        y_BLD, cache = attention(before("attention", x_BLD), held, local, context.mask, context.angles, context.bias_BNLS)
+        y_BLD, own = attention(before("attention", x_BLD), own, local, context.mask, context.angles, context.bias_BNLS, context.at)
         y_BLD = checkpoint_name(y_BLD, "attention")
         x_BLD = after("attention", x_BLD, y_BLD)
-        kept = None
         if context.read_mask is not None:
             cross = Attention(c, self.train, name="cross_attention")
             if source is None:
                 assert context.read_BSD is not None, "the first call brings the encoder's text"
                 source = cross.source(context.read_BSD)
-                kept = None if cache is None else source
             y_BLD = cross.read(before("cross_attention", x_BLD), source, context.read_mask)
             x_BLD = after("cross_attention", x_BLD, y_BLD)
         inner_BLD = before("mlp", start_BLD if c.parallel else x_BLD)
@@ -111,7 +106,7 @@ class Block(nn.Module):
             y_BLD, auxiliary = Mlp(c, name="mlp")(inner_BLD), jnp.zeros((), jnp.float32)
         x_BLD = after("mlp", x_BLD, y_BLD)
         self.sow("intermediates", "residual", x_BLD)
-        return (x_BLD, cache), (kept, auxiliary)
+        return x_BLD, (own, None if own is None else source, auxiliary)
 
 
 # What the backward pass may keep, by the config's name for it.
@@ -123,6 +118,13 @@ REMAT_POLICIES: dict[str, Any] = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def parted(layers: Any, count: int, shared: bool) -> tuple[Any, ...]:
+    """The parameters of each layer, of those that are stacked, that all layers share, or that stand apart already."""
+    if isinstance(layers, tuple):
+        return layers
+    return tuple(layers if shared else jax.tree.map(operator.itemgetter(x), layers) for x in range(count))
 
 
 class Stack(nn.Module):
@@ -153,24 +155,20 @@ class Stack(nn.Module):
         if stages() > 1 and cache is None and not self.is_initializing() and not c.share_layers:
             x_BLD, auxiliary = self._in_stages(x_BLD, context)
             return Output(self._end(x_BLD), None, auxiliary)
-        kv = None if cache is None else (cache.k_XBKSH, cache.v_XBKSH)
-        source = None if cache is None or cache.source is None or read is not None else (cache.source.k_XBKSH, cache.source.v_XBKSH)
-        layers = None if self.is_initializing() else self.variables["params"]["layers"]
-        if isinstance(layers, tuple):
-            (x_BLD, kv), (kept, auxiliary_X) = self._apart(
-                layers, (x_BLD, kv), source, context, self._of_rings(context, place_BL, cache, bias)
-            )
-        else:
+        layer_X = None if self.is_initializing() else self.variables["params"]["layers"]
+        if cache is None and not isinstance(layer_X, tuple):
             stack = self._scanned()(c, self.train, name="layers")
-            layer_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
-            (x_BLD, kv), (kept, auxiliary_X) = stack((x_BLD, kv), layer_X, local_X, source, context)
-        x_BLD = self._end(x_BLD)
+            number_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
+            x_BLD, (_, _, auxiliary_X) = stack(x_BLD, number_X, local_X, None, None, context)
+            return Output(self._end(x_BLD), None, jnp.sum(auxiliary_X))
+        of_rings = self._of_rings(context, place_BL, cache, bias)
+        layer_X = parted(layer_X, self.layers, c.share_layers)
+        x_BLD, own_X, source_X, auxiliary = self._apart(layer_X, x_BLD, cache, context, of_rings)
         if cache is not None:
-            assert kv is not None, "layers given a cache return it"
-            cache = dataclasses.replace(cache, k_XBKSH=kv[0], v_XBKSH=kv[1], length=cache.length + length)
-            if kept is not None and read is not None:
-                cache = dataclasses.replace(cache, source=Source(kept[0], kept[1], read[1].get("segments_BL")))
-        return Output(x_BLD, cache, jnp.sum(auxiliary_X))
+            cache = dataclasses.replace(cache, layers=own_X, length=cache.length + length)
+            if read is not None:
+                cache = dataclasses.replace(cache, source=Source(source_X, read[1].get("segments_BL")))
+        return Output(self._end(x_BLD), cache, auxiliary)
 
     def _embed(self, x_BLW: jax.Array, positions_BL: jax.Array, types_BL: jax.Array | None) -> jax.Array:
         c = self.config
@@ -236,7 +234,7 @@ class Stack(nn.Module):
         room = min((most for most in cache.limits if most is not None), default=None) if cache is not None else None
         if cache is None or room is None or room >= cache.size:
             return context
-        rows, length = jax.tree.leaves(cache.k_XBKSH)[0].shape[-4], place_BL.shape[1]
+        rows, length = cache.rows, place_BL.shape[1]
         assert length + self.config.window <= room, "a call of more tokens than the ring's piece"
         first_B = jnp.broadcast_to(cache.length + (length - room), rows)
         start_B = jnp.zeros(rows, jnp.int32) if cache.start_B is None else cache.start_B
@@ -255,24 +253,21 @@ class Stack(nn.Module):
         )
 
     def _apart(
-        self, layers: tuple[Any, ...], carry: Any, source: Any, context: Context, of_rings: Context
-    ) -> tuple[Any, tuple[Any, jax.Array]]:
-        """The same as the scan over layers, of layers that have parameters and caches of their own."""
-        c, (x_BLD, cache) = self.config, carry
-        kv_X, source_X = ([None] * self.layers if both is None else list(zip(*both, strict=True)) for both in (cache, source))
-        kept_X: list[Any] = []
-        losses: list[Any] = []
-        for layer, local in enumerate(c.local(self.layers)):
-            (x_BLD, kv_X[layer]), (kept, loss) = Block(c, self.train).apply(
-                {"params": layers[layer]}, (x_BLD, kv_X[layer]), layer, bool(local), source_X[layer], of_rings if local else context
-            )
-            kept_X.append(kept)
-            losses.append(loss)
-
-        def both(parts: list[Any]) -> Any:
-            return None if parts[0] is None else tuple(zip(*parts, strict=True))
-
-        return (x_BLD, both(kv_X)), (both(kept_X), jnp.stack(losses))
+        self, layer_X: tuple[Any, ...], x_BLD: jax.Array, cache: Cache | None, context: Context, of_rings: Context
+    ) -> tuple[jax.Array, tuple[Any, ...], tuple[Any, ...], jax.Array]:
+        """The same as the scan over layers, of layers that have parameters and caches of their own. Returns what the scan
+        does: hidden states, what the cache holds of each layer and of its source, and the routers' loss."""
+        c, none = self.config, (None,) * self.layers
+        own_X = none if cache is None else cache.layers
+        read_now = context.read_BSD is not None
+        source_X = none if cache is None or cache.source is None or read_now else cache.source.layers
+        given, kept = zip(layer_X, c.local(self.layers), own_X, source_X, strict=True), []
+        for layer, (params, local, own, source) in enumerate(given):
+            block, shared = Block(c, self.train), of_rings if local else context
+            x_BLD, one = block.apply({"params": params}, x_BLD, layer, bool(local), own, source, shared)
+            kept.append(one)
+        own_X, source_X, auxiliary_X = zip(*kept, strict=True)
+        return x_BLD, own_X, source_X, jnp.sum(jnp.stack(auxiliary_X))
 
     def _in_stages(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """The layers as stages of a pipeline, which are pure functions of their part of the stacked parameters."""
@@ -284,15 +279,8 @@ class Stack(nn.Module):
 
         def run(params: Any, x_BLD: jax.Array, layer: jax.Array, part: jax.Array, context: Any) -> tuple[jax.Array, jax.Array]:
             own = {name: jax.random.fold_in(jax.random.fold_in(key, layer), part) for name, key in keys.items()}
-            (y_BLD, _), (_, loss) = Block(c, self.train).apply(
-                {"params": params},
-                (x_BLD, None),
-                layer,
-                local_X[layer],
-                None,
-                context,
-                rngs=own,
-            )
+            block = Block(c, self.train)
+            y_BLD, (_, _, loss) = block.apply({"params": params}, x_BLD, layer, local_X[layer], None, None, context, rngs=own)
             return jnp.asarray(y_BLD), jnp.asarray(loss)
 
         if c.remat != "none":
@@ -313,7 +301,7 @@ class Stack(nn.Module):
             variable_axes=axes,
             variable_broadcast="params" if c.share_layers else False,
             split_rngs={"params": not c.share_layers, "dropout": True, "quantize": True},
-            in_axes=(0, 0, 0, nn.broadcast),
+            in_axes=(0, 0, 0, 0, nn.broadcast),
             length=self.layers,
             unroll=self.layers if c.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},

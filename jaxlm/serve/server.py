@@ -68,6 +68,7 @@ def serve(argument: str, options: ServeOptions) -> None:
         trained = load_model(argument)
         engine = None
         if writes(trained):
+            trained = trained.for_writing()
             engine = open_engine(trained, options.slots, options.context, options.queue, options.cache)
         service = serve_what(trained, options, engine)
         host = f"[{options.host}]" if ":" in options.host else options.host

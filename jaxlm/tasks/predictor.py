@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.data import Example, in_order
 from jaxlm.generate import BatchGenerator, DecodeConfig
-from jaxlm.parallel import batch_sharding, batch_ways, place_batch, settle, stored_shardings
+from jaxlm.parallel import batch_ways, place_batch, settle
 from jaxlm.tasks.task import Examples, Outputs, Prediction, Row, Task
 
 
@@ -52,9 +52,8 @@ class Predictor:
             loss, weight, metrics = objective(apply, params, batch, None) if wanted[0] else (0.0, 0.0, {})
             return {"loss": loss, "weight": weight, **metrics}, task.outputs(apply, params, batch) if wanted[1] else {}
 
-        params = stored_shardings(model.axes, model.shapes, mesh)
-        whole = NamedSharding(mesh, PartitionSpec())
-        self._step = jax.jit(step, in_shardings=(params, batch_sharding(mesh)), out_shardings=whole, static_argnums=2)
+        # Parameters come as they lie: those of a server that writes text too have their layers apart.
+        self._step = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()), static_argnums=2)
 
     def run(
         self, params: Any, examples: Sequence[Example], *, loss: bool = True, outputs: bool = True,

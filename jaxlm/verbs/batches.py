@@ -91,7 +91,7 @@ def generate_file(argument: str, file: str, out: str, sampling: Any, max_tokens:
         return 0
     from jaxlm.models import load_model
 
-    trained = load_model(argument)
+    trained = load_model(argument).for_writing()
     seq2seq = trained.model.config.architecture == "encoder_decoder"
     run = _searched if seq2seq else _sampled
     with bar("generating", len(lines), "texts", start=len(answers.done)) as shown:

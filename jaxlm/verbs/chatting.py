@@ -46,7 +46,7 @@ def chat(words: Sequence[str]) -> int:
     from jaxlm.serve.speaking import open_engine
 
     sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
-    trained = load_model(argument)
+    trained = load_model(argument).for_writing()
     engine = open_engine(trained, 1, options.context)
     engine.start()
     try:

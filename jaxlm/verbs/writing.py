@@ -115,14 +115,14 @@ def generate(words: Sequence[str]) -> int:
         constraint = Constraint(json_schema=_read(options.json_schema))
     if options.file is not None and options.out is not None:
         return generate_file(argument, options.file, options.out, sampling, options.max_tokens, options.seed)
-    trained = load_model(argument)
+    trained = load_model(argument).for_writing()
     tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
     stop, stats = {tokenizer.eos_id, *trained.stop_ids()}, Stats()
     tokens: Iterable[int]
     asked = (trained.params, prompt, options.max_tokens, sampling)
     if options.draft is not None:
-        small = load_model(options.draft, mesh)
+        small = load_model(options.draft, mesh).for_writing()
         if small.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ValueError(f"draft {options.draft!r} has another tokenizer than {argument!r}: it cannot guess its tokens")
         speculator = Speculator(model, mesh, tokenizer.vocab_size, options.draft_tokens, small.model)

@@ -122,7 +122,7 @@ def test_rows_of_different_length_go_on_from_their_own_ends(case):
     for kernel in ("xla", "chunked"):
         own = Model(dataclasses.replace(model.config, kernel=kernel))
         apply, layers = jax.jit(own.apply), jax.jit(model.apart)(params)
-        cache = empty_cache(model.config, 2, 12, apart=True)
+        cache = empty_cache(model.config, 2, 12)
         _, cache = apply(layers, batch_of(reads, ids[:, :5]), cache)
         seen_B = np.array([5, 2], np.int32)
         cache = dataclasses.replace(cache, length=seen_B)
@@ -151,7 +151,7 @@ def test_layers_that_see_a_window_hold_no_more_than_they_see(name, kernel):
     params = drawn(model)
     expected = jax.jit(lambda p: model.apply(p, {"tokens_BL": ids})[0])(params)
     layers, apply = jax.jit(model.apart)(params), jax.jit(model.apply)
-    cache = empty_cache(config, 2, 6, apart=True, piece=4)
+    cache = empty_cache(config, 2, 6, piece=4)
     ringed, seen = config.local(config.layers), 0
     for size, kept in ((4, 4), (1, 1), (1, 1), (4, 2), (4, 4), (1, 0), (4, 1), (4, 4), (4, 4), (4, 3), (1, 1), (4, 4)):
         cache = grow(cache, 40) if seen == 6 else cache
@@ -160,9 +160,9 @@ def test_layers_that_see_a_window_hold_no_more_than_they_see(name, kernel):
         np.testing.assert_allclose(logits[:, :kept], expected[:, seen : seen + kept], atol=1e-5)
         seen += kept
         cache = dataclasses.replace(cache, length=jax.numpy.int32(seen))
-    assert [held.shape[-2] for held in cache.k_XBKSH] == [7 if local else 40 for local in ringed]
+    assert [keys.shape[2] for keys, _ in cache.layers] == [7 if local else 40 for local in ringed]
     per_place = 2 * 2 * config.K * config.H * 4
-    assert sum(x.nbytes for x in jax.tree.leaves((cache.k_XBKSH, cache.v_XBKSH))) == per_place * sum(7 if x else 40 for x in ringed)
+    assert sum(x.nbytes for x in jax.tree.leaves(cache.layers)) == per_place * sum(7 if x else 40 for x in ringed)
 
     spreads, history = spread(cache, 2), np.repeat(ids[:, :seen], 2, axis=0)
     for parents in ([[0, 1], [0, 1]], [[1, 0], [1, 1]], [[0, 0], [1, 0]]):
@@ -183,7 +183,7 @@ def test_layers_that_see_a_window_hold_no_more_than_they_see(name, kernel):
             np.testing.assert_allclose(logits[row], expected[row, at : at + size], atol=1e-5)
         seen_B = seen_B + size
 
-    late = dataclasses.replace(empty_cache(config, 2, 40, apart=True, piece=4), start_B=np.array([0, 3], np.int32))
+    late = dataclasses.replace(empty_cache(config, 2, 40, piece=4), start_B=np.array([0, 3], np.int32))
     rows = np.stack([ids[0], np.roll(ids[1], 3)])
     for at in range(0, 32, 4):
         logits, late = apply(layers, {"tokens_BL": rows[:, at : at + 4]}, late)
@@ -198,7 +198,7 @@ def test_a_ring_in_int8_says_what_a_whole_cache_in_int8_says():
     model, ids = Model(config), tokens(2, 20, seed=6)
     layers, apply, said = model.apart(drawn(model)), jax.jit(model.apply), []
     for piece in (4, None):
-        cache, parts = empty_cache(config, 2, 20, apart=True, piece=piece), []
+        cache, parts = empty_cache(config, 2, 20, piece=piece), []
         for part in np.split(ids, 5, axis=1):
             logits, cache = apply(layers, {"tokens_BL": part}, cache)
             parts.append(logits)
@@ -206,18 +206,16 @@ def test_a_ring_in_int8_says_what_a_whole_cache_in_int8_says():
     np.testing.assert_allclose(*said, atol=1e-5)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_cache_in_int8_is_near_and_small(apart):
+def test_a_cache_in_int8_is_near_and_small():
     """Logits within 1% of their spread; numbers and scales take (16 + 4) / 64 of float32's bytes at heads of 16; rows that
     others take the place of keep their own scales."""
     config = dataclasses.replace(DECODER, **LLAMA, width=64, cache="int8")
     model, ids = Model(config), tokens(2, 9, seed=2)
     params = drawn(model)
     expected = jax.jit(lambda p: model.apply(p, {"tokens_BL": ids})[0])(params)
-    layers = model.apart(params) if apart else params
-    apply, cache = jax.jit(model.apply), empty_cache(config, 2, 9, apart=apart)
-    full = empty_cache(dataclasses.replace(config, cache="same"), 2, 9, apart=apart)
-    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves((one.k_XBKSH, one.v_XBKSH))) for one in (cache, full)]
+    layers, apply, cache = model.apart(params), jax.jit(model.apply), empty_cache(config, 2, 9)
+    full = empty_cache(dataclasses.replace(config, cache="same"), 2, 9)
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(one.layers)) for one in (cache, full)]
     assert sizes[0] / sizes[1] == (config.H + 4) / (4 * config.H)
     parts = []
     for piece in np.split(ids, [5, 6], axis=1):

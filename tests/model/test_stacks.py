@@ -527,7 +527,7 @@ def test_dropped_attention_weights_are_right_on_average():
     """The attention layer alone, which is linear in its weights: the mean over 400 draws is the value without dropout."""
     config = dataclasses.replace(DECODER, dropout=0.3, layer_pattern="LG", window=4)
     x_BLD = jax.random.normal(jax.random.key(1), (1, 8, 16))
-    rest = (x_BLD, None, jnp.asarray(True), Mask(), None, None)
+    rest = (x_BLD, None, jnp.asarray(True), Mask(), None, None, None)
     layer = Attention(config, train=False)
     params = drawn_like(nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), *rest)))
 

@@ -7,7 +7,7 @@ import time
 import httpx
 import openai
 import pytest
-from conftest import fake_server
+from served import fake_server
 
 from jaxlm.generate.request import Request
 from jaxlm.serve.options import ServeOptions

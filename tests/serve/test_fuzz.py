@@ -4,9 +4,9 @@ import json
 
 import httpx
 import pytest
-from conftest import fake_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from served import fake_server
 
 from jaxlm.serve.options import ServeOptions
 

@@ -8,7 +8,7 @@ import time
 
 import httpx
 import pytest
-from conftest import fake_server
+from served import fake_server
 
 from jaxlm.serve.options import ServeOptions
 from jaxlm.serve.page import Page

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import openai
 import pytest
-from conftest import serving
+from served import serving
 from test_fuzz import send_anything
 from test_vectors import trained
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import openai
 import pytest
-from conftest import serving
+from served import serving
 
 from jaxlm.data import TokenizerConfig, train_tokenizer
 from jaxlm.model import HeadConfig, Model, TransformerConfig

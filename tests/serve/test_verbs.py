@@ -29,6 +29,7 @@ def engine(monkeypatch):
     model = types.SimpleNamespace(config=config)
     trained = types.SimpleNamespace(model=model, tokenizer=tokenizer, name="parrot", stop_ids=list)
     made = FakeEngine(context=64)
+    trained.for_writing = lambda: trained
     monkeypatch.setattr(models, "load_model", lambda argument: trained)
     monkeypatch.setattr(speaking, "open_engine", lambda *_, **__: made)
     monkeypatch.setattr(speaking, "chat_of", lambda _: (Chat(tokenizer), False))
