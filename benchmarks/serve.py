@@ -97,6 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="clients at a time")
     parser.add_argument("--slots", type=int, default=32, help="texts that the server writes at a time")
+    parser.add_argument("--exact", choices=["true", "false"], default="true", help="as `jaxlm serve --exact`")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="most new tokens of each text")
     parser.add_argument("--rounds", type=int, default=2, help="offline measurements")
@@ -108,7 +109,7 @@ def main():
         run = train(pathlib.Path(folder), args)
         alone = offline(run, args)
         print(f"offline, batches of 32: {alone:.0f} tokens/s", flush=True)
-        words = [sys.executable, "-m", "jaxlm", "serve", str(run), "--port", "0", "--slots", str(args.slots)]
+        words = [sys.executable, "-m", "jaxlm", "serve", str(run), "--port", "0", "--slots", str(args.slots), "--exact", args.exact]
         server = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             url = None

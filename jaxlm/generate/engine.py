@@ -38,6 +38,10 @@ class EngineConfig:
 
     cache: Literal["same", "int8"] = "same"
     """How keys and values are held (`model.cache`)."""
+    exact: bool = True
+    """All slots are computed at every step, so that a text is the same to the bit however many run beside it. False, on one
+    CPU device: few more than hold a text, which is faster while few do; a product of fewer rows adds up in another order, so
+    that log-probabilities differ in their last digits and a text may part where two tokens are as good as equally likely."""
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("context", 2), ("queue", 1), ("chunk", 8)):
@@ -118,6 +122,9 @@ class Engine:
         chunk = min(config.chunk, self.config.context)
         room = -(-(self.config.context + chunk) // 128) * 128  # whole blocks of that kernel
         self.mesh, self.vocab_size, self.chunk = mesh, vocab_size, chunk
+        few = [] if config.exact or mesh.size > 1 or kernel != "chunked" else [n for n in (1, 4, 16, 64) if n < config.slots]
+        self._sizes = [*few, config.slots]
+        """Numbers of rows that are compiled, of which the smallest is used that has room for all running texts."""
         self._decoder = Decoder(model, vocab_size, config.slots, room - chunk, chunk)
         with jax.set_mesh(mesh):
             self._params = self._decoder.split(params)
@@ -129,7 +136,9 @@ class Engine:
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
-        self._step_s, self._clock, self._beat = 0.0, itertools.count(1), time.monotonic()
+        self._clock, self._beat = itertools.count(1), time.monotonic()
+        self._step_s: dict[int, float] = {}
+        """Of each number of rows."""
         self._counts = collections.Counter[str]()
 
     # --- what others ask, from any thread ---------------------------------------------------------
@@ -155,6 +164,20 @@ class Engine:
             if self._waiting.discard(ticket.request.owner, ticket):
                 self._gone.append(ticket)
             self._lock.notify_all()
+
+    def warm(self) -> None:
+        """Compile what plain requests need, here, before `start`: the first ones would wait for it. RuntimeError where the
+        model does not compute."""
+        with jax.set_mesh(self.mesh):
+            for size in self._sizes:
+                slot_B, live_B = self._rows([], size), np.zeros(size, bool)
+                self._state, _ = self._decoder.write(self._params, self._state, slot_B, live_B, np.int32(0), None, scored=False)
+        told: list[Event] = []
+        for length in {min(length, self.config.context - 1) for length in (1, self.chunk // 8, self.chunk)}:  # each size of a piece
+            self.submit(Request((0,) * length, min(2, self.config.context - length)), told.append)
+        self.run()
+        if failed := next((event.reason for event in told if event.ended == "error"), None):
+            raise RuntimeError(f"the model failed: {failed}")
 
     def start(self) -> None:
         """Work in a thread of its own."""
@@ -230,12 +253,14 @@ class Engine:
         self._cancel_all()
 
     def step(self) -> None:
-        """Seat those who wait, read one piece of a prompt, advance all texts by a burst."""
+        """Seat those who wait, read of their prompts for as long as a burst takes, advance all texts by a burst."""
         self._beat = time.monotonic()
         try:
             with jax.set_mesh(self.mesh):
                 self._seat()
-                self._read()
+                until = time.monotonic() + self.config.burst_s
+                while self._read() and time.monotonic() < until:
+                    pass
                 self._write()
         except Exception as error:
             # What a program that failed was given is gone with it: those who had a slot are told, the others go on.
@@ -297,11 +322,11 @@ class Engine:
         seat.todo, seat.scores = pieces(len(request.prompt), start, self.chunk), []
         self._counts.update(prompt_tokens=len(request.prompt), reused_tokens=start)
 
-    def _read(self) -> None:
-        """One piece of the prompt that has waited longest."""
+    def _read(self) -> bool:
+        """One piece of the prompt that has waited longest; False: there is none."""
         seats = [seat for seat in self._seats if seat.todo]
         if not seats:
-            return
+            return False
         seat = min(seats, key=lambda seat: seat.used)
         ticket = seat.ticket
         assert ticket is not None
@@ -310,7 +335,7 @@ class Engine:
         scored = request.logprobs is not None
         allowed_BV = None if seat.todo else self._allowed([seat])
         if seat.ticket is None:  # nothing may come at all
-            return
+            return True
         prompt_1V = np.zeros((1, self._decoder.model.config.V), bool)
         prompt_1V[0, list(request.prompt)] = True
         tokens = request.prompt[begin : begin + count]
@@ -327,7 +352,7 @@ class Engine:
             seat.scores = seat.scores or [Token(request.prompt[0])]
             seat.scores += [_token(id, told, (i,), request) for i, id in enumerate(after)]
         if seat.todo:
-            return
+            return True
         if seat.scores:
             ticket.tell(Event(prompt=tuple(seat.scores)))
             seat.scores = []
@@ -339,23 +364,32 @@ class Engine:
         else:
             first = _token(token, jax.device_get(own) if scored else None, (0,), request)
             self._hand_on(seat, [first], "length" if request.max_tokens == 1 else None)
+        return True
 
     def _write(self) -> None:
         """A burst of all running texts, as long as `burst_s`."""
-        if not any(seat.running for seat in self._seats):
+        running = [b for b, seat in enumerate(self._seats) if seat.running]
+        if not running:
             return
-        scored = any(seat.ticket is not None and seat.ticket.request.logprobs is not None for seat in self._seats)
-        allowed_BV = self._allowed(self._seats)
-        live_B = np.array([seat.running for seat in self._seats])
+        size = next(size for size in self._sizes if size >= len(running))
+        slot_B = self._rows(running, size)
+        seats = self._seats if slot_B is None else [self._seats[b] for b in slot_B]
+        scored = any(seat.ticket is not None and seat.ticket.request.logprobs is not None for seat in seats)
+        allowed_BV = self._allowed(seats)
+        live_B = np.array([seat.running for seat in seats])
+        step_s = self._step_s.get(size)
         # Where a text is guided, the host must have a look at each token.
-        steps = 1 if allowed_BV is not None or not self._step_s else int(np.clip(self.config.burst_s / self._step_s, 1, BURST))
+        steps = 1 if allowed_BV is not None or step_s is None else int(np.clip(self.config.burst_s / step_s, 1, BURST))
         began = time.monotonic()
-        self._state, burst = self._decoder.write(self._params, self._state, live_B, np.int32(steps), allowed_BV, scored=scored)
+        self._state, burst = self._decoder.write(
+            self._params, self._state, slot_B, live_B, np.int32(steps), allowed_BV, scored=scored
+        )
         settle(self.mesh, self._state.token_B)
         told: Burst = jax.device_get(burst)
         took = (time.monotonic() - began) / max(1, int(told.count_B.max()))
-        self._step_s = took if not self._step_s else 0.8 * self._step_s + 0.2 * took
-        for b, seat in enumerate(self._seats):
+        # The first time counts the compilation too: what is less is believed at once.
+        self._step_s[size] = took if step_s is None else min(took, 0.8 * step_s + 0.2 * took)
+        for b, seat in enumerate(seats):
             ticket = seat.ticket
             if ticket is None or not live_B[b]:
                 continue
@@ -363,6 +397,13 @@ class Engine:
             tokens = [_token(int(told.tokens_BT[b, i]), told.scores, (b, i), request) for i in range(count)]
             going: Ended | None = None if told.running_B[b] else "length" if told.new_B[b] >= request.max_tokens else "stop"
             self._hand_on(seat, tokens, going)
+
+    def _rows(self, running: Sequence[int], size: int) -> np.ndarray | None:
+        """`size` slots, those with a running text among them; None: all."""
+        if size == len(self._seats):
+            return None
+        others = [b for b in range(len(self._seats)) if b not in running]
+        return np.array([*running, *others[: size - len(running)]], np.int32)
 
     def _hand_on(self, seat: _Seat, tokens: list[Token], ended: Ended | None) -> None:
         """New tokens of a text that goes on, or has ended: perhaps because its guide says so."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxlm.generate.request import Request
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample
-from jaxlm.model import Cache, Model, Params, empty_cache
+from jaxlm.model import Cache, Model, Params, empty_cache, only
 
 BURST = 32
 """Most tokens of a slot between two looks of the host."""
@@ -121,8 +121,7 @@ class Decoder:
         """`length` tokens of a prompt written into a slot behind `start` others; after the `whole` prompt the first new
         token. Returns also that token (1,), its scores, and those of the tokens `after_1L` each of the piece (L). The
         tokens of the whole prompt and its settings come with each piece."""
-        own = state.cache.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=0))
-        own = dataclasses.replace(own, length=start[None])
+        own = dataclasses.replace(only(state.cache, slot[None]), length=start[None])
         last_1 = (length - 1)[None]
         logits_1LV, own = self.model.apply(params, {"tokens_BL": tokens_1L}, own, at_B=None if scored else last_1)
         logits_1V = jnp.take_along_axis(logits_1LV, last_1[:, None, None], axis=1)[:, 0] if scored else logits_1LV[:, 0]
@@ -131,23 +130,20 @@ class Decoder:
         token_1 = self._choose(logits_1V, row, zero_1, seen, allowed_1V)
         ended_1 = jnp.any(token_1[:, None] == row.stop_BE, axis=1) | (row.limit_B < 1)
         new_1 = (~ended_1).astype(jnp.int32)
-
-        def put(all_: jax.Array, one: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(all_, one.astype(all_.dtype), slot, axis=0)
-
         own = dataclasses.replace(own, length=(start + length)[None])
         running_1 = whole & ~ended_1 & (row.limit_B > 1)
-        state = jax.tree.map(put, state, Slots(own, row, seen.take(token_1), token_1, new_1, running_1))
+        state = _put(state, Slots(own, row, seen.take(token_1), token_1, new_1, running_1))
         if not scored:
             return state, token_1, None, None
         of_prompt = self._scores(logits_1LV[0], after_1L[0])
         return state, token_1, self._scores(logits_1V, token_1), of_prompt
 
     def _write(
-        self, params: Params, state: Slots, live_B: jax.Array, steps: jax.Array, allowed_BV: jax.Array | None, *, scored: bool
-    ) -> tuple[Slots, Burst]:
-        """Up to `steps` more tokens of each running text; those no longer `live` stop first."""
-        B = self.slots
+        self, params: Params, whole: Slots, slot_B: jax.Array | None, live_B: jax.Array, steps: jax.Array,
+        allowed_BV: jax.Array | None, *, scored: bool,
+    ) -> tuple[Slots, Burst]:  # fmt: skip
+        """Up to `steps` more tokens of each running text in these slots (None: in all); those no longer `live` stop first."""
+        B, state = live_B.shape[0], whole if slot_B is None else _get(whole, slot_B)
         state = state.replace(running_B=state.running_B & live_B)  # type: ignore[attr-defined]
         none_BT = jnp.zeros((B, BURST), jnp.int32)
         scores = None
@@ -185,7 +181,7 @@ class Decoder:
             return i + 1, state, Burst(write(burst.tokens_BT, token_B), count_B, state.running_B, new_B, told)
 
         _, state, burst = jax.lax.while_loop(more, advance, begin)
-        return state, burst
+        return _put(whole, state), burst
 
     def _see(self, state: Slots, token_B: jax.Array) -> Seen:
         """Tokens are counted only where some row has penalties: those tables are large."""
@@ -214,6 +210,26 @@ class Decoder:
         # The length with them: what a slot that stands still writes must not fall on what was copied.
         cache = dataclasses.replace(state.cache.map(change), length=state.cache.length.at[target].set(length))
         return state.replace(cache=cache)  # type: ignore[attr-defined]
+
+
+def _get(state: Slots, slot_B: jax.Array) -> Slots:
+    """Some of the slots; their keys and values stay where they are."""
+    some: Slots = jax.tree.map(lambda x: x[slot_B], state.replace(cache=None))  # type: ignore[attr-defined]
+    return some.replace(cache=only(state.cache, slot_B))  # type: ignore[attr-defined]
+
+
+def _put(state: Slots, some: Slots) -> Slots:
+    """All slots, with `some` as they are now."""
+    slot_B = some.cache.rows_B
+    if slot_B is None:
+        return some
+
+    def put(all_: jax.Array, own: jax.Array) -> jax.Array:
+        return all_.at[slot_B].set(own.astype(all_.dtype), unique_indices=True)
+
+    cache = dataclasses.replace(some.cache, rows_B=None, length=put(state.cache.length, some.cache.length))
+    rest: Slots = jax.tree.map(put, state.replace(cache=None), some.replace(cache=None))  # type: ignore[attr-defined]
+    return rest.replace(cache=cache)  # type: ignore[attr-defined]
 
 
 def pieces(length: int, start: int, chunk: int) -> list[tuple[int, int, int]]:

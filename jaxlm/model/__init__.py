@@ -1,6 +1,6 @@
 """The Transformer: its config, its parameters and what it computes."""
 
-from jaxlm.model.cache import Cache, empty_cache
+from jaxlm.model.cache import Cache, empty_cache, only
 from jaxlm.model.config import HeadConfig, MoeConfig, RotaryConfig, TransformerConfig
 from jaxlm.model.detection import Detection
 from jaxlm.model.functions import Model, Params
@@ -8,5 +8,5 @@ from jaxlm.model.heads import linear_cross_entropy
 
 __all__ = [
     "Cache", "Detection", "HeadConfig", "Model", "MoeConfig", "Params", "RotaryConfig", "TransformerConfig", "empty_cache",
-    "linear_cross_entropy",
+    "linear_cross_entropy", "only",
 ]  # fmt: skip

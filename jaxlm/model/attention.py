@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.model.cache import At, KeyValue, Read, extend
+from jaxlm.model.cache import At, KeyValue, Read, write
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.kernels import attend
+from jaxlm.model.kernels import attend, attend_cache
 from jaxlm.model.layers import Angles, Linear, Norm
 from jaxlm.model.mask import Mask
 from jaxlm.model.positions import rotate
@@ -62,6 +62,20 @@ class Attention(nn.Module):
 
         return core
 
+    def _cached(
+        self, q_BLNH: jax.Array, held: KeyValue, at: At, mask: Mask, bias_BNLS: jax.Array | None
+    ) -> Callable[[int | None], jax.Array]:
+        """The same of keys and values in a cache."""
+        c = self.config
+
+        def core(window: int | None) -> jax.Array:
+            return attend_cache(
+                q_BLNH, held, at, dataclasses.replace(mask, window=window),
+                scale=c.attention_scale, softcap=c.attention_softcap, bias_BNLS=bias_BNLS, kernel=c.kernel, context=c.context,
+            )  # fmt: skip
+
+        return core
+
     def __call__(
         self, x_BLD: jax.Array, held: KeyValue | None, local: jax.Array | bool, mask: Mask,
         angles: tuple[Angles, Angles] | None, bias_BNLS: jax.Array | None, at: At | None,
@@ -76,10 +90,10 @@ class Attention(nn.Module):
             q_BLNH, k_BSKH = rotate(q_BLNH, turn), rotate(k_BSKH, turn)
         if held is not None:
             assert mask.seen is not None and at is not None, "a cache comes with the number of tokens it holds"
-            k_BKSH, k_BSKH = extend(held[0], k_BSKH, at)
-            v_BKSH, v_BSKH = extend(held[1], v_BSKH, at)
-            held = k_BKSH, v_BKSH
-        core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
+            held = write(held[0], k_BSKH, at), write(held[1], v_BSKH, at)
+            core = self._cached(q_BLNH, held, at, mask, bias_BNLS)
+        else:
+            core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
 
         kinds = set(c.layer_pattern)
         if len(kinds) == 1 or isinstance(local, bool):

@@ -56,6 +56,8 @@ class Cache:
     """After `spread`: which of a text's rows holds the keys and values of each place of each of them."""
     source: Source | None = None
     """Of an encoder-decoder, once it has seen its encoder's text. It may have fewer rows: those of `spread` share one."""
+    rows_B: jax.Array | None = None
+    """The cache's rows that the rows of a call are (`only`); None: all, in their order."""
     size: int = flax.struct.field(pytree_node=False, kw_only=True)
     """How many tokens it has room for."""
     limits: tuple[int | None, ...] = flax.struct.field(pytree_node=False, default=())
@@ -77,6 +79,7 @@ class At:
 
     length: jax.Array
     holder_BGS: jax.Array | None = None
+    rows_B: jax.Array | None = None
     ring: bool = flax.struct.field(pytree_node=False, default=False)
     """Of a ring the last places are read in their order, up to the last new one."""
 
@@ -124,32 +127,56 @@ def grow(cache: Cache, size: int) -> Cache:
     return dataclasses.replace(cache, holder_BGS=holder_BGS)
 
 
-def extend(held: Held, new_BLKH: jax.Array, at: At) -> tuple[Held, jax.Array]:
-    """`new_BLKH` written behind the `at.length` tokens of a layer; what it holds then, as the cache has it and as
-    (B, S, K, H)."""
-    holder_BGS, L = at.holder_BGS, new_BLKH.shape[1]
+def write(held: Held, new_BLKH: jax.Array, at: At) -> Held:
+    """Keys or values of new tokens behind the `at.length` ones that a layer holds."""
     new = jnp.swapaxes(new_BLKH, 1, 2)
     coded = _rounded(new) if isinstance(held, Rounded) else new
-    held = jax.tree.map(lambda all_, one: _write(all_, one, at), held, coded)
+    written: Held = jax.tree.map(lambda all_, one: _write(all_, one, at), held, coded)
+    return written
 
-    def read(x: jax.Array) -> jax.Array:
+
+def read(held: Held, at: At, new: int, dtype: Any) -> jax.Array:
+    """Keys or values that a layer holds once `new` tokens were written: (B, S, K, H)."""
+    holder_BGS = at.holder_BGS
+
+    def own(x: jax.Array) -> jax.Array:
+        x = x if at.rows_B is None else x[at.rows_B]
         if at.ring:
             size = x.shape[2]
-            from_BS = jnp.atleast_1d(at.length + L)[:, None] + jnp.arange(size)[None, :]
+            from_BS = jnp.atleast_1d(at.length + new)[:, None] + jnp.arange(size)[None, :]
             x = jnp.take_along_axis(x, (from_BS % size)[:, None, :, None], axis=2)
         if holder_BGS is None:
             return x
         grouped = x.reshape(*holder_BGS.shape[:2], *x.shape[1:])
         return jnp.take_along_axis(grouped, holder_BGS[:, :, None, :, None], axis=1).reshape(x.shape)
 
-    own: Held = jax.tree.map(read, held)
-    if isinstance(own, Rounded):
-        own = own.number.astype(new.dtype) * own.scale.astype(new.dtype)
-    return held, jnp.swapaxes(own, 1, 2)
+    return jnp.swapaxes(widened(jax.tree.map(own, held), dtype), 1, 2)
+
+
+def block_of(held: Held, at: At, index: jax.Array, size: int, dtype: Any) -> jax.Array:
+    """Of what a layer holds, no ring, the block `index` of `size` places, as it lies: (B, K, size, H)."""
+
+    def own(x: jax.Array) -> jax.Array:
+        place = index * size
+        if at.rows_B is None:
+            return jax.lax.dynamic_slice_in_dim(x, place, size, axis=2)
+        some = (1, x.shape[1], size, x.shape[3])
+        return jax.vmap(lambda row: jax.lax.dynamic_slice(x, (row, 0, place, 0), some)[0])(at.rows_B)
+
+    return widened(jax.tree.map(own, held), dtype)
+
+
+def widened(held: Held, dtype: Any) -> jax.Array:
+    return held.number.astype(dtype) * held.scale.astype(dtype) if isinstance(held, Rounded) else held
 
 
 def _write(held: jax.Array, new_BKLH: jax.Array, at: At) -> jax.Array:
-    length = at.length
+    length, rows_B = at.length, at.rows_B
+    if rows_B is not None and rows_B.shape[0] == 1:
+        return jax.lax.dynamic_update_slice(held, new_BKLH, (rows_B[0], 0, length[0], 0))
+    if rows_B is not None:
+        place_BL = length[:, None] + jnp.arange(new_BKLH.shape[2])[None, :]
+        return held.at[rows_B[:, None], :, place_BL].set(jnp.swapaxes(new_BKLH, 1, 2), unique_indices=True)
     if at.ring:
         (rows, _, size, _), L = held.shape, new_BKLH.shape[2]
         place_BL = jnp.broadcast_to(jnp.atleast_1d(length)[:, None] + jnp.arange(L)[None, :], (rows, L)) % size
@@ -164,6 +191,11 @@ def _rounded(x_BKLH: jax.Array) -> Rounded:
     largest = jnp.max(jnp.abs(x_BKLH.astype(jnp.float32)), axis=-1, keepdims=True)
     scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / 127
     return Rounded(jnp.round(x_BKLH.astype(jnp.float32) / scale).astype(jnp.int8), scale)
+
+
+def only(cache: Cache, rows_B: jax.Array) -> Cache:
+    """The cache for calls of these of its rows, each named once, which go on in place; there must be no ring."""
+    return dataclasses.replace(cache, rows_B=rows_B, length=cache.length[rows_B])
 
 
 def repeat(cache: Cache, times: int) -> Cache:

@@ -6,11 +6,13 @@ key/value head (N / K) · H head width.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.model.cache import At, KeyValue, block_of
 from jaxlm.model.mask import Mask
 
 
@@ -33,9 +35,34 @@ def chunked(
     Blocks that the mask's places hide wholly are not computed; segments hide, but save nothing, and with a prefix no
     block is known to be hidden.
     """
-    B, L, N, H = q_BLNH.shape
-    S, K = k_BSKH.shape[1:3]
-    plan = Plan(even(L, block), even(S, block), S, softcap)
+    S = k_BSKH.shape[1]
+    plan = Plan(even(q_BLNH.shape[1], block), even(S, block), S, softcap)
+    k, v = (fill(jnp.swapaxes(x, 1, 2), {2: plan.keys}) for x in (k_BSKH, v_BSKH))
+    return _shaped(plan, q_BLNH, k_BSKH.shape[2], mask, scale, bias_BNLS, lambda q, bias, mask: _stream(plan, q, k, v, bias, mask))
+
+
+def chunked_cache(
+    q_BLNH: jax.Array, held: KeyValue, at: At, mask: Mask,
+    scale: float, softcap: float | None, bias_BNLS: jax.Array | None, size: int,
+) -> jax.Array:  # fmt: skip
+    """The same over what a layer's cache holds, in blocks of `size` places, of which there must be a whole number: each is
+    read as it lies and where it lies, whichever rows of the cache are asked for, and of int8 no more than a block is
+    widened. It has no gradient."""
+    whole = jax.tree.leaves(held)[0]
+    plan = Plan(even(q_BLNH.shape[1], size), size, whole.shape[2], softcap)
+
+    def stream(q: jax.Array, bias: jax.Array | None, mask: Mask) -> jax.Array:
+        return stream_forward(plan, q, *held, bias, mask, lambda x, j: block_of(x, at, j, size, q.dtype))[0]
+
+    return _shaped(plan, q_BLNH, whole.shape[1], mask, scale, bias_BNLS, stream)
+
+
+def _shaped(
+    plan: Plan, q_BLNH: jax.Array, K: int, mask: Mask, scale: float, bias_BNLS: jax.Array | None,
+    stream: Callable[[jax.Array, jax.Array | None, Mask], jax.Array],
+) -> jax.Array:  # fmt: skip
+    """What `stream` mixes for queries in whole blocks."""
+    (B, L, N, H), S = q_BLNH.shape, plan.size
     q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * jnp.asarray(scale, q_BLNH.dtype)
     bias_BKGLS = None if bias_BNLS is None else bias_BNLS.reshape(bias_BNLS.shape[0], K, N // K, L, S)
     if mask.key_segments_BS is not None:
@@ -43,14 +70,8 @@ def chunked(
         mask = dataclasses.replace(
             mask, query_segments_BL=fill(query, {1: plan.rows}), key_segments_BS=fill(mask.key_segments_BS, {1: plan.keys})
         )
-    mixed_BKGLH = _stream(
-        plan,
-        fill(q_BKGLH, {3: plan.rows}),
-        fill(jnp.swapaxes(k_BSKH, 1, 2), {2: plan.keys}),
-        fill(jnp.swapaxes(v_BSKH, 1, 2), {2: plan.keys}),
-        None if bias_BKGLS is None else fill(bias_BKGLS, {3: plan.rows, 4: plan.keys}),
-        mask,
-    )[:, :, :, :L]
+    bias = None if bias_BKGLS is None else fill(bias_BKGLS, {3: plan.rows, 4: plan.keys})
+    mixed_BKGLH = stream(fill(q_BKGLH, {3: plan.rows}), bias, mask)[:, :, :, :L]
     return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
 
 
@@ -131,10 +152,14 @@ def _stream_forward(
 
 
 def stream_forward(
-    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: Mask
-) -> tuple[jax.Array, jax.Array]:
+    plan: Plan, q: jax.Array, k: Any, v: Any, bias: jax.Array | None, mask: Mask,
+    take: Callable[[Any, Any], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Of q (B, K, G, L, H), scaled, and k, v (B, K, S, H), whole blocks each: what is mixed, like q, and the logarithm of
-    the sum of all weights (B, K, G, L) in float32; where a query sees no key, that is float32's lowest number."""
+    the sum of all weights (B, K, G, L) in float32; where a query sees no key, that is float32's lowest number. `take` gives
+    a block of k or v by its number; both may then be anything with S as their arrays' third axis."""
+    take = take or (lambda x, j: _slice(x, 2, j, plan.keys))
+    blocks = jax.tree.leaves(k)[0].shape[2] // plan.keys
     before, after = sight(mask)
     seen = jnp.int32(0) if mask.seen is None else mask.seen
     low = float(jnp.finfo(jnp.float32).min)
@@ -144,20 +169,20 @@ def stream_forward(
 
         def keys(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             most_BKGL, total_BKGL, mixed_BKGLH = carry
-            v_BKSH, shown = _slice(v, 2, j, plan.keys), _block_mask(plan, mask, i, j)
-            scores, _ = _block_scores(plan, q_BKGLH, _slice(k, 2, j, plan.keys), bias, i, j)
+            v_BKSH, shown = take(v, j), _block_mask(plan, mask, i, j)
+            scores, _ = _block_scores(plan, q_BKGLH, take(k, j), bias, i, j)
             scores = _hide(shown, scores, low)
             higher_BKGL = jnp.maximum(most_BKGL, jnp.max(scores, axis=-1))
             # Hidden a second time: where no key was seen yet, the highest score is that of the hidden.
             weights = _hide(shown, jnp.exp(scores - higher_BKGL[..., None]), 0)
             shrink_BKGL = jnp.exp(most_BKGL - higher_BKGL)
-            added = jnp.einsum("BKGLS,BKSH->BKGLH", weights.astype(v.dtype), v_BKSH, preferred_element_type=jnp.float32)
+            added = jnp.einsum("BKGLS,BKSH->BKGLH", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
             total_BKGL = total_BKGL * shrink_BKGL + jnp.sum(weights, axis=-1)
             return higher_BKGL, total_BKGL, mixed_BKGLH * shrink_BKGL[..., None] + added
 
         # Rows that have seen different numbers of tokens go through the blocks of all of them.
         first, last = i * plan.rows + jnp.min(seen), (i + 1) * plan.rows - 1 + jnp.max(seen)
-        start, stop = _span(first, last, before, after, plan.keys, k.shape[2] // plan.keys)
+        start, stop = _span(first, last, before, after, plan.keys, blocks)
         zeros = jnp.zeros_like(q_BKGLH, dtype=jnp.float32)
         carry = (zeros[..., 0] + low, zeros[..., 0], zeros)
         most, total, mixed = jax.lax.fori_loop(start, stop, keys, carry)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxlm.model.chunked import chunked
+from jaxlm.model.cache import At, KeyValue, read
+from jaxlm.model.chunked import chunked, chunked_cache
 from jaxlm.model.dense import xla
 from jaxlm.model.fused import LANES, cudnn, rest_of, splash
 from jaxlm.model.mask import Mask
@@ -29,6 +30,9 @@ Sharing = Literal["auto", "ring", "ulysses", "gather"]
 # Where devices share a length: each with the whole length of some heads, or of all keys.
 HEADS: Rules = {**COMPUTED, "L": (), "N": ("tensor", "context"), "K": ("tensor", "context")}
 WHOLE: Rules = {**COMPUTED, "L": ()}
+
+CACHE_BLOCK = 128
+"""Places of a cache that are read at once: only the blocks up to the longest text are, and small ones follow it closely."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +74,27 @@ def attend(
     return mixed_BLNH if how is None else constrain(mixed_BLNH, "BLNH")
 
 
+def attend_cache(
+    q_BLNH: jax.Array,
+    held: KeyValue,
+    at: At,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias_BNLS: jax.Array | None = None,
+    kernel: Kernel = "auto",
+    context: Sharing = "auto",
+) -> jax.Array:
+    """`attend` of new tokens, `at` whose places theirs are written already, to what a layer's cache holds."""
+    size = jax.tree.leaves(held)[0].shape[2]
+    if kernel == "chunked" and length_ways() == 1 and not at.ring and at.holder_BGS is None and size % CACHE_BLOCK == 0:
+        scale = 1 / math.sqrt(q_BLNH.shape[-1]) if scale is None else scale
+        return chunked_cache(q_BLNH, held, at, mask, scale, softcap, bias_BNLS, CACHE_BLOCK)
+    k_BSKH, v_BSKH = (read(x, at, q_BLNH.shape[1], q_BLNH.dtype) for x in held)
+    return attend(q_BLNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, bias_BNLS=bias_BNLS, kernel=kernel, context=context)
+
+
 def _attend(
     kernel: Kernel, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float,
     softcap: float | None, bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None, rules: Rules,
@@ -80,8 +105,7 @@ def _attend(
     if chosen == "cudnn":
         return cudnn(q_BLNH, k_BSKH, v_BSKH, mask, scale, bias_BNLS)
     if chosen == "chunked":
-        # Of a cache only the blocks up to the longest text are read: small ones follow its length closely.
-        return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, block=512 if mask.seen is None else 128)
+        return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, 512 if mask.seen is None else CACHE_BLOCK)
     return xla(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, drop)
 
 

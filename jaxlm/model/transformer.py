@@ -206,7 +206,7 @@ class Stack(nn.Module):
         seen, size = (None, length) if cache is None else (cache.length, cache.size)
         assert segments_BL is None or seen is None, "packed rows are for training: a cache holds one document a row"
         mask = Mask(segments_BL, segments_BL, seen, batch.get("prefix_B"), causal=self.causal)
-        context = Context(mask, at=None if cache is None else At(cache.length, cache.holder_BGS))
+        context = Context(mask, at=None if cache is None else At(cache.length, cache.holder_BGS, cache.rows_B))
         if segments_BL is not None:
             context = dataclasses.replace(context, keep_BL=segments_BL > 0)
         elif cache is not None and cache.start_B is not None:

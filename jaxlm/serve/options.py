@@ -26,6 +26,9 @@ class ServeOptions:
     """Most tokens of a prompt and its text together, for each slot; empty: the model's positions, at most 4096."""
     cache: Literal["same", "int8"] = "same"
     """How keys and values of the slots are held: as they are computed, or in int8, which takes about half of bfloat16's bytes."""
+    exact: bool = True
+    """A text is the same to the bit however many run beside it. false: faster on a CPU while few do, as only their slots are
+    computed; log-probabilities then differ in their last digits with how many run."""
     queue: int = 256
     """Texts that may wait for a slot; beyond it the answer is 429."""
     max_tokens: int | None = None

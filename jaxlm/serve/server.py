@@ -1,15 +1,12 @@
 """A server from its start to its end: what is asked to stop lets running texts end."""
 
 import asyncio
-import queue
 import socket
 import time
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
-from jaxlm.generate.request import Event, Request
 from jaxlm.models import load_model
 from jaxlm.report.console import say
 from jaxlm.serve.app import make_app
@@ -69,29 +66,16 @@ def serve(argument: str, options: ServeOptions) -> None:
         engine = None
         if writes(trained):
             trained = trained.for_writing()
-            engine = open_engine(trained, options.slots, options.context, options.queue, options.cache)
+            engine = open_engine(trained, options.slots, options.context, options.queue, options.cache, options.exact)
         service = serve_what(trained, options, engine)
         host = f"[{options.host}]" if ":" in options.host else options.host
         say(f"{service.name}: {', '.join(service.routes())}")
         try:
             if engine is not None:
+                engine.warm()
                 engine.start()
-                _warm(engine, service)
             page = "" if engine is None else "  (a page to write with; Ctrl-C stops)"
             say(f"http://{host}:{there.getsockname()[1]}{page}")
             Server(service).run(sockets=[there])
         finally:
             service.close()
-
-
-def _warm(engine: Any, service: Service) -> None:
-    """Compile before the first client comes, whose request would wait for it: for a prompt of each size that pieces have.
-    RuntimeError where the model does not compute."""
-    ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    lengths = {min(length, engine.config.context - 1) for length in (1, engine.config.chunk // 8, engine.config.chunk)}
-    for length in lengths:
-        new = min(2, engine.config.context - length)
-        engine.submit(Request((service.tokenizer.bos_id,) * length, new), lambda event: ended.put(event) if event.ended else None)
-    for event in [ended.get() for _ in lengths]:
-        if event.ended == "error":
-            raise RuntimeError(f"the model failed: {event.reason}")

@@ -43,13 +43,14 @@ CONTEXT = 4096
 
 
 def open_engine(
-    trained: Trained, slots: int, context: int | None = None, queue: int = 1024, cache: Literal["same", "int8"] = "same"
-) -> Any:
+    trained: Trained, slots: int, context: int | None = None, queue: int = 1024, cache: Literal["same", "int8"] = "same",
+    exact: bool = True,
+) -> Any:  # fmt: skip
     """An engine for a decoder that writes text, not yet started. ValueError for a context that the model does not have."""
     from jaxlm.generate.engine import Engine, EngineConfig
 
     positions = trained.model.config.positions
     if context is not None and context > positions:
         raise ValueError(f"context is {context}: the model has {positions} positions")
-    config = EngineConfig(slots=slots, context=context or min(positions, CONTEXT), queue=queue, cache=cache)
+    config = EngineConfig(slots=slots, context=context or min(positions, CONTEXT), queue=queue, cache=cache, exact=exact)
     return Engine(trained.model, trained.params, trained.mesh, trained.tokenizer.vocab_size, config)

@@ -96,6 +96,20 @@ def test_neighbours_change_nothing_to_the_bit(case):
         assert alone.tokens == ear.tokens
 
 
+@pytest.mark.parametrize("name", ["gpt", pytest.param("windows", marks=pytest.mark.slow)])
+def test_slots_without_a_text_need_not_be_computed(name):
+    """Of six slots one, four or all: the same greedy texts, log-probabilities but for their last digits."""
+    model = Model(MODELS[name])
+    params = model.init(jax.random.key(0))
+    all_, few = (Engine(model, params, ONE, V, dataclasses.replace(SMALL, slots=6, exact=exact)) for exact in (True, False))
+    few.warm()
+    for lengths in ([5], [9, 20, 3], [30, 4, 4, 4, 4, 4], [11, 2, 9, 7, 23, 15, 3, 8]):
+        requests = requests_of(*lengths, sample=GREEDY, logprobs=2)
+        for one, other in zip(answers(all_, requests), answers(few, requests), strict=True):
+            assert one.ids == other.ids and one.ended == other.ended
+            np.testing.assert_allclose([t.logprob for t in one.tokens], [t.logprob for t in other.tokens], atol=1e-4)
+
+
 def test_log_probabilities_are_the_models(case):
     """Of the prompt's tokens and of the text's, in the float32 of the full forward pass, over the whole table; entries that only
     pad it are not among the likeliest."""

@@ -4,7 +4,7 @@ import json
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from served import fake_server
 
@@ -66,6 +66,8 @@ def send_anything(examples):
 
     @settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(route=st.sampled_from(ROUTES[4:6] * 4 + ROUTES), method=st.sampled_from(METHODS), body=BODIES)
+    @example(route="/v1/completions", method="POST", body={"prompt": "a", "max_tokens": 3})
+    @example(route="/v1/chat/completions", method="POST", body={"messages": [{"role": "user", "content": "a"}], "max_tokens": 3})
     def send(live, client, route, method, body):
         content = json.dumps(body).encode()
         check(live, client.request(method, live.url + route, content=content, headers={"Content-Type": "application/json"}))
