@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.mask import places
 from jaxlm.parallel.rules import constrain
 
 
@@ -80,6 +81,7 @@ class At:
     length: jax.Array
     holder_BGS: jax.Array | None = None
     rows_B: jax.Array | None = None
+    """Which of the cache's rows these are; None: all."""
     ring: bool = flax.struct.field(pytree_node=False, default=False)
     """Of a ring the last places are read in their order, up to the last new one."""
 
@@ -143,8 +145,7 @@ def read(held: Held, at: At, new: int, dtype: Any) -> jax.Array:
         x = x if at.rows_B is None else x[at.rows_B]
         if at.ring:
             size = x.shape[2]
-            from_BS = jnp.atleast_1d(at.length + new)[:, None] + jnp.arange(size)[None, :]
-            x = jnp.take_along_axis(x, (from_BS % size)[:, None, :, None], axis=2)
+            x = jnp.take_along_axis(x, (places(size, at.length + new) % size)[:, None, :, None], axis=2)
         if holder_BGS is None:
             return x
         grouped = x.reshape(*holder_BGS.shape[:2], *x.shape[1:])
@@ -171,19 +172,13 @@ def widened(held: Held, dtype: Any) -> jax.Array:
 
 
 def _write(held: jax.Array, new_BKLH: jax.Array, at: At) -> jax.Array:
-    length, rows_B = at.length, at.rows_B
-    if rows_B is not None and rows_B.shape[0] == 1:
-        return jax.lax.dynamic_update_slice(held, new_BKLH, (rows_B[0], 0, length[0], 0))
-    if rows_B is not None:
-        place_BL = length[:, None] + jnp.arange(new_BKLH.shape[2])[None, :]
-        return held.at[rows_B[:, None], :, place_BL].set(jnp.swapaxes(new_BKLH, 1, 2), unique_indices=True)
-    if at.ring:
-        (rows, _, size, _), L = held.shape, new_BKLH.shape[2]
-        place_BL = jnp.broadcast_to(jnp.atleast_1d(length)[:, None] + jnp.arange(L)[None, :], (rows, L)) % size
-        return jax.vmap(lambda row, new, place: row.at[:, place].set(new))(held, new_BKLH, place_BL)
-    if length.ndim == 0:
-        return jax.lax.dynamic_update_slice(held, new_BKLH, (0, 0, length, 0))
-    return jax.vmap(lambda row, new, place: jax.lax.dynamic_update_slice(row, new, (0, place, 0)))(held, new_BKLH, length)
+    (B, _, L, _), length, rows_B = new_BKLH.shape, at.length, at.rows_B
+    if not at.ring and (length.ndim == 0 or B == 1):  # all of it lies together
+        return jax.lax.dynamic_update_slice(held, new_BKLH, (0 if rows_B is None else rows_B[0], 0, jnp.ravel(length)[0], 0))
+    place_BL = jnp.broadcast_to(places(L, length), (B, L))
+    place_BL = place_BL % held.shape[2] if at.ring else place_BL
+    row_B = jnp.arange(B) if rows_B is None else rows_B
+    return held.at[row_B[:, None], :, place_BL].set(jnp.swapaxes(new_BKLH, 1, 2), unique_indices=True)
 
 
 def _rounded(x_BKLH: jax.Array) -> Rounded:
