@@ -71,6 +71,7 @@ ROOMS = {
         "contrastive",
         "slots",
         "turns",
+        "seats",
         "engine",
     ],
     "metrics": ["intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],

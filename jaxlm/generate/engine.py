@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxlm.generate.request import Ended, Event, Full, Request, Tell, Token
+from jaxlm.generate.seats import Seat, Ticket, choose, rows
 from jaxlm.generate.slots import BURST, STOPS, TOP, Burst, Decoder, Scores, Slots, filled, pieces, row_of
 from jaxlm.generate.turns import Turns
 from jaxlm.model import Model, Params
@@ -67,42 +68,6 @@ class EngineStats:
     """Since it last did something, or saw that there is nothing to do."""
 
 
-class Ticket:
-    """A request that was taken."""
-
-    def __init__(self, request: Request, tell: Tell):
-        self.request, self.cancelled, self._tell = request, False, tell
-        self.over = False
-
-    def tell(self, event: Event) -> None:
-        """A listener that fails is a fault of its own and stops nobody else."""
-        self.over = event.ended is not None
-        try:
-            self._tell(event)
-        except Exception:
-            _log.exception("a listener failed")
-            self.cancelled = True
-
-
-@dataclasses.dataclass
-class _Seat:
-    """A slot as the host knows it."""
-
-    ticket: Ticket | None = None
-    todo: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-    """Pieces of the prompt that are still to be read."""
-    held: tuple[int, ...] = ()
-    """Whole pieces of a prompt whose keys and values it holds."""
-    used: int = 0
-    """When it was last taken."""
-    scores: list[Token] = dataclasses.field(default_factory=list)
-    """Of the prompt's tokens, until all of them are there."""
-
-    @property
-    def running(self) -> bool:
-        return self.ticket is not None and not self.todo
-
-
 class Engine:
     """Texts of many requests from one model, each as if it were alone.
 
@@ -129,7 +94,7 @@ class Engine:
         with jax.set_mesh(mesh):
             self._params = self._decoder.split(params)
             self._state: Slots = self._decoder.empty()
-        self._seats = [_Seat() for _ in range(config.slots)]
+        self._seats = [Seat() for _ in range(config.slots)]
         self._waiting = Turns[Ticket]()
         self._gone: list[Ticket] = []
         """Cancelled while they waited, and not yet told so."""
@@ -170,7 +135,7 @@ class Engine:
         model does not compute."""
         with jax.set_mesh(self.mesh):
             for size in self._sizes:
-                slot_B, live_B = self._rows([], size), np.zeros(size, bool)
+                slot_B, live_B = rows(self._seats, size), np.zeros(size, bool)
                 self._state, _ = self._decoder.write(self._params, self._state, slot_B, live_B, np.int32(0), None, scored=False)
         told: list[Event] = []
         for length in {min(length, self.config.context - 1) for length in (1, self.chunk // 8, self.chunk)}:  # each size of a piece
@@ -268,7 +233,7 @@ class Engine:
             for seat in self._seats:
                 if seat.ticket is not None:
                     seat.ticket.tell(Event(ended="error", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
-            self._seats = [_Seat() for _ in self._seats]
+            self._seats = [Seat() for _ in self._seats]
             with jax.set_mesh(self.mesh):
                 self._state = self._decoder.empty()
 
@@ -280,7 +245,7 @@ class Engine:
         for ticket in tickets:
             ticket.tell(Event(ended="cancelled"))
 
-    def _leave(self, seat: _Seat, ended: Ended, tokens: Iterable[Token] = (), reason: str = "") -> None:
+    def _leave(self, seat: Seat, ended: Ended, tokens: Iterable[Token] = (), reason: str = "") -> None:
         if seat.ticket is not None:
             seat.ticket.tell(Event(tuple(tokens), ended=ended, reason=reason))
             seat.ticket, seat.todo, seat.scores = None, [], []
@@ -300,26 +265,14 @@ class Engine:
             self._place(ticket)
 
     def _place(self, ticket: Ticket) -> None:
-        """A free slot for a request: the one that holds most of its prompt, else that of another copied to the free one that
-        was longest not used. Whole pieces alone are reused, so that what is computed behind them is the same without."""
+        """A free slot for a request, with what another has computed of its prompt's beginning."""
         request = ticket.request
         fresh = request.logprobs is not None and request.prompt_logprobs  # needs all of the prompt's scores
-
-        def common(seat: _Seat) -> int:
-            if fresh:
-                return 0
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(seat.held, request.prompt[:-1], strict=False))
-            return sum(1 for _ in same) // self.chunk * self.chunk
-
-        free = [seat for seat in self._seats if seat.ticket is None]
-        best = max(self._seats, key=common)
-        start = common(best)
-        seat = max(free, key=lambda seat: (common(seat), -seat.used))
-        if common(seat) < start:
-            source, target = self._seats.index(best), self._seats.index(seat)
+        target, source, start = choose(self._seats, () if fresh else request.prompt, self.chunk)
+        if source != target:
             self._state = self._decoder.copy(self._state, np.int32(source), np.int32(target), np.int32(start))
-        seat.ticket, seat.held, seat.used = ticket, request.prompt[:start], next(self._clock)
-        seat.todo, seat.scores = pieces(len(request.prompt), start, self.chunk), []
+        todo = pieces(len(request.prompt), start, self.chunk)
+        self._seats[target] = Seat(ticket, todo, request.prompt[:start], next(self._clock))
         self._counts.update(prompt_tokens=len(request.prompt), reused_tokens=start)
 
     def _read(self) -> bool:
@@ -368,11 +321,11 @@ class Engine:
 
     def _write(self) -> None:
         """A burst of all running texts, as long as `burst_s`."""
-        running = [b for b, seat in enumerate(self._seats) if seat.running]
+        running = sum(seat.running for seat in self._seats)
         if not running:
             return
-        size = next(size for size in self._sizes if size >= len(running))
-        slot_B = self._rows(running, size)
+        size = next(size for size in self._sizes if size >= running)
+        slot_B = rows(self._seats, size)
         seats = self._seats if slot_B is None else [self._seats[b] for b in slot_B]
         scored = any(seat.ticket is not None and seat.ticket.request.logprobs is not None for seat in seats)
         allowed_BV = self._allowed(seats)
@@ -398,14 +351,7 @@ class Engine:
             going: Ended | None = None if told.running_B[b] else "length" if told.new_B[b] >= request.max_tokens else "stop"
             self._hand_on(seat, tokens, going)
 
-    def _rows(self, running: Sequence[int], size: int) -> np.ndarray | None:
-        """`size` slots, those with a running text among them; None: all."""
-        if size == len(self._seats):
-            return None
-        others = [b for b in range(len(self._seats)) if b not in running]
-        return np.array([*running, *others[: size - len(running)]], np.int32)
-
-    def _hand_on(self, seat: _Seat, tokens: list[Token], ended: Ended | None) -> None:
+    def _hand_on(self, seat: Seat, tokens: list[Token], ended: Ended | None) -> None:
         """New tokens of a text that goes on, or has ended: perhaps because its guide says so."""
         assert seat.ticket is not None
         self._counts["new_tokens"] += len(tokens)
@@ -420,7 +366,7 @@ class Engine:
         elif tokens:
             seat.ticket.tell(Event(tuple(tokens)))
 
-    def _allowed(self, seats: Sequence[_Seat]) -> np.ndarray | None:
+    def _allowed(self, seats: Sequence[Seat]) -> np.ndarray | None:
         """Which tokens may come next in each of these slots; None where all may in all of them."""
         if not any(seat.running and seat.ticket and seat.ticket.request.guide for seat in seats):
             return None
