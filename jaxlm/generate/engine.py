@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.generate.request import Ended, Event, Full, Request, Tell, Token
 from jaxlm.generate.seats import Seat, Ticket, choose, rows
-from jaxlm.generate.slots import BURST, STOPS, TOP, Burst, Decoder, Scores, Slots, filled, pieces, row_of
+from jaxlm.generate.slots import BIASES, BURST, STOPS, TOP, Burst, Decoder, Scores, Slots, filled, pieces, row_of
 from jaxlm.generate.turns import Turns
 from jaxlm.model import Model, Params
 from jaxlm.parallel import settle
@@ -196,6 +196,8 @@ class Engine:
             )
         if len(request.stop) > STOPS:
             raise ValueError(f"{len(request.stop)} tokens end the text: at most {STOPS} may")
+        if len(request.bias) > BIASES or not all(0 <= token < self.vocab_size for token, _ in request.bias):
+            raise ValueError(f"bias must be of up to {BIASES} tokens, all among the {self.vocab_size} of the vocabulary")
         if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
             raise ValueError(f"logprobs is {request.logprobs}: it must be from 0 to {TOP}")
 

@@ -47,6 +47,8 @@ class Request:
     """Whose it is: owners take turns, and the requests of one wait for each other."""
     guide: "Guide | None" = None
     """What its text must match; of this request alone, as it remembers how far the text has come."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit before penalties, temperature and filters)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The device's part of an engine: a fixed number of slots, each with a text at its own length, advanced together.
 
-Letters: B slots · L tokens of a piece of a prompt · T new tokens of a burst · E tokens that end a text · C likeliest tokens ·
-V vocabulary · S places of the cache.
+Letters: B slots · L tokens of a piece of a prompt · T new tokens of a burst · E tokens that end a text · M tokens with a bias ·
+C likeliest tokens · V vocabulary · S places of the cache.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ TOP = 20
 """Most likeliest tokens told with each one."""
 STOPS = 8
 """Most tokens that end a text."""
+BIASES = 300
+"""Most tokens whose logits a request changes."""
 
 
 @flax.struct.dataclass
@@ -37,6 +39,9 @@ class Row:
     """Filled up with −1."""
     limit_B: jax.Array
     """Most new tokens."""
+    biased_BM: jax.Array
+    """Tokens whose logits are changed, filled up with one that no table has."""
+    bias_BM: jax.Array
 
 
 @flax.struct.dataclass
@@ -74,11 +79,16 @@ class Burst(NamedTuple):
 def row_of(requests: Sequence[Request]) -> Row:
     """Rows of requests, in NumPy."""
     stop_BE = np.full((len(requests), STOPS), -1, np.int32)
+    biased_BM = np.full((len(requests), BIASES), np.iinfo(np.int32).max, np.int32)
+    bias_BM = np.zeros((len(requests), BIASES), np.float32)
     for i, request in enumerate(requests):
         stop_BE[i, : len(request.stop)] = sorted(request.stop)
+        for j, (token, bias) in enumerate(request.bias):
+            biased_BM[i, j], bias_BM[i, j] = token, bias
     key_B = np.stack([_key(request.seed) for request in requests])
     limit_B = np.array([request.max_tokens for request in requests], np.int32)
-    return Row(knobs([request.sample for request in requests]), key_B, stop_BE, limit_B)  # type: ignore[arg-type]
+    row = (key_B, stop_BE, limit_B, biased_BM, bias_BM)
+    return Row(knobs([request.sample for request in requests]), *row)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -190,6 +200,12 @@ class Decoder:
     def _choose(self, logits_BV: jax.Array, row: Row, new_B: jax.Array, seen: Seen, allowed_BV: jax.Array | None) -> jax.Array:
         """The next token of each row, drawn with a key that hangs on its request's seed and its place alone."""
         keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(row.key_B), new_B)
+        row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+        logits_BV = jax.lax.cond(
+            jnp.any(row.bias_BM != 0),
+            lambda: logits_BV.at[row_B1, row.biased_BM].add(row.bias_BM.astype(logits_BV.dtype), mode="drop"),
+            lambda: logits_BV,
+        )
         return sample(logits_BV, keys_B, row.knobs, self.vocab_size, seen, allowed_BV)
 
     def _scores(self, logits_BV: jax.Array, token_B: jax.Array) -> Scores:

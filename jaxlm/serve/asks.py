@@ -2,13 +2,15 @@
 
 import dataclasses
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlm.data import Chat, Tokenizer
 from jaxlm.generate import SampleConfig
 from jaxlm.generate.request import Request
-from jaxlm.generate.slots import TOP
+from jaxlm.generate.slots import BIASES, TOP
+from jaxlm.serve.errors import ApiError
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.guided import Guided
 from jaxlm.serve.speaking import turns_of
@@ -17,7 +19,7 @@ STOPS = 16
 MESSAGES = 4096
 # What would change the answer and is not there: refused, so that nobody takes an answer for what it is not.
 _NEVER: Mapping[str, Sequence[Any]] = {
-    "logit_bias": ({},), "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
+    "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
 }  # fmt: skip
 _TOOLS: Mapping[str, Sequence[Any]] = {
     "tools": ([],),
@@ -127,7 +129,7 @@ class Asker:
         sample, context = self._sample(fields), self.limits.context
         seed = fields.whole("seed", -(1 << 63), (1 << 64) - 1)
         seed = random.getrandbits(31) if seed is None else seed
-        guided = Guided(fields, self.tokenizer, stop)
+        guided, bias = Guided(fields, self.tokenizer, stop), self._bias(fields)
         made = []
         for prompt in prompts:
             room = context - len(prompt)
@@ -140,7 +142,7 @@ class Asker:
             size = min(default, room) if wanted is None else wanted
             for i in range(n):
                 seed_i = (seed + i) & 0x7FFFFFFF
-                made.append(Request(prompt, size, sample, seed_i, stop, logprobs, prompt_logprobs, owner, guided.text()))
+                made.append(Request(prompt, size, sample, seed_i, stop, logprobs, prompt_logprobs, owner, guided.text(), bias))
         return tuple(made)
 
     def _sample(self, fields: Fields) -> SampleConfig:
@@ -154,6 +156,20 @@ class Asker:
         given["top_k"] = given["top_k"] if (given["top_k"] or 0) > 0 else None  # 0 and −1: off, as others spell it
         given["top_p"] = max(given["top_p"], 1e-6)  # 0: the likeliest token alone
         return SampleConfig(**given)
+
+    def _bias(self, fields: Fields) -> tuple[tuple[int, float], ...]:
+        """OpenAI's: what is added to the logits of tokens, by their ids as texts."""
+        given, name = fields.get("logit_bias"), "logit_bias"
+        if given is None:
+            return ()
+        if not isinstance(given, dict) or len(given) > BIASES or not all(re.fullmatch("[0-9]{1,9}", key) for key in given):
+            raise bad(f'{name} must be an object of up to {BIASES} token ids with numbers, such as {{"50": -100}}', name)
+        check_ids([int(key) for key in given], self.tokenizer.vocab_size, name)
+        each = Fields(given)
+        try:
+            return tuple((int(key), each.number(key, 0.0, -100, 100)) for key in given)
+        except ApiError as error:
+            raise bad(f"{name} of token {error.message}", name) from None
 
     def _ask(
         self, fields: Fields, requests: tuple[Request, ...], prompts: Sequence[Sequence[int]], stop: tuple[str, ...], **more: Any

@@ -110,6 +110,26 @@ def test_slots_without_a_text_need_not_be_computed(name):
             np.testing.assert_allclose([t.logprob for t in one.tokens], [t.logprob for t in other.tokens], atol=1e-4)
 
 
+def test_biases_are_added_to_the_logits(case):
+    """Of the likeliest tokens by hand, beside a request without; the log-probabilities that are told are the model's own."""
+    model, params, engine = case
+    request, plain = requests_of(11, 12, sample=GREEDY, logprobs=0)
+    (free,) = answers(engine, [request])
+    bias = {free.ids[0]: -100.0, 3: 1.5, 20: 0.7}
+    ear, beside = answers(engine, [dataclasses.replace(request, bias=tuple(bias.items())), plain])
+    assert beside.tokens == answers(engine, [plain])[0].tokens
+    text, apply = list(request.prompt), jax.jit(model.apply)
+    for token in ear.tokens:
+        logits = np.array(apply(params, {"tokens_BL": np.array([text], np.int32)})[0][0, -1])
+        assert token.logprob == pytest.approx(float(jax.nn.log_softmax(logits)[token.id]), abs=1e-4)
+        logits[list(bias)] += list(bias.values())
+        assert token.id == np.argmax(logits[:V])
+        text.append(token.id)
+    assert ear.ids != free.ids and len(ear.ids) == len(free.ids)
+    with pytest.raises(ValueError, match="vocabulary"):
+        engine.submit(dataclasses.replace(request, bias=((V, 1.0),)), Ear())
+
+
 def test_log_probabilities_are_the_models(case):
     """Of the prompt's tokens and of the text's, in the float32 of the full forward pass, over the whole table; entries that only
     pad it are not among the likeliest."""

@@ -136,7 +136,10 @@ def test_parts_of_text_and_developers_are_understood(client, live):
     [
         ({"best_of": 3}, "best_of", "ask for n"),
         ({"suffix": "x"}, "suffix", "behind a prompt"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "token ids with numbers"),
+        ({"logit_bias": {"300": 1}}, "logit_bias", "token 300"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "of token 5 is 101: it must be a number from -100 to 100"),
+        ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "up to 300"),
         ({"max_tokens": 0}, "max_tokens", "from 1"),
         ({"max_tokens": 500}, "max_tokens", "from 1 to 64"),
         ({"max_tokens": 60}, "max_tokens", "context of 64"),
@@ -186,6 +189,13 @@ def test_what_a_conversation_cannot_hold(client, options, param, says):
     with pytest.raises(openai.BadRequestError, match=says) as caught:
         client.chat.completions.create(**{"model": "parrot", "messages": HI, **options})
     assert caught.value.param == param
+
+
+def test_biases_reach_the_engine(client, live):
+    complete(client, logit_bias={"5": -100, "65": 2.5})
+    assert live.engine.seen[-1].bias == ((5, -100.0), (65, 2.5))
+    client.chat.completions.create(model="parrot", messages=HI, logit_bias={"7": 1})
+    assert live.engine.seen[-1].bias == ((7, 1.0),)
 
 
 def test_what_says_nothing_is_let_through(client):
