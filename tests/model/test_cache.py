@@ -9,7 +9,7 @@ from test_model import tokens
 from test_stacks import DECODER, PAIR, SEVERAL, drawn
 
 from jaxlm.model import Model, RotaryConfig, empty_cache
-from jaxlm.model.cache import grow, level, reorder, repeat, spread
+from jaxlm.model.cache import grow, level, only, reorder, repeat, spread
 
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "kv_heads": 2, "qk_norm": "heads"}
 TWO_BASES = RotaryConfig(theta=100.0, local_theta=10.0)
@@ -133,6 +133,35 @@ def test_rows_of_different_length_go_on_from_their_own_ends(case):
                 np.testing.assert_allclose(logits[row], expected[row, seen : seen + size], atol=1e-5)
             seen_B = seen_B + size
         np.testing.assert_array_equal(cache.length, [9, 6])
+
+
+@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "windows", "alibi"))])
+def test_some_rows_go_on_where_they_lie(name, cache):
+    """Of five texts of 70 to 200 tokens three read more, in an order of their own: the logits of the texts read at once, by
+    the kernel that reads the cache block by block and by the plain one. The two others hold what they held."""
+    config = dataclasses.replace(MODELS[name], positions=256, cache=cache)
+    params, ids = drawn(Model(config)), tokens(5, 210, seed=8)
+    expected = jax.jit(lambda p: Model(config).apply(p, {"tokens_BL": ids})[0])(params)
+    length_B, rows_B = np.array([130, 127, 200, 70, 129], np.int32), np.array([3, 0, 2], np.int32)
+    said = []
+    for kernel in ("chunked", "xla"):
+        apply = jax.jit(Model(dataclasses.replace(config, kernel=kernel)).apply)
+        _, whole = apply(params, {"tokens_BL": ids[:, :200]}, empty_cache(config, 5, 256))
+        some, parts = only(dataclasses.replace(whole, length=length_B), rows_B), []
+        for at, size in ((0, 3), (3, 1), (4, 1)):
+            piece = np.stack([ids[row, length_B[row] + at : length_B[row] + at + size] for row in rows_B])
+            logits, some = apply(params, {"tokens_BL": piece}, some)
+            parts.append(logits)
+        said.append(np.concatenate(parts, axis=1))
+        np.testing.assert_array_equal(some.length, length_B[rows_B] + 5)
+        for new, old in zip(jax.tree.leaves(some.layers), jax.tree.leaves(whole.layers), strict=True):
+            np.testing.assert_array_equal(new[np.array([1, 4])], old[np.array([1, 4])])
+    # A number that lies between two of int8 may be rounded to either.
+    np.testing.assert_allclose(*said, atol=1e-5 if cache == "same" else 1e-3)
+    if cache == "same":
+        right = np.stack([expected[row, length_B[row] : length_B[row] + 5] for row in rows_B])
+        np.testing.assert_allclose(said[0], right, atol=1e-5)
 
 
 WINDOWED = [name for name, config in MODELS.items() if "L" in config.layer_pattern]
