@@ -72,11 +72,10 @@ def join(config: HostsConfig) -> None:
             f"the processes did not meet within 2 minutes: {' '.join(str(error).split())[:300]}; start all of them with one "
             "coordinator and count, and another index each"
         ) from error
+    _outlive_coordinator()  # before anything asks for devices, which waits for the others: process 0 may be gone by then
     watch = Watch()
     watch.start()
     atexit.register(watch.stop)
-    if not speaks():
-        _outlive_coordinator(distributed_address())
     each = jax.local_device_count()
     if each * jax.process_count() != jax.device_count():
         raise ValueError(
@@ -158,21 +157,14 @@ def leave() -> None:
 
 def died(process: int) -> NoReturn:
     """Tell who died and end: at once, for what is left to be closed waits for the dead."""
-    role = " (the coordinator)" if process == 0 else ""
-    print(
-        f"process {process}{role} is gone: process {jax.process_index()} ends too; the same commands resume from the "
-        "last checkpoint",
+    from jax._src import distributed
+
+    role, me = " (the coordinator)" if process == 0 else "", distributed.global_state.process_id
+    print(  # not by jax.process_index(), which would first ask for devices where nobody has yet
+        f"process {process}{role} is gone: process {me} ends too; the same commands resume from the last checkpoint",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(EXIT_RESUMABLE)
-
-
-def distributed_address() -> tuple[str, int]:
-    """Where process 0 coordinates."""
-    from jax._src import distributed
-
-    address, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
-    return address.strip("[]"), int(port)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -189,10 +181,15 @@ def _aborted(number: int) -> None:
 _coordinator: list[tuple[str, int]] = []
 
 
-def _outlive_coordinator(address: tuple[str, int]) -> None:
+def _outlive_coordinator() -> None:
     """Have the death of process 0 end this one as the death of any other does. Python's own handlers run in its main
     thread, which never comes to it when another thread aborts; so the C library is given this one."""
-    _coordinator.append(address)
+    from jax._src import distributed
+
+    if distributed.global_state.process_id == 0:
+        return
+    address, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+    _coordinator.append((address.strip("[]"), int(port)))
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
 
 
