@@ -219,14 +219,16 @@ class HuggingFace(Rust):
 
 
 class StreamDecoder:
-    """Turns ids that come one at a time into text, holding back bytes until they are whole characters.
+    """Decode token ids that arrive one at a time, as the continuation of a prompt.
 
-    The pushed texts and `flush()` joined are `tokenizer.decode` of all the ids.
+    The pushed texts and `flush()` joined are what `tokenizer.decode` of the prompt and all ids gives beyond the text of the
+    prompt: many decoders drop the space of a text's first token, and a continuation must keep it. Bytes are held back until
+    they are whole characters.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._shown: list[int] = []  # ids of the last text given out: some decoders look at what stands before
+        self._shown = _tail(tokenizer, prompt)  # ids of the last text given out: some decoders look at what stands before
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
@@ -244,8 +246,20 @@ class StreamDecoder:
         return text
 
     def _pending(self) -> str:
-        before = self._tokenizer.decode(self._shown)
-        return self._tokenizer.decode(self._shown + self._held)[len(before) :]
+        before, whole = self._tokenizer.decode(self._shown), self._tokenizer.decode(self._shown + self._held)
+        # A prompt of ids may end within a character, which the continuation completes.
+        return whole[len(before if whole.startswith(before) else before.rstrip("\ufffd")) :]
+
+
+def _tail(tokenizer: Tokenizer, prompt: Sequence[int], least: int = 16) -> list[int]:
+    """The last ids of a prompt, from the beginning of a character on, and enough of them to have a text."""
+    size = least
+    while size < len(prompt):
+        text = tokenizer.decode(prompt[-size:])
+        if text.strip() and not text.startswith("\ufffd"):
+            return list(prompt[-size:])
+        size *= 2
+    return list(prompt)
 
 
 # --- making them ------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ class TextStream:
     """The text of one answer, piece by piece.
 
     What is held back: bytes that are not yet a character, and text that may be the beginning of a stop string. The pieces
-    joined are `tokenizer.decode` of the tokens, up to the stop string that is complete first (of two that are complete with
-    the same character, the one that began first). With `trim` white space at the beginning is left out.
+    joined are the text by which the tokens continue `prompt`, up to the stop string that is complete first (of two that are
+    complete with the same character, the one that began first). With `trim` white space at the beginning is left out.
     """
 
     stopped: str | None = None
@@ -20,11 +20,11 @@ class TextStream:
     shown: int = 0
     """Characters that were given out."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, trim: bool = False):
-        """Raises ValueError for a stop string that is empty."""
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, trim: bool = False, prompt: Sequence[int] = ()):
+        """`prompt` is the ids that the text continues. Raises ValueError for a stop string that is empty."""
         if "" in stop:
             raise ValueError("a stop string is empty: give at least one character")
-        self._decoder, self._stop, self._trim = StreamDecoder(tokenizer), tuple(stop), trim
+        self._decoder, self._stop, self._trim = StreamDecoder(tokenizer, prompt), tuple(stop), trim
         self._held = ""
 
     def push(self, token: int) -> str:

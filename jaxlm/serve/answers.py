@@ -5,7 +5,6 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar
 
-from jaxlm.generate.request import Token
 from jaxlm.serve.asks import Ask
 from jaxlm.serve.choices import Choices, Piece, Placed
 from jaxlm.serve.errors import ApiError, to_json
@@ -97,17 +96,17 @@ class CompletionAnswer(Answer):
 
     def logprobs(self, tokens: Sequence[Placed]) -> Any:
         return {
-            "tokens": [self._texts.text(placed.token.id) for placed in tokens],
+            "tokens": [self._texts.text(placed.token.id, placed.begins) for placed in tokens],
             "token_logprobs": [placed.token.logprob for placed in tokens],
-            "top_logprobs": [self._likeliest(placed.token) for placed in tokens],
+            "top_logprobs": [self._likeliest(placed) for placed in tokens],
             "text_offset": [placed.at for placed in tokens],
         }
 
-    def _likeliest(self, token: Token) -> dict[str, float] | None:
+    def _likeliest(self, placed: Placed) -> dict[str, float] | None:
         """Text → log-probability; of tokens with the same text the likelier one. None where nothing predicts the token."""
-        if token.logprob is None:
+        if placed.token.logprob is None:
             return None
-        return {self._texts.text(i): value for i, value in reversed(token.top)}
+        return {self._texts.text(i, placed.begins): value for i, value in reversed(placed.token.top)}
 
 
 class ChatAnswer(Answer):

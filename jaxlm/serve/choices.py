@@ -23,6 +23,8 @@ class Placed(NamedTuple):
     token: Token
     at: int
     end: int
+    begins: bool = False
+    """No text precedes it: some decoders drop its leading space."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +140,11 @@ class _Text:
         self.index, self.new = index, 0
         self.last: float | None = None
         """When its last token came."""
+        prompt = ask.requests[index].prompt
         self._tokenizer, self._unseen = tokenizer, ask.unseen
-        self._stream = TextStream(tokenizer, ask.stop, trim=ask.trim)
+        self._stream = TextStream(tokenizer, ask.stop, trim=ask.trim, prompt=prompt)
+        self._begins = ask.requests[index].logprobs is not None and not tokenizer.decode(prompt)
+        """No text has come yet, the prompt's included."""
         self._waiting: collections.deque[Placed] = collections.deque()
         self._tells = ask.requests[index].logprobs is not None
         self._echo = None if ask.echoes is None else ask.echoes[index]
@@ -168,13 +173,14 @@ class _Text:
                 at = self._stream.seen
                 text += self._stream.push(token.id)
                 if self._tells:
-                    self._waiting.append(Placed(token, at, self._stream.seen))
+                    self._waiting.append(Placed(token, at, self._stream.seen, self._begins))
+                    self._begins = self._begins and not self._stream.seen
         if event.ended is not None:
             text += self._stream.flush()
         finish = "stop" if self._stream.stopped is not None else event.ended
         while self._waiting and self._may_be_shown(self._waiting[0], finish):
             placed = self._waiting.popleft()
-            tokens.append(Placed(placed.token, placed.at + self._offset, placed.end + self._offset))
+            tokens.append(placed._replace(at=placed.at + self._offset, end=placed.end + self._offset))
         return Piece(self.index, text, tuple(tokens), finish)
 
     def _may_be_shown(self, placed: Placed, finish: str | None) -> bool:
@@ -188,5 +194,5 @@ class _Text:
         for token in prompt:
             at = stream.seen
             stream.push(token.id)
-            made.append(Placed(token, at, stream.seen))
+            made.append(Placed(token, at, stream.seen, not at))
         return made

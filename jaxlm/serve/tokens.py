@@ -20,9 +20,10 @@ class TokenTexts:
         self._before = next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).isalpha()), 0)
         self.text = functools.lru_cache(maxsize=1 << 16)(self._text)
 
-    def _text(self, token: int) -> str:
-        """Its text; of a special token its name; of bytes that are no characters OpenAI's `bytes:\\xe2\\x80`."""
-        text = self._behind(token)
+    def _text(self, token: int, begins: bool = False) -> str:
+        """Its text, without the space that a decoder drops where it `begins` a text; of a special token its name; of bytes
+        that are no characters OpenAI's `bytes:\\xe2\\x80`."""
+        text = self._tokenizer.decode([token]) if begins else self._behind(token)
         if not text:
             return self._names.id_to_token(token) or ""
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token)) if "\ufffd" in text else text

@@ -139,7 +139,7 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling:
 
         def teller(index: int) -> Callable[[Event], None]:
             talk = chat is not None and "messages" in lines[index]
-            stream = TextStream(tokenizer, turns_of(chat) if chat and talk else (), trim=talk)
+            stream = TextStream(tokenizer, turns_of(chat) if chat and talk else (), trim=talk, prompt=requests[index].prompt)
             parts: list[str] = []
             count = 0
 

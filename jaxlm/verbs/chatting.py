@@ -115,7 +115,7 @@ class Conversation:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         request = Request(prompt, min(self._options.max_tokens, room), self._sampling, self._options.seed, self._stop_ids)
         ticket = self._engine.submit(request, events.put)
-        text, said, ended = TextStream(self._tokenizer, self._stop, trim=True), "", False
+        text, said, ended = TextStream(self._tokenizer, self._stop, trim=True, prompt=prompt), "", False
         while not ended:
             try:
                 event = events.get()

@@ -136,7 +136,7 @@ def generate(words: Sequence[str]) -> int:
         grammar = None if constraint is None else Grammar(tokenizer, constraint, stop)
         generator = Generator(model, mesh, tokenizer.vocab_size)
         tokens = generator.stream(*asked, seed=options.seed, stop=stop, grammar=grammar)
-    decoder, write = StreamDecoder(tokenizer), sys.stdout.write
+    decoder, write = StreamDecoder(tokenizer, prompt), sys.stdout.write
     write(options.prompt)
     for token in tokens:
         write(decoder.push(token))

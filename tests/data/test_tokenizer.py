@@ -159,6 +159,41 @@ def test_stream_of_any_ids_adds_up_to_decoding_them_at_once(tokenizer):
         assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
 
 
+def sentence_pieces():
+    """Like Llama's: a space is part of the word behind it, unknown characters are bytes, a text's first space is dropped."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    special = ["<unk>", "<s>", "</s>"]
+    rust = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    rust.train_from_iterator(
+        ["the small red fox ran"] * 3, trainers.BpeTrainer(vocab_size=300, special_tokens=pieces, show_progress=False)
+    )
+    definition = json.loads(rust.to_str())
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] in special]
+    rust = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    rust.decoder = decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_continuation_is_decoded_behind_its_prompt(tmp_path):
+    """The first word of a continuation lost its space: a decoder took it for the beginning of a text."""
+    sentence_pieces().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    bos = tokenizer.bos_id
+    ids = [bos, *tokenizer.encode("the small fox 🎉🎉🎉🎉🎉 ran é the red fox").tolist()]
+    for i in range(len(ids)):
+        stream, before = StreamDecoder(tokenizer, ids[:i]), tokenizer.decode(ids[:i])
+        after = "".join(map(stream.push, ids[i:])) + stream.flush()
+        assert before.rstrip("\ufffd") + after == tokenizer.decode(ids), i  # a prompt may end within a character
+    stream = StreamDecoder(tokenizer, [*ids, *[bos] * 40])  # as a chat template may end
+    assert stream.push(tokenizer.encode("the")[0]) == " the"
+
+
 def test_stream_flush_gives_what_was_cut_off():
     tokenizer = train_tokenizer(TokenizerConfig("bytes"), [])
     decoder = StreamDecoder(tokenizer)
