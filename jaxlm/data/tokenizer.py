@@ -234,21 +234,23 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """The text that this id completes, often empty."""
         self._held.append(int(token))
-        text = self._pending()
+        text, follows = self._pending()
         if not text or text.endswith("\ufffd"):  # perhaps the first bytes of a longer character
             return ""
-        self._shown, self._held = self._held, []
+        self._shown, self._held = self._held if follows else self._shown + self._held, []
         return text
 
     def flush(self) -> str:
         """The text still held back, at the end of the stream."""
-        text, self._shown, self._held = self._pending(), [], []
+        (text, _), self._shown, self._held = self._pending(), [], []
         return text
 
-    def _pending(self) -> str:
+    def _pending(self) -> tuple[str, bool]:
+        """The text of the ids held back, and whether it follows the text shown: a prompt of ids may end within a character,
+        which the continuation completes."""
         before, whole = self._tokenizer.decode(self._shown), self._tokenizer.decode(self._shown + self._held)
-        # A prompt of ids may end within a character, which the continuation completes.
-        return whole[len(before if whole.startswith(before) else before.rstrip("\ufffd")) :]
+        follows = whole.startswith(before)
+        return whole[len(before if follows else before.rstrip("\ufffd")) :], follows
 
 
 def _tail(tokenizer: Tokenizer, prompt: Sequence[int], least: int = 16) -> list[int]:
