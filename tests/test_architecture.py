@@ -13,6 +13,7 @@ ROOT = pathlib.Path(jaxlm.__file__).parent
 ROOMS = {
     "config": [],
     "host": [],
+    "text_files": [],
     "report": ["console", "record", "page", "scores"],
     "parallel": ["hosts", "mesh", "rules"],
     "model": [

@@ -25,7 +25,8 @@ import numpy as np
 
 from jaxlm.config import unknown
 from jaxlm.data.packing import Row, best_fit_decreasing
-from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer, well_formed
+from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer
+from jaxlm.text_files import well_formed
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Span = tuple[int, int]  # characters [start, stop) of a rendered text

@@ -5,17 +5,15 @@ file as a whole is a ValueError of one line. A reader that knows its columns bef
 """
 
 import collections
-import contextlib
 import csv
-import io
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxlm.data.sources import find_files, format_of, opened, opened_parquet
+from jaxlm.data.sources import find_files, format_of, opened_parquet
+from jaxlm.text_files import open_text, parse_json, read_lines, read_text, undecodable
 
 
 class Bad(str):
@@ -27,30 +25,9 @@ Choose = Callable[[Sequence[str], str], list[str]]
 """(columns of a file, its name) → those wanted; raises ValueError where one that must be there is not."""
 
 
-# --- lines of text ----------------------------------------------------------------------------
-
-_ESCAPED = re.compile("[\udc80-\udcff]")  # how Python's "surrogateescape" holds a byte that is no UTF-8
-
-
-@contextlib.contextmanager
-def _opened(file: pathlib.Path, newline: str) -> Iterator[io.TextIOWrapper]:
-    """The text of a file without its byte-order mark, bytes that are no UTF-8 escaped: they spoil their row, not the file."""
-    with opened(file) as raw:
-        if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError(f"{file} is UTF-16 text, not UTF-8")
-        yield io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def _lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends (LF or CRLF; other marks that Unicode counts as line ends are text)."""
-    with _opened(file, "\n") as text:
-        for number, line in enumerate(text, 1):
-            yield number, line.removesuffix("\n").removesuffix("\r")
-
-
-def _not_utf8(text: str) -> Bad | None:
-    found = None if text.isascii() else _ESCAPED.search(text)
-    return Bad(f"is not UTF-8: byte {ord(found[0]) - 0xDC00:#04x}") if found else None
+def _undecodable(text: str) -> Bad | None:
+    why = undecodable(text)
+    return Bad(why) if why else None
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -58,7 +35,7 @@ def _not_utf8(text: str) -> Bad | None:
 
 def read_tsv(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
     """Lines of cells between TABs. There is no quoting: quote characters are text."""
-    lines = ((number, _not_utf8(line) or line.split("\t")) for number, line in _lines(file) if line)
+    lines = ((number, _undecodable(line) or line.split("\t")) for number, line in read_lines(file) if line)
     return _table(file, lines, header, choose)
 
 
@@ -81,7 +58,7 @@ def _csv_cells(file: pathlib.Path, width: int) -> Iterator[tuple[int, list[str] 
             taken.append(line)
             yield line
 
-    with _opened(file, "") as text:
+    with open_text(file) as text:
         reader = csv.reader(lines(), strict=True)
         while True:
             taken.clear()
@@ -95,7 +72,7 @@ def _csv_cells(file: pathlib.Path, width: int) -> Iterator[tuple[int, list[str] 
                 return
             width = width or len(cells)
             if cells:
-                bad = _not_utf8("".join(cells)) or _not_as_wide(cells, width)
+                bad = _undecodable("".join(cells)) or _not_as_wide(cells, width)
             if bad and len(taken) > 1:
                 again.extendleft(reversed(taken[1:]))
                 del taken[1:]
@@ -148,14 +125,14 @@ def read_parquet(file: pathlib.Path, header: Sequence[str], choose: Choose) -> I
 
 def read_jsonl(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
     """An object a line."""
-    for number, line in _lines(file):
+    for number, line in read_lines(file):
         if line.strip():
-            yield f":{number}", _not_utf8(line) or _parsed(line)
+            yield f":{number}", _undecodable(line) or _parsed(line)
 
 
 def _parsed(line: str) -> Mapping[str, Any] | Bad:
     try:
-        return _object(json.loads(line))
+        return _object(parse_json(line))
     except (ValueError, RecursionError) as error:
         return Bad(f"is not JSON: {getattr(error, 'msg', error)}")
 
@@ -167,12 +144,9 @@ def _object(value: Any) -> Mapping[str, Any] | Bad:
 def read_json(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
     """An array of objects, alone or under "data"; SQuAD's articles, v1.1 or v2, as columns id, title, context, question and
     answers; or objects line by line, which many call .json too."""
-    with _opened(file, "") as text:
-        whole = text.read()
-    if bad := _not_utf8(whole):
-        raise ValueError(f"{file} {bad}")
+    whole = read_text(file)
     try:
-        items = json.loads(whole)
+        items = parse_json(whole)
     except (ValueError, RecursionError) as error:
         why = getattr(error, "msg", str(error))
         if why != "Extra data":
@@ -207,15 +181,16 @@ def _article(article: Mapping[str, Any], place: str) -> Iterator[Record]:
 
 
 def read_conll(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
-    """A token a line, its tag in the last column, TABs or spaces between; sentences end at blank lines, a lone TAB included.
+    """A token a line, its tag in the last column, TABs or else spaces between (ASCII ones: a no-break space is part of a token);
+    sentences end at blank lines, a lone TAB included.
 
     Lines that begin with `# ` before the first token of a sentence are comments; -DOCSTART- lines are left out.
     """
     choose(["tokens", "tags"], str(file))
     start, tokens, tags = 0, list[str](), list[str]()
     why: Bad | None = None
-    for number, line in itertools.chain(_lines(file), [(0, "")]):
-        if not line.strip():
+    for number, line in itertools.chain(read_lines(file), [(0, "")]):
+        if not line.strip(" \t"):
             if start:
                 yield f":{start}", why or {"tokens": tokens, "tags": tags}
             start, tokens, tags, why = 0, [], [], None
@@ -223,12 +198,12 @@ def read_conll(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Ite
         if line.startswith("-DOCSTART-") or (not start and line.startswith("# ")):
             continue
         start = start or number
-        cells = line.split("\t") if "\t" in line else line.split()
-        if bad := _not_utf8(line):
+        cells = line.split("\t") if "\t" in line else line.strip(" ").split(" ")
+        if bad := _undecodable(line):
             why = why or bad
         elif len(cells) < 2:
             why = why or Bad("has a line without a tag")
-        elif not cells[0].strip() or not cells[-1].strip():
+        elif not cells[0].strip(" ") or not cells[-1].strip(" "):
             why = why or Bad("has a line with an empty token or tag")
         tokens.append(cells[0])
         tags.append(cells[-1].strip())
@@ -256,11 +231,11 @@ def read_parallel(path: str, choose: Choose) -> Iterator[Record]:
             )
     choose(names, path)
     counts = collections.Counter[str]()
-    for number, lines in enumerate(itertools.zip_longest(*map(_lines, files)), 1):
+    for number, lines in enumerate(itertools.zip_longest(*map(read_lines, files)), 1):
         texts = {name: line[1] for name, line in zip(names, lines, strict=True) if line is not None}
         counts.update(texts.keys())
         if len(texts) == len(names):
-            yield f":{number}", next(filter(None, map(_not_utf8, texts.values())), None) or texts
+            yield f":{number}", next(filter(None, map(_undecodable, texts.values())), None) or texts
     if len({counts[name] for name in names}) > 1:
         told = ", ".join(f"{file.name} {counts[name]:,}" for file, name in zip(files, names, strict=True))
         raise ValueError(f"parallel files {path!r} have different numbers of lines: {told}")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.data.tokenizer import HuggingFace, Tokenizer, well_formed
+from jaxlm.data.tokenizer import HuggingFace, Tokenizer
+from jaxlm.text_files import well_formed
 
 BATCH = 512  # texts given to the library at once: it holds far more of each than the rows that we keep
 

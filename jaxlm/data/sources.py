@@ -8,7 +8,6 @@ import ast
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -20,10 +19,10 @@ from typing import Any, Literal, TypeVar
 
 from jaxlm.config import nearest, unknown
 from jaxlm.data.tokenizer import expand
+from jaxlm.text_files import PACKED, parse_json, read_lines, read_text, undecodable
 
 T = TypeVar("T")
 FORMATS = (".txt", ".jsonl", ".parquet")
-PACKED = (".gz", ".zst")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,40 +193,18 @@ def _read(file: pathlib.Path, column: str) -> Iterator[str]:
     if format_of(file) == ".parquet":
         yield from _read_parquet(file, column)
         return
-    with opened(file) as raw:
-        if format_of(file) == ".txt":
-            yield raw.read().decode("utf-8-sig")  # as bytes: text mode would rewrite line ends
-            return
-        for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}:{number} is not JSON: {error}") from None
-                yield _text(row, column, f"{file}:{number}")
-
-
-@contextlib.contextmanager
-def opened(file: pathlib.Path) -> Iterator[Any]:
-    """The bytes of a file, decompressed; what is wrong with them while they are read is a ValueError of one line."""
-    with contextlib.ExitStack() as stack:
-        raw: Any = stack.enter_context(file.open("rb"))
-        if file.suffix == ".gz":
-            import gzip
-
-            raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
-        elif file.suffix == ".zst":
-            import zstandard
-
-            raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-        try:
-            yield raw
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-        except ValueError:
-            raise
-        except Exception as error:  # a damaged archive: gzip, zlib and zstandard each have errors of their own
-            raise ValueError(f"{file} cannot be read: {error}") from None
+    if format_of(file) == ".txt":
+        yield read_text(file)
+        return
+    for number, line in read_lines(file):
+        if line.strip():
+            if why := undecodable(line):
+                raise ValueError(f"{file}:{number} {why}")
+            try:
+                row = parse_json(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+            yield _text(row, column, f"{file}:{number}")
 
 
 @contextlib.contextmanager
@@ -255,18 +232,25 @@ def _read_parquet(file: pathlib.Path, column: str) -> Iterator[str]:
 
 
 def _text(row: Any, column: str, where: str) -> str:
-    """The text in a row; tfds gives bytes."""
+    """The text in a row. A list of texts (the lines of a document, the turns of a dialogue) is joined by line ends; tfds gives
+    bytes."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} holds {type(row).__name__}: expected an object with the column {column!r}")
     if column not in row:
         raise unknown(f"column of {where}:", column, list(row))
     value = row[column]
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str | bytes) for item in value):
+        return "\n".join(map(_decoded, value))
     if isinstance(value, bytes):
-        return value.decode("utf8", "replace")
+        return _decoded(value)
     if not isinstance(value, str):
         texts = [name for name, other in row.items() if isinstance(other, str | bytes)]
         raise ValueError(f"column {column!r} of {where} holds {value!r:.60}, not a text; columns of text: {', '.join(texts)}")
     return value
+
+
+def _decoded(value: str | bytes) -> str:
+    return value.decode("utf8", "replace") if isinstance(value, bytes) else value
 
 
 def _digest(file: pathlib.Path) -> str:

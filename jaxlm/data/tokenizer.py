@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxlm.config import unknown
 from jaxlm.data.special import FILL_IN, SPECIAL, numbered, present, texts_of
+from jaxlm.text_files import well_formed
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -339,11 +340,6 @@ def expand(path: str) -> str:
 
     path = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, path)
     return str(pathlib.Path(path).expanduser()) if path.startswith("~") else path
-
-
-def well_formed(text: str) -> str:
-    """The text with each lone surrogate replaced by `?`: such a text has no UTF-8, and the Rust library refuses it."""
-    return text if text.isascii() else text.encode("utf8", "replace").decode()
 
 
 def _bpe(rust: Any) -> Rust:

@@ -1,13 +1,13 @@
 """Local files of a suite → questions, or whole texts."""
 
 import itertools
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxlm.data.formats import FORMATS, Bad, Record, read_files
-from jaxlm.data.sources import find_files, format_of, opened
+from jaxlm.data.sources import find_files, format_of
 from jaxlm.harness.suites import READY, Form, Question, Suite, pages
+from jaxlm.text_files import read_lines, read_text, undecodable
 
 HELLASWAG_LINES = 6  # of the plain-text form: context, number of the right ending, four endings
 
@@ -49,7 +49,9 @@ def _form(suite: Suite, columns: Sequence[str], where: str) -> Form:
 
 def _six_lines(path: str) -> Iterator[Record]:
     for file in find_files(path, [".txt"]):
-        lines = _text(file).splitlines()
+        lines = [line for _, line in read_lines(file)]
+        if why := undecodable("\n".join(lines)):
+            raise ValueError(f"{file} {why}")
         for start in range(0, len(lines), HELLASWAG_LINES):
             query, gold, *endings = (*lines[start : start + HELLASWAG_LINES], "", "")
             place = f"{file.name}:{start + 1}"
@@ -70,7 +72,7 @@ def read_pages(path: str, limit: int | None = None) -> list[str]:
 def _pages(path: str) -> Iterator[str]:
     if all(format_of(file) in (".txt", ".tokens", ".raw") for file in find_files(path, ())):
         for file in find_files(path, ()):
-            yield from pages(_text(file))
+            yield from pages(read_text(file).replace("\r\n", "\n"))
         return
     for place, row in read_files(path, (), lambda columns, where: list(columns))[1]:
         if isinstance(row, Bad):
@@ -79,8 +81,3 @@ def _pages(path: str) -> Iterator[str]:
             raise ValueError(f"{place} has the columns {', '.join(row) or 'none'}: task wikitext reads texts in the column page")
         if row["page"].strip():
             yield row["page"]
-
-
-def _text(file: pathlib.Path) -> str:
-    with opened(file) as raw:
-        return raw.read().decode("utf-8-sig").replace("\r\n", "\n")

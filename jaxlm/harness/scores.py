@@ -16,6 +16,7 @@ from jaxlm.harness.files import Read
 from jaxlm.harness.likelihood import Likelihood, Scorer
 from jaxlm.harness.suites import Question, Suite, detokenised
 from jaxlm.metrics import Interval, averaged, bootstrap, perplexity
+from jaxlm.text_files import write_json_lines
 
 
 class Result(NamedTuple):
@@ -80,5 +81,4 @@ def write(folder: pathlib.Path, result: Result, about: Mapping[str, Any]) -> Non
     scores = {name: interval._asdict() for name, interval in result.scores.items()}
     whole = {**about, "chance": result.chance, "scores": scores}
     (folder / "scores.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False), encoding="utf8")
-    lines = [json.dumps(sample, ensure_ascii=False) for sample in result.samples]
-    (folder / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
+    write_json_lines(folder / "samples.jsonl", result.samples)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from jaxlm.text_files import well_formed
+
 
 @functools.cache
 def console() -> Any:
@@ -17,7 +19,7 @@ def console() -> Any:
 
 def say(text: str = "") -> None:
     """One line for the person, printed above any live bar. Text is shown as it is, without markup."""
-    console().print(text, markup=False)
+    console().print(well_formed(text), markup=False)
 
 
 class Bar(Protocol):

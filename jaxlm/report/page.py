@@ -31,9 +31,9 @@ def write_page(folder: pathlib.Path, page: Page, rows: Rows) -> None:
     """Write `curves.png`, `samples.md` and `report.html` (self-contained) into the run's folder."""
     draw_curves(folder / "curves.png", page, rows)
     samples = [row for row in rows if row["kind"] == "sample"]
-    (folder / "samples.md").write_text(_samples(page.title, samples), encoding="utf8")
+    (folder / "samples.md").write_text(_samples(page.title, samples), encoding="utf8", errors="replace")
     body = _body(page, folder / "curves.png", rows, samples)
-    (folder / "report.html").write_text(document(page.title, body), encoding="utf8")
+    (folder / "report.html").write_text(document(page.title, body), encoding="utf8", errors="replace")
 
 
 def draw_curves(file: pathlib.Path, page: Page, rows: Rows) -> None:

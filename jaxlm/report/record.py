@@ -8,6 +8,8 @@ import math
 import pathlib
 from typing import Any
 
+from jaxlm.text_files import json_line, read_lines, well_formed, write_json_lines
+
 
 class Record:
     """Appends rows to `folder/metrics.jsonl` and their numbers to `folder/tensorboard/`.
@@ -27,9 +29,9 @@ class Record:
         if not writes:
             return
         partial = self.file.with_suffix(".tmp")
-        partial.write_text("".join(_line(row) for row in self.rows), encoding="utf8")
+        write_json_lines(partial, map(_finite, self.rows))
         partial.replace(self.file)
-        self.stream = self.file.open("a", encoding="utf8")
+        self.stream = self.file.open("a", encoding="utf8", newline="\n")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -38,13 +40,13 @@ class Record:
         self.rows.append(row)
         if not self.writes:
             return
-        self.stream.write(_line(row))
+        self.stream.write(json_line(_finite(row)))
         self.stream.flush()
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
             elif isinstance(value, str):
-                self.board.add_text(f"{kind}/{name}", value, step)
+                self.board.add_text(f"{kind}/{name}", well_formed(value), step)
 
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation of a step is among the rows."""
@@ -58,18 +60,17 @@ class Record:
 
 
 def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut off by a crash is left out."""
+    """The rows of a metrics file; a line that a crash cut off is left out, and nothing else."""
     rows = []
     if file.exists():
-        for line in file.read_text(encoding="utf8").splitlines():
+        for _, line in read_lines(file):
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
-                break
+                continue
     return rows
 
 
-def _line(row: dict[str, Any]) -> str:
-    """JSON has no NaN: a number that is not finite is written as null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean, ensure_ascii=False) + "\n"
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null for each number that is not finite, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

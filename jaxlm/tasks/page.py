@@ -8,6 +8,7 @@ from typing import Any
 from jaxlm.metrics import Paired, approximate_randomisation, bootstrap, mcnemar, paired, reliability, scaled
 from jaxlm.report import write_scores
 from jaxlm.tasks.task import Prediction, Row, Task, label_ids
+from jaxlm.text_files import write_json_lines
 
 WORST = 30
 
@@ -18,8 +19,7 @@ def write_predictions(
     """Write `predictions.jsonl`, `scores.json` and `scores.html` into a folder; returns the scores as a person reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     found = bootstrap(task.statistic(), predictions, rows)
-    lines = [json.dumps({**row, "prediction": p}, ensure_ascii=False) for row, p in zip(rows, predictions, strict=True)]
-    (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
+    write_json_lines(folder / "predictions.jsonl", ({**row, "prediction": p} for row, p in zip(rows, predictions, strict=True)))
     signatures = task.signatures(rows)
     numbers = {
         name: {**x._asdict(), **({"signature": signatures[name]} if name in signatures else {})} for name, x in found.items()

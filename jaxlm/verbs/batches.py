@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxlm.report.console import bar, say
+from jaxlm.text_files import json_line
 
 Line = dict[str, Any]
 SLOTS = 16
@@ -51,7 +52,7 @@ class Answers:
         self._path, self._lines = pathlib.Path(file), lines
         there = self._path.read_bytes() if self._path.is_file() else b""
         self._whole = there.rfind(b"\n") + 1  # a line that was being written when the process ended is no answer
-        self.done = {self._index(text, number) for number, text in enumerate(there[: self._whole].splitlines(), 1)}
+        self.done = {self._index(text, number) for number, text in enumerate(there[: self._whole].split(b"\n")[:-1], 1)}
 
     def _index(self, text: bytes, number: int) -> int:
         where = f"{self._path}:{number}"
@@ -75,7 +76,7 @@ class Answers:
 
     def write(self, index: int, text: str, tokens: int, ended: str) -> None:
         line = {**self._lines[index], "index": index, "text": text, "tokens": tokens, "ended": ended}
-        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf8", "replace") + b"\n")
+        self._file.write(json_line(line).encode())
         self._file.flush()
         self.done.add(index)
 

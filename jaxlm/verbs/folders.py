@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxlm import config as configs
 from jaxlm.report.console import say
+from jaxlm.text_files import read_text
 from jaxlm.verbs.words import split_words
 
 
@@ -121,7 +122,7 @@ def diff(words: Sequence[str]) -> int:
     from jaxlm.models import load_model
     from jaxlm.overview import compare
 
-    text = pathlib.Path(options.file).read_text(encoding="utf8", errors="replace") if options.file else options.text
+    text = read_text(pathlib.Path(options.file)) if options.file else options.text
     found = compare(load_model(one), load_model(two), text, options.tokens)
     for line in found.lines():
         say(line)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm import config as configs
 from jaxlm.report.console import bar, say
+from jaxlm.text_files import read_lines, write_json_lines
 from jaxlm.verbs.suites import evaluate_suite
 from jaxlm.verbs.words import split_words
 
@@ -61,9 +62,8 @@ def predict(words: Sequence[str]) -> int:
     predictions = predictor.predict(trained.params, rows)
     assert predictions is not None, "nothing stops it"
     if options.out is not None:
-        lines = [json.dumps({**row, "prediction": p}, ensure_ascii=False) for row, p in zip(rows, predictions, strict=True)]
-        pathlib.Path(options.out).write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
-        say(f"{options.out}: {len(lines):,} predictions")
+        write_json_lines(pathlib.Path(options.out), ({**row, "prediction": p} for row, p in zip(rows, predictions, strict=True)))
+        say(f"{options.out}: {len(rows):,} predictions")
         return 0
     for row, prediction in zip(rows, predictions, strict=True):
         say(task.show(row, prediction))
@@ -77,7 +77,7 @@ def _rows(task: "Task", options: PredictOptions) -> list[dict[str, Any]]:
         if not file.is_file():
             raise ValueError(f"no file {options.file!r}")
         if file.suffix == ".txt":
-            lines = [line for line in file.read_text(encoding="utf8", errors="replace").splitlines() if line.strip()]
+            lines = [line for _, line in read_lines(file)]
             if not lines:
                 raise ValueError(f"{options.file} holds no text")
             return [_as_given(task, {task.given[0]: line}) for line in lines]
@@ -165,7 +165,7 @@ def evaluate(words: Sequence[str]) -> int:
     for name, text in write_predictions(folder, trained.name, task, held.rows, predictions).items():
         say(f"{name + ':':<24}{text}")
     if options.against is not None:
-        other = [json.loads(line)["prediction"] for line in pathlib.Path(options.against).read_text(encoding="utf8").splitlines()]
+        other = [json.loads(line)["prediction"] for _, line in read_lines(pathlib.Path(options.against)) if line.strip()]
         if len(other) != len(predictions):
             raise ValueError(f"{options.against} holds {len(other):,} predictions, for {len(predictions):,} rows")
         for name, found in paired_scores(task, held.rows, predictions, other).items():

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from jaxlm import config as configs
+from jaxlm.text_files import read_text
 from jaxlm.verbs.batches import generate_file
 from jaxlm.verbs.words import split_words
 
@@ -149,6 +150,6 @@ def generate(words: Sequence[str]) -> int:
 
 def _read(path: str) -> str:
     try:
-        return pathlib.Path(path).read_text(encoding="utf8")
+        return read_text(pathlib.Path(path))
     except OSError as error:
         raise ValueError(f"json_schema {path!r} cannot be read: {error.strerror}") from None
