@@ -32,6 +32,11 @@ _OF_HEAD = {
     "sequence": "classification", "token": "tagging", "span": "extractive_qa", "choice": "multiple_choice",
     "embedding": "embedding",
 }  # fmt: skip
+# `problem_type` of a transformers config, which says what the outputs of a sequence head mean, by task.
+_PROBLEM_TYPES = {
+    "classification": "single_label_classification", "multilabel": "multi_label_classification", "regression": "regression",
+    "reward": "regression",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +122,13 @@ class Trained:
             config = configs.build(TaskConfig, tree.get("task", {}))
             length = length or tree["data"]["length"]
         else:
-            named = kind or ("text_to_text" if architecture == "encoder_decoder" else _OF_HEAD.get(head))
-            if named is None:
-                raise ValueError(f"{self.name} has head {head}, which is for no task over rows: fine-tune it first")
-            if named == "classification" and self.model.config.head.labels == 1:
-                named = "regression"
+            named = kind or self._task_of_head()
+            if named not in TASKS:
+                raise configs.unknown("task", named, TASKS)
+            if TASKS[named].head["kind"] != head:
+                raise ValueError(f"{self.name} has head {head}, not the head {TASKS[named].head['kind']} of task {named}")
+            if named == "regression" and self.model.config.head.labels != 1:
+                raise ValueError(f"{self.name} has {self.model.config.head.labels} outputs, and task regression has one")
             config = TaskConfig(kind=named)  # type: ignore[arg-type]
         if kind and kind != config.kind:
             raise ValueError(f"{self.name} was trained for task {config.kind}, not for {kind}")
@@ -131,6 +138,22 @@ class Trained:
             config, self.tokenizer, min(length or positions, positions), labels=self.labels, architecture=architecture,
             start_id=start_id(self.run or self.source, self.tokenizer),
         )  # fmt: skip
+
+    def _task_of_head(self) -> str:
+        """The task of a Hugging Face model's head; for a sequence head its `problem_type`, where one is given, decides
+        between softmax (classification), sigmoid (multilabel) and identity (regression), as in transformers."""
+        head = self.model.config.head
+        if self.model.config.architecture == "encoder_decoder" and head.kind == "language_model":
+            return "text_to_text"
+        if head.kind not in _OF_HEAD:
+            raise ValueError(f"{self.name} has head {head.kind}, which is for no task over rows: fine-tune it first")
+        if head.kind != "sequence":
+            return _OF_HEAD[head.kind]
+        problem = (self.theirs or {}).get("problem_type")
+        by_problem = {value: task for task, value in _PROBLEM_TYPES.items() if task != "reward"}
+        if problem is not None and problem not in by_problem:
+            raise configs.unknown(f"{self.name}: problem_type", problem, by_problem)
+        return by_problem[problem] if problem else "regression" if head.labels == 1 else "classification"
 
     def json(self) -> Mapping[str, Any]:
         """A `config.json` with the ids of special tokens: its own, or those of a run's tokenizer, and its label names."""
@@ -142,6 +165,10 @@ class Trained:
             said["pad_token_id"] = tokenizer.special["pad"]
         if self.model.config.architecture == "encoder_decoder":
             said["decoder_start_token_id"] = start_id(self.run, tokenizer)
+        assert self.run is not None, "a model has a config.json or a run"
+        kind = configs.read_yaml(self.run / "config.yaml")[0].get("task", {}).get("kind")
+        if kind in _PROBLEM_TYPES:
+            said["problem_type"] = _PROBLEM_TYPES[kind]
         if self.labels:
             said["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
             said["label2id"] = {name: i for i, name in enumerate(self.labels)}

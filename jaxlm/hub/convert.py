@@ -154,8 +154,8 @@ def save_folder(
     max_shard_bytes: int = 5_000_000_000, source: pathlib.Path | None = None,
 ) -> pathlib.Path:  # fmt: skip
     """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
-    generation config and model card. `like` is another `config.json`, from which the ids of special tokens and the
-    names of labels are taken; `source` the folder that the model was loaded from, if it was: what of it has no place
+    generation config and model card. `like` is another `config.json`, from which the ids of special tokens, the
+    names of labels and `problem_type` are taken; `source` the folder that the model was loaded from, if it was: what of it has no place
     among our parameters (an encoder's pooler) is taken over, and so are its settings for generation."""
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
@@ -164,6 +164,8 @@ def save_folder(
     named = like is not None and len(like.get("id2label") or ()) == model.config.head.labels and "id2label" in theirs
     if like is not None and named:
         kept |= {key: like[key] for key in ("id2label", "label2id") if key in like}
+    if like is not None and model.config.head.kind == "sequence" and like.get("problem_type"):
+        kept["problem_type"] = like["problem_type"]
     if "forced_eos_token_id" in theirs and "eos_token_id" in kept:
         kept.setdefault("forced_eos_token_id", kept["eos_token_id"])
     theirs |= {"dtype": dtype, "transformers_version": "5.0.0", **kept}
