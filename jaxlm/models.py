@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import config as configs
 from jaxlm.data import Tokenizer, load_tokenizer
@@ -22,7 +23,7 @@ from jaxlm.hub import (
 )
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
-from jaxlm.tasks import TASKS, Task, TaskConfig
+from jaxlm.tasks import TASKS, Task, TaskConfig, label_order
 from jaxlm.train import LOWER, Checkpoints, TuneConfig, Tuning, init_frozen
 
 CARD = "task.json"  # in a run's folder
@@ -103,7 +104,8 @@ class Trained:
         if self.run is None:
             raise ValueError(f"{self.name} is of no run: what it started from is not known")
         tree = configs.read_yaml(self.run / "config.yaml")[0]
-        return start_parameters(tree["model"].get("init_from"), self.model, self.mesh, tree["seed"])
+        ordered = bool(tree.get("task", {}).get("labels"))
+        return start_parameters(tree["model"].get("init_from"), self.model, self.mesh, tree["seed"], self.labels, ordered)
 
     def for_writing(self) -> "Trained":
         """The same with the decoder's layers apart (`Model.apart`), as all that writes text has them: who lets go of this one
@@ -211,6 +213,10 @@ class Tuned(NamedTuple):
     base: str | None
     seed: int
     task: str
+    labels: tuple[str, ...] = ()
+    """Names of the run's labels."""
+    ordered: bool = False
+    """The user named the labels in their order."""
 
 
 def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
@@ -228,7 +234,8 @@ def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
     if step is None:
         raise ValueError(f"{folder} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")
     trained = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
-    return Tuned(config, model, trained, tree["model"].get("init_from"), tree["seed"], task.kind)
+    labels = read_card(folder).labels
+    return Tuned(config, model, trained, tree["model"].get("init_from"), tree["seed"], task.kind, labels, bool(task.labels))
 
 
 def _merged(tuned: Tuned, mesh: jax.sharding.Mesh) -> Params:
@@ -236,7 +243,8 @@ def _merged(tuned: Tuned, mesh: jax.sharding.Mesh) -> Params:
     tuning, model = Tuning(tuned.config, tuned.model), tuned.model
     if not tuning.frozen_shapes:
         return tuned.trained
-    frozen = init_frozen(model, tuned.seed, mesh, tuning, start_parameters(tuned.base, model, mesh, tuned.seed))
+    start = start_parameters(tuned.base, model, mesh, tuned.seed, tuned.labels, tuned.ordered)
+    frozen = init_frozen(model, tuned.seed, mesh, tuning, start)
     return jax.jit(tuning.merge, out_shardings=stored_shardings(model.axes, model.shapes, mesh))(tuned.trained, frozen)
 
 
@@ -264,8 +272,46 @@ def _adapted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Trained:
     return Trained(model, params, mesh, folder.name, source, source=source, theirs=theirs)
 
 
-def start_parameters(argument: str | None, model: Any, mesh: jax.sharding.Mesh, seed: int) -> Params:
-    """The parameters that a run begins with: a pretrained model's under a fresh head, or all of them fresh."""
+def source_labels(argument: str | None, head: str) -> tuple[str, ...]:
+    """Names of the labels of a model that a run starts from; empty where its head is not of the kind `head`."""
+    if argument is None or head not in ("sequence", "token"):
+        return ()
+    folder = locate(argument, weights=False)
+    if model_config(argument).head.kind != head:
+        return ()
+    if not is_hugging_face(folder):
+        return read_card(folder).labels
+    named = read_json(folder).get("id2label") or {}
+    return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+def start_parameters(
+    argument: str | None, model: Any, mesh: jax.sharding.Mesh, seed: int, labels: Sequence[str] = (), ordered: bool = False
+) -> Params:
+    """The parameters that a run begins with: a pretrained model's under a fresh head, or all of them fresh.
+
+    `labels` are the names of the run's labels, `ordered` whether the user gave them: where the source's head has the same
+    ones its outputs are put into their order, and where it has others the outputs start anew.
+    """
+    params = _start_parameters(argument, model, mesh, seed)
+    source = source_labels(argument, model.config.head.kind) if labels else ()
+    order = label_order(source, labels, ordered)
+    if not source or order == list(range(len(source))):
+        return params
+    shardings = stored_shardings(model.axes, model.shapes, mesh)
+
+    def outputs(params: Params) -> Params:
+        def one(leaf: jax.Array, fresh: jax.Array, axes: Any) -> jax.Array:
+            if "C" not in axes:
+                return leaf
+            return fresh.astype(leaf.dtype) if order is None else leaf.take(jnp.array(order), axis=tuple(axes).index("C"))
+
+        return jax.tree.map(one, params["head"], model.init(jax.random.key(seed))["head"], model.axes["head"])
+
+    return {**params, "head": jax.jit(outputs, out_shardings=shardings["head"])(params)}
+
+
+def _start_parameters(argument: str | None, model: Any, mesh: jax.sharding.Mesh, seed: int) -> Params:
     if argument is None:
         shardings = stored_shardings(model.axes, model.shapes, mesh)
         return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))

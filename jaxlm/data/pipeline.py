@@ -205,15 +205,28 @@ class StreamBatches:
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches(Sequence[Batch]):
-    """Batches that cover every token of some corpora exactly once, in order; the last is padded with empty rows."""
+    """Batches that cover every token of some corpora exactly once, in order, or the first `most` rows of them; the last batch is
+    padded with empty rows."""
 
     sources: tuple[Rows, ...]
     batch_size: int
     mine: range
     """The rows of each global batch that this process takes."""
+    most: int | None = None
+    """Number of rows; None: all."""
+
+    @property
+    def total(self) -> int:
+        """Rows of the corpora."""
+        return sum(map(len, self.sources))
+
+    @property
+    def rows(self) -> int:
+        """Rows that the batches hold, padding aside."""
+        return self.total if self.most is None else min(self.most, self.total)
 
     def __len__(self) -> int:
-        return -(-sum(map(len, self.sources)) // self.batch_size)
+        return -(-self.rows // self.batch_size)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
@@ -223,11 +236,13 @@ class EvalBatches(Sequence[Batch]):
         return stack([self._row(i % len(self) * self.batch_size + j) for j in self.mine])
 
     def _row(self, number: int) -> Row:
+        if number >= self.rows:
+            return self.sources[0].blank()
         for rows in self.sources:
             if number < len(rows):
                 return rows[number]
             number -= len(rows)
-        return self.sources[0].blank()
+        raise AssertionError(f"row {number} of {self.rows}")
 
 
 def eval_batches(
@@ -235,11 +250,13 @@ def eval_batches(
     corpora: Corpora,
     *,
     rows: int | None = None,
+    most: int | None = None,
     corruption: Corruption | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> EvalBatches:
-    """The held-out text in batches of `rows` (None: `config.batch_size`): every token is a target exactly once.
+    """The held-out text in batches of `rows` (None: `config.batch_size`): every token is a target exactly once, or the first
+    `most` rows of it.
 
     With a corruption every token is read once; the rest of a corpus, shorter than a row, makes a padded one. What is
     drawn for a row depends on its number alone, so that any two evaluations ask the same.
@@ -252,7 +269,7 @@ def eval_batches(
         firsts = itertools.accumulate(map(len, chunks), initial=0)
         sources = tuple(CorruptedRows(own, corruption, (), first) for own, first in zip(chunks, firsts, strict=False))
     rows = rows or config.batch_size
-    return EvalBatches(sources, rows, rows_of(rows, process_index, process_count))
+    return EvalBatches(sources, rows, rows_of(rows, process_index, process_count), most)
 
 
 def _rows(config: DataConfig, tokenizer: Tokenizer, corpus: Corpus) -> Rows:

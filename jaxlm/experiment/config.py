@@ -111,7 +111,7 @@ CHANGEABLE = (
     "train.steps", "train.eval_every", "train.log_every", "train.keep", "train.sample_prompt", "train.sample_tokens",
     "train.patience", "train.eval_rows", "data.epochs", "data.cache", "data.prefetch", "parallel.data", "parallel.fsdp",
     "parallel.stage", "parallel.expert", "parallel.context", "parallel.tensor", "parallel.across", "hosts.coordinator",
-    "hosts.count", "hosts.index", "seeds", "optim.zero1", "optim.offload",
+    "hosts.count", "hosts.index", "seeds", "optim.zero1", "optim.offload", "model.context", "model.microbatches", "model.rounds",
 )  # fmt: skip
 
 
@@ -210,3 +210,30 @@ def check_fits(config: ExperimentConfig, model: TransformerConfig, mesh: jax.sha
             raise ValueError(
                 f"parallel.{axis} {sizes[axis]} does not divide {name} {size}: parallel.{axis} may be {', '.join(map(str, fits))}"
             )
+    _check_stages(model, sizes["stage"], config.data.batch_size // config.train.accumulate)
+
+
+def _check_stages(model: TransformerConfig, stages: int, rows: int) -> None:
+    """Refuse a pipeline in which devices would stand idle, or whose microbatches do not divide the `rows` of a step."""
+    if stages == 1:
+        for name, given in (("microbatches", model.microbatches is not None), ("rounds", model.rounds != 1)):
+            if given:
+                raise ValueError(
+                    f"model.{name} {getattr(model, name)} is for a pipeline: give parallel.stage above 1, or leave it out"
+                )
+        return
+    if model.share_layers:
+        raise ValueError(f"parallel.stage {stages} splits the layers, but model.share_layers gives all of them the same: give 1")
+    shallow = min(model.stacks, key=lambda name: model.stacks[name])
+    if stages * model.rounds > model.stacks[shallow]:
+        raise ValueError(
+            f"parallel.stage {stages} × model.rounds {model.rounds} is more than the {model.stacks[shallow]} layer(s) of the "
+            f"{shallow}: some stages would have none; give a product of at most that"
+        )
+    parts = model.microbatches or stages
+    if rows % parts or (parts < stages and model.rounds > 1):
+        fits = [n for n in range(1, rows + 1) if rows % n == 0 and (model.rounds == 1 or n >= stages)]
+        what = f"model.microbatches {parts}" if model.microbatches else f"parallel.stage {stages} (as many microbatches)"
+        allowed = f"give --model.microbatches one of {', '.join(map(str, fits))}" if fits else "give a larger data.batch_size"
+        why = "does not divide" if rows % parts else f"is too few for model.rounds {model.rounds} of"
+        raise ValueError(f"{what} {why} the {rows} row(s) of a step (data.batch_size / train.accumulate): {allowed}")

@@ -1,7 +1,9 @@
 """Learning a task from rows."""
 
 import functools
+import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from jaxlm.data import ExampleBatches, Table, Tokenizer, read_rows, split_rows, 
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.model import Model, Params, TransformerConfig
-from jaxlm.models import locate, read_card, start_id, with_labels, with_vocabulary
+from jaxlm.models import locate, read_card, source_labels, start_id, with_labels, with_vocabulary
 from jaxlm.parallel import speaks
 from jaxlm.report import bar, say
 from jaxlm.tasks import (
@@ -22,6 +24,7 @@ from jaxlm.tasks import (
     Predictor,
     Row,
     Task,
+    label_order,
     paired_scores,
     words_alone,
     write_predictions,
@@ -29,6 +32,10 @@ from jaxlm.tasks import (
 from jaxlm.train import Objective
 
 SHOWN_ROWS = 3
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -71,14 +78,36 @@ class Finetuning(Job):
     def task(self) -> Task:
         c = self.config
         labels = read_card(self.folder).labels
+        numeric = "labels" in TASKS[c.task.kind].head  # one output, which has no name
+        source = () if labels or numeric else source_labels(c.model.init_from, c.model.head.kind)
         task = TASKS[c.task.kind](
-            c.task, self.tokenizer, c.data.length, labels=labels, architecture=c.model.architecture,
+            c.task, self.tokenizer, c.data.length, labels=labels or source, architecture=c.model.architecture,
             start_id=self.start_id,
         )  # fmt: skip
         task.learn(self.tables[0].rows)
         if labels and tuple(labels) != task.labels:
             raise ValueError(f"{self.folder} was trained with other labels ({', '.join(labels[:10])}): give --name NEW")
+        if source:
+            self._compare_labels(source, task.labels)
         return task
+
+    def _compare_labels(self, source: Sequence[str], labels: Sequence[str]) -> None:
+        """Say in one line where the labels are not, letter for letter, those of the model that the run starts from."""
+        c, order = self.config, label_order(source, labels, bool(self.config.task.labels))
+        if order is None:
+            keep = (
+                f"; to keep it, name its labels in their order: --task.labels {shlex.quote(json.dumps(source, ensure_ascii=False))}"
+            )
+            if list(source) == [f"LABEL_{i}" for i in range(len(labels))]:
+                keep = "; to keep it, give --task.labels with the names of these in their order"
+            elif not set(labels) < set(source):
+                keep = ""
+            say(
+                f"labels {_some(labels)} are not those of {c.model.init_from} ({_some(source)}): "
+                f"the outputs of its head start anew{keep}"
+            )
+        elif any(source[i] != label for i, label in zip(order, labels, strict=True)):
+            say(f"labels {_some(labels)} are taken for {_some([source[i] for i in order])} of {c.model.init_from}")
 
     @functools.cached_property
     def start_id(self) -> int | None:  # type: ignore[override]
@@ -126,7 +155,7 @@ class Finetuning(Job):
         )  # fmt: skip
 
     def objective(self) -> Objective:
-        return self.task.objective(self.config.train.loss_chunk)
+        return self.task.objective(self.config.train.loss_chunk, self.config.train.z_loss)
 
     def prepare(self, start: Callable[[], Params]) -> None:
         if self.task.refers:

@@ -96,7 +96,7 @@ class Pretraining(Job):
     def objective(self) -> Objective:
         c = self.config
         if self.kind == "replaced":
-            return objectives.replaced(c.train.loss_chunk, c.task.detection)
+            return objectives.replaced(c.train.loss_chunk, c.task.detection, c.train.z_loss, c.task.label_smoothing)
         pair = c.task.corrupt.rate * c.data.length if c.task.corrupt.pairs != "none" else 0.0
         return objectives.tokens(c.train.loss_chunk, c.train.z_loss, c.task.label_smoothing, pair)
 
@@ -104,7 +104,14 @@ class Pretraining(Job):
     def _scored(self) -> Any:
         ways = batch_ways(self.mesh)
         rows = -(-self.config.data.batch_size // ways) * ways  # of a training batch, up to what the mesh divides
-        return eval_batches(self.config.data, self.corpora, rows=rows, corruption=self.corruption, **self.processes)
+        return eval_batches(
+            self.config.data,
+            self.corpora,
+            rows=rows,
+            most=self.config.train.eval_rows,
+            corruption=self.corruption,
+            **self.processes,
+        )
 
     @functools.cached_property
     def _eval_step(self) -> Callable[..., Any]:
@@ -150,7 +157,13 @@ class Pretraining(Job):
         evals = [row for row in rows if row["kind"] == "eval"]
         if not evals:
             return {}, "", {}
-        told = {"held-out loss": f"{evals[-1]['loss']:.4f} nats per {'token' if self.causal else 'target'}"}
+        most = self.config.train.eval_rows
+        of = (
+            ""
+            if most is None or most >= self._scored.total
+            else f", over the first {most:,} of {self._scored.total:,} held-out rows"
+        )
+        told = {"held-out loss": f"{evals[-1]['loss']:.4f} nats per {'token' if self.causal else 'target'}{of}"}
         if not self.causal:
             return told | {f"held-out {name.replace('_', ' ')}": f"{evals[-1][name]:.4f}" for name in self.shown[1:]}, "", {}
         baselines = xz_baselines(self.corpora)

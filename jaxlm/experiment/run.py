@@ -121,7 +121,7 @@ class Run:
         @functools.cache
         def begin() -> Params:
             """The parameters that the run starts from."""
-            return start_parameters(c.model.init_from, model, mesh, c.seed)
+            return start_parameters(c.model.init_from, model, mesh, c.seed, job.labels, bool(c.task.labels))
 
         began = time.monotonic()
         with jax.set_mesh(mesh):

@@ -155,8 +155,8 @@ def save_folder(
 ) -> pathlib.Path:  # fmt: skip
     """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
     generation config and model card. `like` is another `config.json`, from which the ids of special tokens, the
-    names of labels and `problem_type` are taken; `source` the folder that the model was loaded from, if it was: what of it has no place
-    among our parameters (an encoder's pooler) is taken over, and so are its settings for generation."""
+    names of labels and `problem_type` are taken; `source` the folder that the model was loaded from, if it was: what of
+    it has no place among our parameters (an encoder's pooler) is taken over, and so are its settings for generation."""
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     chosen, theirs = family_for(model.config) if family is None else (FAMILIES[family], FAMILIES[family].json(model.config))

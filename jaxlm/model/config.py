@@ -63,7 +63,7 @@ class MoeConfig:
     normalize: bool = True
     """The weights of the chosen experts sum to 1."""
     balance_loss: float = 0.01
-    """Weight of the load-balance loss (Fedus et al. 2022, "Switch Transformers", eq. 4)."""
+    """Weight of the load-balance loss (Fedus et al. 2022, "Switch Transformers", eq. 4), added to every objective."""
     router_z_loss: float = 0.0
     """Weight of the router's z-loss (Zoph et al. 2022, "ST-MoE", eq. 5)."""
 
@@ -222,7 +222,8 @@ class TransformerConfig:
     unroll: bool = False
     """Unroll the layers instead of scanning them: slower to compile, faster to run on a CPU."""
     microbatches: int | None = None
-    """Parts of a batch that go through the stages (parallel.stage) one behind the other; empty: as many as stages. The more,
+    """Parts of a batch that go through the stages (parallel.stage) one behind the other; they divide data.batch_size /
+    train.accumulate. Empty: as many as stages. The more,
     the less of the time stages idle: (stages − 1) / (microbatches · rounds + stages − 1) of it."""
     rounds: int = 1
     """How often a part of the batch goes through all stages, each of which then holds as many runs of layers."""

@@ -237,13 +237,12 @@ class LanguageModel(nn.Module):
         loss, nll = linear_cross_entropy(
             *parts, scored["targets_BL"], scored["weights_BL"], chunk, z_loss, self.config.logit_softcap, smoothing
         )
-        if self.config.moe.experts:
-            loss = loss + output.auxiliary * jnp.sum(scored["weights_BL"])
-        return loss, nll
+        auxiliary = router_loss(self.config, output)
+        return loss if auxiliary is None else loss + auxiliary * jnp.sum(scored["weights_BL"]), nll
 
-    def log_likelihood(self, batch: Batch, *, chunk: int) -> jax.Array:
+    def log_likelihood(self, batch: Batch, *, chunk: int) -> tuple[jax.Array, jax.Array | None]:
         """(B,) float32: of each row the sum of weight · log p(target), in nats; logits exist for `chunk` positions at a
-        time and are computed again in the backward pass."""
+        time and are computed again in the backward pass. Also the router loss, None without experts."""
         output = self.transformer(batch)
         scored = batch["decoder"] if self.config.architecture == "encoder_decoder" else batch
         hidden_BLD, table_VD, bias_V = self.head(output.hidden_BLD, self.transformer.embed.table)
@@ -256,7 +255,7 @@ class LanguageModel(nn.Module):
 
         parts = (hidden_BLD, scored["targets_BL"], scored["weights_BL"])
         zeros_B = jnp.zeros(hidden_BLD.shape[0], jnp.float32)
-        return _over_chunks(step, zeros_B, parts, chunk)[0]
+        return _over_chunks(step, zeros_B, parts, chunk)[0], router_loss(self.config, output)
 
     def scores(self, batch: Batch, *, chunk: int) -> tuple[jax.Array, jax.Array]:
         """(B, L) float32 log p(target) in nats, and (B, L) whether no token is likelier; logits exist for `chunk` positions at
@@ -334,12 +333,20 @@ class Labeller(nn.Module):
     def __call__(self, batch: Batch) -> jax.Array:
         """Float32 scores: (B, C) of a sequence, (B,) of a choice, (B, L, C) of a token, (B, L, 2) of a span, (B, L) of
         detection; a vector (B, D) of an embedding."""
-        c = self.config
-        hidden_BLD = self.transformer(batch).hidden_BLD
-        if c.head.kind in ("token", "span", "detection"):
-            return self.head(hidden_BLD)
+        return self.scores_and_router_loss(batch)[0]
+
+    def scores_and_router_loss(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """The scores, and the router loss to add to a row's loss; None without experts."""
+        c, output = self.config, self.transformer(batch)
         own = batch["decoder"] if c.architecture == "encoder_decoder" else batch
-        return self.head(pool(hidden_BLD, own.get("segments_BL"), c.head.pool))
+        single = c.head.kind in ("token", "span", "detection")
+        read = output.hidden_BLD if single else pool(output.hidden_BLD, own.get("segments_BL"), c.head.pool)
+        return self.head(read), router_loss(c, output)
+
+
+def router_loss(config: TransformerConfig, output: Output) -> jax.Array | None:
+    """The weighted losses of all routers of a call, a scalar; None without experts."""
+    return output.auxiliary if config.moe.experts else None
 
 
 def pool(hidden_BLD: jax.Array, segments_BL: jax.Array | None, kind: str) -> jax.Array:

@@ -33,7 +33,7 @@ class MeanOfStates(Task):
         made = [{"tokens": ids[: self.length], "segments": np.ones(len(ids[: self.length]), np.int32)} for ids in whole]
         return Examples(made, np.arange(len(rows)))
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.contrast(self.config.temperature)  # of vectors; nothing is learned here
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Embedding(Task):
         items = [{**{name: column[i] for name, column in columns.items()}, "weights": ONE} for i in range(len(rows))]
         return Examples(items, np.arange(len(items)))
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.contrast(self.config.temperature)
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Preference(Task):
         weights = (np.arange(1, len(whole)) >= len(prompt)).astype(np.float32)
         return {"tokens": whole[:-1], "targets": whole[1:], "weights": weights, "segments": np.ones(len(whole) - 1, np.int32)}
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         self.chunk = chunk
         return objectives.preference(self.config.preference, self.config.beta, chunk)
 
@@ -117,7 +117,7 @@ class Preference(Task):
         """The log-likelihood of both answers, in nats."""
 
         def total(name: str) -> Any:  # with the options of the objective, so that both are computed once
-            return apply(params, batch[name], train=False, rng=None, method="log_likelihood", chunk=self.chunk)
+            return apply(params, batch[name], train=False, rng=None, method="log_likelihood", chunk=self.chunk)[0]
 
         return {"chosen_B": total("chosen"), "rejected_B": total("rejected")}
 
@@ -166,7 +166,7 @@ class Reward(Task):
             made.append({"tokens": ids, "segments": np.ones(len(ids), np.int32)})
         return made
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.reward()
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Classification(_OfTexts):
 
     def learn(self, rows: Sequence[Row]) -> None:
         names = [str(row["label"]) for row in rows]
-        self.labels = label_names(set(names), self.config)
+        self.labels = label_names(set(names), self.config, self.labels)
         if len(set(names)) < 2:
             raise ValueError(f"all training rows have the label {names[0]!r}: two labels are the least to tell apart")
         if self.config.class_weights == "balanced":
@@ -62,7 +62,7 @@ class Classification(_OfTexts):
             return [np.int32(0)] * len(rows)
         return list(label_ids([str(row["label"]) for row in rows], self.labels, where))
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.classes(self.class_weights, self.config.label_smoothing)
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Multilabel(_OfTexts):
     metric = "f1_micro"
 
     def learn(self, rows: Sequence[Row]) -> None:
-        self.labels = label_names({str(name) for row in rows for name in row["labels"]}, self.config)
+        self.labels = label_names({str(name) for row in rows for name in row["labels"]}, self.config, self.labels)
         if self.config.class_weights == "balanced":
             yes_C = np.maximum(np.sum([self._vector(row) for row in rows], axis=0), 1)
             no_C = np.maximum(len(rows) - yes_C, 1)  # a class that all have is learned too
@@ -128,7 +128,7 @@ class Multilabel(_OfTexts):
     def _targets(self, rows: Sequence[Row], where: Sequence[str] | None) -> Sequence[Any]:
         return [{"labels_C": self._vector(row, where[i] if where else None)} for i, row in enumerate(rows)]
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.several_classes(self.class_weights)
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Regression(_OfTexts):
             made.append(value)
         return made
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.squares()
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Tagging(Task):
     unit = "words"
 
     def learn(self, rows: Sequence[Row]) -> None:
-        self.labels = label_names({tag for row in rows for tag in row["tags"]}, self.config)
+        self.labels = label_names({tag for row in rows for tag in row["tags"]}, self.config, self.labels)
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -224,7 +224,7 @@ class Tagging(Task):
             about.append((words[first], np.flatnonzero(first)))
         return Examples(items, np.arange(len(items)), about)
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.classes(None, self.config.label_smoothing)
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

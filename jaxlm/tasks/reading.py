@@ -44,7 +44,7 @@ class ExtractiveQa(Task):
                 about.append((framed.offsets, context))
         return Examples(items, np.array(number), about)
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.spans()
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class MultipleChoice(Task):
             f"label ({where}) is neither a choice nor the number of one:", label, [*choices, *map(str, range(len(choices)))]
         )
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.choices()
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,7 +163,9 @@ class Task:
         """Keep with each example what the model at the start gave for it, where the task `refers`."""
         raise NotImplementedError
 
-    def objective(self, chunk: int) -> Objective:
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
+        """What a step minimises. `chunk` and `z_loss` are for a loss over the vocabulary: positions of a row whose logits exist
+        at a time, and the weight of log²Z."""
         raise NotImplementedError
 
     def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,8 +212,10 @@ class Task:
 ONE = np.float32(1)
 
 
-def label_names(found: Collection[str], config: TaskConfig) -> tuple[str, ...]:
-    """The names of labels: the config's, which must cover those found, or the sorted ones; numbers by their value."""
+def label_names(found: Collection[str], config: TaskConfig, source: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the labels in their order: the config's, which must cover those found; else those found, in the order of
+    the `source` (the labels of the model that the run starts from) where it has the same ones, else sorted, numbers by value.
+    """
     if config.labels:
         for name in sorted(found):
             if name not in config.labels:
@@ -227,7 +231,29 @@ def label_names(found: Collection[str], config: TaskConfig) -> tuple[str, ...]:
             number = math.nan
         return (0, number, name) if math.isfinite(number) else (1, 0.0, name)  # "nan" is no number: it has no order
 
-    return tuple(sorted(found, key=key))
+    names = tuple(sorted(found, key=key))
+    order = label_order(source, names)
+    return names if order is None else tuple(name for _, name in sorted(zip(order, names, strict=True)))
+
+
+def label_order(source: Sequence[str], labels: Sequence[str], ordered: bool = False) -> list[int] | None:
+    """For each label its place among the labels of the model that a run starts from; None where the two sets disagree.
+
+    Labels are the same if they are spelt alike, but for letter case where that leaves no doubt. Numbers from 0 on are places
+    among names that are not numbers themselves, as transformers takes integer labels. `ordered`: the user named the labels
+    in their order, which is what the placeholders LABEL_0, LABEL_1, … stand for.
+    """
+    if not labels or len(source) != len(labels):
+        return None
+    spelt: tuple[Callable[[str], str], ...] = (str, lambda name: name.strip().casefold())
+    for spell in spelt:
+        place = {spell(name): i for i, name in enumerate(source)}
+        if len(place) == len(source) and place.keys() == {spell(name) for name in labels}:
+            return [place[spell(name)] for name in labels]
+    count = range(len(source))
+    if sorted(labels) == sorted(map(str, count)) and not any(name.strip().isdecimal() for name in source):
+        return [int(name) for name in labels]
+    return list(count) if ordered and list(source) == [f"LABEL_{i}" for i in count] else None
 
 
 def label_ids(names: Sequence[str], labels: Sequence[str], where: Sequence[str] | None) -> np.ndarray:

@@ -24,8 +24,8 @@ class _Written(Task):
     unit = "tokens"
     generates = True
 
-    def objective(self, chunk: int) -> Objective:
-        return objectives.tokens(chunk, smoothing=self.config.label_smoothing)
+    def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
+        return objectives.tokens(chunk, z_loss, self.config.label_smoothing)
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Tokens that each row's prediction is written behind, or that the encoder reads."""

@@ -28,7 +28,8 @@ class TrainConfig:
     steps: int | None = None
     """Optimiser steps; empty: as many as data.epochs take."""
     accumulate: int = 1
-    """Parts that a batch is taken in, one after the other, to save memory."""
+    """Parts that a batch is taken in, one after the other, to save memory; the update is that of one part. Contrastive learning
+    runs the model once more for it, as each row is compared with all others (GradCache)."""
     eval_every: int | None = None
     """Steps between evaluations of what was held out, each with a checkpoint; empty: an epoch of rows, 200 steps of text."""
     metric: str | None = None
@@ -36,13 +37,13 @@ class TrainConfig:
     patience: int | None = None
     """Evaluations without a better score after which training stops; empty: never."""
     eval_rows: int | None = None
-    """Most held-out rows of an evaluation in training; empty: all."""
+    """Most held-out rows of an evaluation in training, the first ones; empty: all."""
     log_every: int = 10
     """Steps between rows of metrics."""
     keep: int = 2
     """Newest checkpoints kept, besides the best one."""
     z_loss: float = 0.0
-    """Weight of log²Z beside the cross-entropy."""
+    """Weight of log²Z beside a cross-entropy over the vocabulary (Chowdhery et al. 2022, "PaLM", §5)."""
     loss_chunk: int = 128
     """Positions of each row whose logits exist at a time."""
     sample_prompt: str = "The"

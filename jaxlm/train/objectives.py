@@ -2,12 +2,17 @@
 
 Sums and weights, never means, so that gradient accumulation, padding and the number of devices cannot
 change the result. An rng turns dropout on; None turns it off. A metric is a sum over the same weight.
+Every objective adds the router losses of a mixture of experts (`moe.balance_loss`, `moe.router_z_loss`), times its weight.
+
+An objective whose loss compares the rows of a batch with each other has a method `in_parts(parts)`: the same objective over
+the whole batch, with the model run on `parts` groups of rows, one after the other.
 
 Letters: B batch · L length · C classes · O options of a choice · D width · X numbers of a key.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,20 @@ Sums = tuple[jax.Array, jax.Array, Mapping[str, jax.Array]]
 Apply = Callable[..., Any]
 Batch = Mapping[str, Any]
 Objective = Callable[[Apply, Any, Batch, jax.Array | None], Sums]
+
+
+@runtime_checkable
+class WholeBatch(Protocol):
+    """An objective that needs all rows of a batch at once."""
+
+    def in_parts(self, parts: int) -> Objective: ...
+
+
+def _with_router_losses(loss: jax.Array, weight: jax.Array, *router_losses: jax.Array | None) -> jax.Array:
+    """`loss` plus the mean router loss of the model's calls, times the weight; None: the model has no experts."""
+    there = [value for value in router_losses if value is not None]
+    return loss + weight * sum(there) / len(there) if there else loss
+
 
 # --- over the vocabulary --------------------------------------------------------------------------
 
@@ -44,14 +63,15 @@ def tokens(chunk: int, z_loss: float = 0.0, smoothing: float = 0.0, pair_weight:
     return objective
 
 
-def replaced(chunk: int, share: float = 50.0) -> Objective:
+def replaced(chunk: int, share: float = 50.0, z_loss: float = 0.0, smoothing: float = 0.0) -> Objective:
     """Replaced-token detection (Clark et al. 2020, "ELECTRA", §2): a small generator fills in the masked tokens, the
     discriminator tells for every token whether it is the original; loss = generator's + `share` · discriminator's,
     each the mean over its own tokens. That of a row counts as much as it has masked tokens, which makes it a sum like the
     generator's.
 
     The model is a `Detection` of both. `tokens_BL` are masked, `targets_BL` the originals, `weights_BL` 1 where masked.
-    The generator's draws come from `rng`; without one (evaluation) from a fixed key.
+    The generator's draws come from `rng`; without one (evaluation) from a fixed key. `z_loss` and `smoothing` belong to its
+    cross-entropy, as in `tokens`; the metric `nll` leaves them out.
     """
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
@@ -60,16 +80,20 @@ def replaced(chunk: int, share: float = 50.0) -> Objective:
         masked_BL = batch["weights_BL"] > 0
         weight = jnp.sum(batch["weights_BL"])
         # Of the two sums only the first has a gradient.
-        loss, nll = apply(params, batch, part="generator", method="loss", chunk=chunk, **train)
+        options = {"chunk": chunk, "z_loss": z_loss, "smoothing": smoothing}
+        loss, nll = apply(params, batch, part="generator", method="loss", **options, **train)
         guessed_BL = apply(params, batch, part="generator", method="draw", chunk=chunk, key=key, **train)
         seen_BL = jnp.where(masked_BL, jax.lax.stop_gradient(guessed_BL), batch["targets_BL"])
         other_BL = (seen_BL != batch["targets_BL"]).astype(jnp.float32)
-        scores_BL = apply(params, {**batch, "tokens_BL": seen_BL}, part="discriminator", **train)
+        scores_BL, router_loss = apply(
+            params, {**batch, "tokens_BL": seen_BL}, part="discriminator", method="scores_and_router_loss", **train
+        )
         real_BL = jnp.ones_like(other_BL) if "segments_BL" not in batch else (batch["segments_BL"] > 0).astype(jnp.float32)
         share_B = jnp.sum(batch["weights_BL"], axis=1) / jnp.maximum(jnp.sum(real_BL, axis=1), 1)
         detection = jnp.sum(binary_cross_entropy(scores_BL, other_BL) * real_BL * share_B[:, None])
         right = jnp.sum(((scores_BL > 0) == (other_BL > 0)).astype(jnp.float32) * real_BL * share_B[:, None])
-        return loss + share * detection, weight, {"nll": nll, "detection_loss": detection, "detection_accuracy": right}
+        loss = _with_router_losses(loss + share * detection, weight, router_loss)
+        return loss, weight, {"nll": nll, "detection_loss": detection, "detection_accuracy": right}
 
     return objective
 
@@ -94,9 +118,19 @@ def binary_cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.softplus(scores) - scores * targets
 
 
+def scores_and_router_loss(
+    apply: Apply, params: Any, batch: Batch, rng: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scores of a head over labels and the router loss, None without experts; with dropout where there is an rng."""
+    found: tuple[jax.Array, jax.Array | None] = apply(
+        params, batch, train=rng is not None, rng=rng, method="scores_and_router_loss"
+    )
+    return found
+
+
 def scores_of(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    """What a head over labels gives, with dropout where there is an rng."""
-    return apply(params, batch, train=rng is not None, rng=rng)
+    """Scores of a head over labels, with dropout where there is an rng."""
+    return scores_and_router_loss(apply, params, batch, rng)[0]
 
 
 def classes(class_weights: Sequence[float] | None = None, smoothing: float = 0.0) -> Objective:
@@ -106,13 +140,14 @@ def classes(class_weights: Sequence[float] | None = None, smoothing: float = 0.0
     """
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        scores = scores_of(apply, params, batch, rng)
+        scores, router_loss = scores_and_router_loss(apply, params, batch, rng)
         suffix = "BL" if "labels_BL" in batch else "B"
         labels, weights = batch[f"labels_{suffix}"], batch[f"weights_{suffix}"]
         loss = jnp.sum(cross_entropy(scores, labels, smoothing, class_weights) * weights)
         if class_weights is not None:
             weights = weights * jnp.asarray(class_weights, jnp.float32)[labels]
-        return loss, jnp.sum(weights), {}
+        weight = jnp.sum(weights)
+        return _with_router_losses(loss, weight, router_loss), weight, {}
 
     return objective
 
@@ -121,11 +156,11 @@ def several_classes(class_weights: Sequence[float] | None = None) -> Objective:
     """Binary cross-entropy of every class (`labels_BC` of 0 and 1), the mean over the classes of a row."""
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        losses_BC = binary_cross_entropy(scores_of(apply, params, batch, rng), batch["labels_BC"])
+        scores_BC, router_loss = scores_and_router_loss(apply, params, batch, rng)
+        losses_BC = binary_cross_entropy(scores_BC, batch["labels_BC"])
         if class_weights is not None:
             losses_BC = losses_BC * jnp.where(batch["labels_BC"] > 0, jnp.asarray(class_weights, jnp.float32)[None, :], 1.0)
-        weights_B = batch["weights_B"]
-        return jnp.sum(jnp.mean(losses_BC, axis=1) * weights_B), jnp.sum(weights_B), {}
+        return _weighed(jnp.mean(losses_BC, axis=1), batch["weights_B"], router_loss)
 
     return objective
 
@@ -134,11 +169,16 @@ def squares() -> Objective:
     """Squared error of a score (`labels_B`, float)."""
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        scores_BC = scores_of(apply, params, batch, rng)
-        weights_B = batch["weights_B"]
-        return jnp.sum(jnp.square(scores_BC[:, 0] - batch["labels_B"]) * weights_B), jnp.sum(weights_B), {}
+        scores_BC, router_loss = scores_and_router_loss(apply, params, batch, rng)
+        return _weighed(jnp.square(scores_BC[:, 0] - batch["labels_B"]), batch["weights_B"], router_loss)
 
     return objective
+
+
+def _weighed(losses_B: jax.Array, weights_B: jax.Array, router_loss: jax.Array | None) -> Sums:
+    """The sums of a loss for each row."""
+    weight = jnp.sum(weights_B)
+    return _with_router_losses(jnp.sum(losses_B * weights_B), weight, router_loss), weight, {}
 
 
 def spans() -> Objective:
@@ -146,16 +186,20 @@ def spans() -> Objective:
     §4.2). Question and padding are no candidates where `allowed_BL` says so."""
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        begin_BL, end_BL = span_scores(apply, params, batch, rng)
+        scores_BLC, router_loss = scores_and_router_loss(apply, params, batch, rng)
+        begin_BL, end_BL = _span_scores(scores_BLC, batch)
         losses_B = (cross_entropy(begin_BL, batch["begin_B"]) + cross_entropy(end_BL, batch["end_B"])) / 2
-        return jnp.sum(losses_B * batch["weights_B"]), jnp.sum(batch["weights_B"]), {}
+        return _weighed(losses_B, batch["weights_B"], router_loss)
 
     return objective
 
 
 def span_scores(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Logits (B, L) of begin and end; −1e9 where no answer may begin or end."""
-    scores_BLC = scores_of(apply, params, batch, rng)
+    return _span_scores(scores_of(apply, params, batch, rng), batch)
+
+
+def _span_scores(scores_BLC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     hidden_BL = jnp.where(batch["allowed_BL"] > 0, 0.0, -1e9)
     return scores_BLC[:, :, 0] + hidden_BL, scores_BLC[:, :, 1] + hidden_BL
 
@@ -165,19 +209,22 @@ def choices() -> Objective:
     row lacks."""
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        scores_BO = option_scores(apply, params, batch, rng)
-        losses_B = cross_entropy(scores_BO, batch["labels_B"])
-        return jnp.sum(losses_B * batch["weights_B"]), jnp.sum(batch["weights_B"]), {}
+        scores_BO, router_loss = _option_scores(apply, params, batch, rng)
+        return _weighed(cross_entropy(scores_BO, batch["labels_B"]), batch["weights_B"], router_loss)
 
     return objective
 
 
 def option_scores(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Float32 scores (B, O) of a batch of options; −1e9 for those that a row lacks."""
+    return _option_scores(apply, params, batch, rng)[0]
+
+
+def _option_scores(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     B, O = batch["options_BO"].shape
     flat = {f"{name[:-3]}BL": x.reshape(B * O, -1) for name, x in batch.items() if name.endswith("_BOL")}
-    scores_BO = scores_of(apply, params, flat, rng).reshape(B, O)
-    return jnp.where(batch["options_BO"] > 0, scores_BO, -1e9)
+    scores, router_loss = scores_and_router_loss(apply, params, flat, rng)
+    return jnp.where(batch["options_BO"] > 0, scores.reshape(B, O), -1e9), router_loss
 
 
 # --- of pairs -------------------------------------------------------------------------------------
@@ -188,28 +235,75 @@ def unit(x_BD: jax.Array) -> jax.Array:
     return x_BD / jnp.maximum(jnp.linalg.norm(x_BD.astype(jnp.float32), axis=-1, keepdims=True), 1e-9)
 
 
-def contrast(temperature: float) -> Objective:
+@dataclasses.dataclass(frozen=True)
+class Contrast:
     """In-batch negatives: each anchor's positive among the positives (and given negatives) of all rows, by the cosine of
     their embeddings over `temperature` (van den Oord et al. 2018, "InfoNCE", eq. 4). The batch nests `anchor`,
-    `positive` and where there are any `negative`; rows of weight 0 are nobody's negative."""
+    `positive` and where there are any `negative`; rows of weight 0 are nobody's negative.
 
-    def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        def embed(name: str, i: int) -> jax.Array:
-            key = None if rng is None else jax.random.fold_in(rng, i)
-            return unit(scores_of(apply, params, batch[name], key))
+    With several `parts` the model runs on that many groups of rows, one after the other, and once more in the backward pass,
+    which needs the activations of one group at a time; the loss is over all rows, whatever the number of groups (Gao et al.
+    2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", GradCache).
+    """
 
+    temperature: float
+    parts: int = 1
+
+    def in_parts(self, parts: int) -> "Contrast":
+        """The same objective over the whole batch, with the model run on `parts` groups of rows."""
+        return dataclasses.replace(self, parts=parts)
+
+    def __call__(self, apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
         weights_B = batch["weights_B"]
-        others = [name for name in ("positive", "negative") if name in batch]
-        keys_XD = jnp.concatenate([embed(name, i) for i, name in enumerate(others, 1)])
-        real_X = jnp.concatenate([weights_B] * len(others))
-        scores_BX = jnp.einsum("BD,XD->BX", embed("anchor", 0), keys_XD) / temperature
+        names = [name for name in ("anchor", "positive", "negative") if name in batch]
+
+        def embed(params: Any, rows: Batch, rng: jax.Array | None) -> tuple[list[jax.Array], list[jax.Array | None]]:
+            keys = [None if rng is None else jax.random.fold_in(rng, i) for i in range(len(names))]
+            pairs = [scores_and_router_loss(apply, params, rows[name], key) for name, key in zip(names, keys, strict=True)]
+            return [unit(vectors) for vectors, _ in pairs], [loss for _, loss in pairs]
+
+        texts = {name: batch[name] for name in names}
+        if self.parts == 1:
+            embedded, router_losses = embed(params, texts, rng)
+        else:
+            embedded, router_losses = _by_part(embed, params, texts, rng, self.parts)
+        keys_XD = jnp.concatenate(embedded[1:])
+        real_X = jnp.concatenate([weights_B] * (len(names) - 1))
+        scores_BX = jnp.einsum("BD,XD->BX", embedded[0], keys_XD) / self.temperature
         scores_BX = jnp.where(real_X[None, :] > 0, scores_BX, -1e9)
         own_B = jnp.arange(scores_BX.shape[0])
         right_B = (jnp.argmax(scores_BX, axis=1) == own_B).astype(jnp.float32)
-        loss = jnp.sum(cross_entropy(scores_BX, own_B) * weights_B)
-        return loss, jnp.sum(weights_B), {"matched": jnp.sum(right_B * weights_B)}
+        weight = jnp.sum(weights_B)
+        loss = _with_router_losses(jnp.sum(cross_entropy(scores_BX, own_B) * weights_B), weight, *router_losses)
+        return loss, weight, {"matched": jnp.sum(right_B * weights_B)}
 
-    return objective
+
+contrast = Contrast
+
+
+def split_rows(batch: Batch, parts: int) -> Any:
+    """Leaves (B, …) → (parts, B / parts, …). Part i has each `parts`-th row, so that every device keeps its own rows."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+
+def _by_part(embed: Callable[..., Any], params: Any, rows: Batch, rng: jax.Array | None, parts: int) -> tuple[Any, Any]:
+    """`embed` on one group of rows after the other: vectors in the order of the rows, router losses averaged over groups.
+
+    The gradient of the parameters is summed over the groups in float32.
+    """
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+    @jax.checkpoint
+    def one(wide: Any, part: Any) -> Any:
+        number, rows = part
+        own = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, params)
+        return embed(own, rows, None if rng is None else jax.random.fold_in(rng, number))
+
+    _, (vectors, losses) = jax.lax.scan(
+        lambda carry, part: (carry, one(wide, part)), None, (jnp.arange(parts), split_rows(rows, parts))
+    )
+    vectors = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), vectors)
+    return vectors, jax.tree.map(jnp.mean, losses)
 
 
 def preference(kind: str, beta: float, chunk: int) -> Objective:
@@ -220,16 +314,19 @@ def preference(kind: str, beta: float, chunk: int) -> Objective:
     """
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        def ratio(name: str, i: int) -> jax.Array:
+        def ratio(name: str, i: int) -> tuple[jax.Array, jax.Array | None]:
             key = None if rng is None else jax.random.fold_in(rng, i)
             options = {"train": rng is not None, "rng": key, "method": "log_likelihood", "chunk": chunk}
-            return apply(params, batch[name], **options) - batch[f"reference_{name}_B"]
+            likelihood_B, router_loss = apply(params, batch[name], **options)
+            return likelihood_B - batch[f"reference_{name}_B"], router_loss
 
-        chosen_B, rejected_B = ratio("chosen", 0), ratio("rejected", 1)
+        (chosen_B, *losses), (rejected_B, *others) = ratio("chosen", 0), ratio("rejected", 1)
         margin_B, weights_B = chosen_B - rejected_B, batch["weights_B"]
         losses_B = jax.nn.softplus(-beta * margin_B) if kind == "dpo" else jnp.square(margin_B - 1 / (2 * beta))
         metrics = {"preferred": (margin_B > 0).astype(jnp.float32), "margin": beta * margin_B, "chosen_reward": beta * chosen_B}
-        return jnp.sum(losses_B * weights_B), jnp.sum(weights_B), {k: jnp.sum(v * weights_B) for k, v in metrics.items()}
+        weight = jnp.sum(weights_B)
+        loss = _with_router_losses(jnp.sum(losses_B * weights_B), weight, *losses, *others)
+        return loss, weight, {k: jnp.sum(v * weights_B) for k, v in metrics.items()}
 
     return objective
 
@@ -238,11 +335,15 @@ def reward() -> Objective:
     """−log σ(r(y⁺) − r(y⁻)): Bradley and Terry 1952 as in Ouyang et al. 2022, "InstructGPT", eq. 1."""
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
-        def score(name: str, i: int) -> jax.Array:
-            return scores_of(apply, params, batch[name], None if rng is None else jax.random.fold_in(rng, i))[:, 0]
+        def score(name: str, i: int) -> tuple[jax.Array, jax.Array | None]:
+            key = None if rng is None else jax.random.fold_in(rng, i)
+            scores_BC, router_loss = scores_and_router_loss(apply, params, batch[name], key)
+            return scores_BC[:, 0], router_loss
 
-        margin_B, weights_B = score("chosen", 0) - score("rejected", 1), batch["weights_B"]
-        loss = jnp.sum(jax.nn.softplus(-margin_B) * weights_B)
-        return loss, jnp.sum(weights_B), {"preferred": jnp.sum((margin_B > 0).astype(jnp.float32) * weights_B)}
+        (chosen_B, *losses), (rejected_B, *others) = score("chosen", 0), score("rejected", 1)
+        margin_B, weights_B = chosen_B - rejected_B, batch["weights_B"]
+        weight = jnp.sum(weights_B)
+        loss = _with_router_losses(jnp.sum(jax.nn.softplus(-margin_B) * weights_B), weight, *losses, *others)
+        return loss, weight, {"preferred": jnp.sum((margin_B > 0).astype(jnp.float32) * weights_B)}
 
     return objective

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.model import Model, precision
 from jaxlm.parallel import batch_sharding, fitting, spread, stored_shardings
-from jaxlm.train.objectives import Objective
+from jaxlm.train.objectives import Objective, WholeBatch, split_rows
 from jaxlm.train.optim import OptimConfig
 from jaxlm.train.tune import TuneConfig, Tuning
 
@@ -163,10 +163,13 @@ def make_train_step(
     `stochastic` that the objective draws random numbers though the model may drop nothing.
 
     With `accumulate` > 1 the rows are taken in that many parts, one after the other, and their
-    gradients summed before the division by the total weight: the same update as in one part. An update
+    gradients summed before the division by the total weight: the same update as in one part. An objective over the whole
+    batch (`objectives.WholeBatch`) runs the model in that many parts itself. An update
     whose loss or gradient is not finite is skipped and counted in the metric `skipped`.
     """
     tuning = tuning or Tuning(TuneConfig(), model)
+    if accumulate > 1 and isinstance(objective, WholeBatch):
+        objective, accumulate = objective.in_parts(accumulate), 1
     draws = stochastic or model.config.dropout > 0 or model.config.quantize != "none"
     shardings = state_shardings(model, optimizer, mesh, tuning, optim)
     near = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), shardings.opt_state)
@@ -189,8 +192,7 @@ def make_train_step(
 
         if accumulate == 1:
             return gradient(batch, rng)
-        # Every device keeps its rows: part i takes each accumulate-th row, not a run of neighbours.
-        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+        split = split_rows(batch, accumulate)
 
         def add(total: Any, indexed: Any) -> tuple[Any, None]:
             i, part = indexed

@@ -311,6 +311,17 @@ def test_evaluation_scores_every_held_out_token_once(layout, rows):
         batches[len(batches)]
 
 
+@pytest.mark.parametrize("most", [1, 5, 1000])
+def test_an_evaluation_may_be_of_the_first_rows(layout, most):
+    """Whatever the size of its batches: the rest of the last batch is padding."""
+    whole = [row for batch in eval_batches(config(layout=layout), CORPORA, rows=1, **ALONE) for row in batch["targets_BL"]]
+    batches = eval_batches(config(layout=layout), CORPORA, rows=3, most=most, **ALONE)
+    rows = [(t, w) for batch in batches for t, w in zip(batch["targets_BL"], batch["weights_BL"], strict=True)]
+    kept = min(most, len(whole))
+    assert len(rows) == -(-kept // 3) * 3 and all(w.any() for _, w in rows[:kept]) and not any(w.any() for _, w in rows[kept:])
+    np.testing.assert_array_equal([t for t, _ in rows[:kept]], whole[:kept])
+
+
 def test_windows_stay_in_order_and_carry_the_context_over():
     batches = eval_batches(config(batch_size=1), CORPORA, **ALONE)
     tokens = np.concatenate([batch["tokens_BL"][0] for batch in batches])

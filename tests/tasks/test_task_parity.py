@@ -518,7 +518,9 @@ def test_class_weights_with_label_smoothing_are_torchs():
     for smoothing in (0.0, 0.1):
         measure = torch.nn.CrossEntropyLoss(weight=torch.tensor(weights), label_smoothing=smoothing)
         expected = measure(torch.tensor(scores), torch.tensor(labels)).item()
-        loss, weight, _ = objectives.classes(weights, smoothing)(lambda params, *_, **__: params, jnp.asarray(scores), batch, None)
+        loss, weight, _ = objectives.classes(weights, smoothing)(
+            lambda params, *_, **__: (params, None), jnp.asarray(scores), batch, None
+        )
         assert float(loss / weight) == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,11 +1,14 @@
 """Every objective is the formula of its paper, computed the long way, and blind to how rows are padded and divided."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import Detection, HeadConfig, Model, TransformerConfig
+from jaxlm.model import Detection, HeadConfig, Model, MoeConfig, TransformerConfig
+from jaxlm.model.transformer import Transformer
 from jaxlm.train import objectives
 
 RNG = np.random.default_rng(0)
@@ -14,7 +17,7 @@ B, L, C = 6, 5, 4
 
 def given(params, batch, **options):
     """A model whose scores are the parameters themselves."""
-    return params
+    return params, None
 
 
 def value(objective, scores, batch):
@@ -104,7 +107,7 @@ def test_contrast_is_infonce_over_the_rows_that_count():
     weights = np.array([1.0, 1, 1, 0])
 
     def apply(params, batch, **options):
-        return batch["x"]
+        return batch["x"], None
 
     batch = {name: {"x": jnp.asarray(x, jnp.float32)} for name, x in vectors.items()} | arrays(weights_B=weights)
     loss, weight, metrics = objectives.contrast(0.1)(apply, None, batch, None)
@@ -124,7 +127,7 @@ def test_preference_is_dpo_and_ipo_with_their_gradients():
 
     def apply(params, row, **options):
         assert options["method"] == "log_likelihood"
-        return params[row["which"]]
+        return params[row["which"]], None
 
     def by_hand(kind, x):
         h = (x[0] - reference) - (x[1] - (reference - 0.3))
@@ -147,7 +150,7 @@ def test_reward_is_bradley_terry():
     chosen, rejected = RNG.normal(size=(2, B))
 
     def apply(params, row, **options):
-        return row["x"][:, None]
+        return row["x"][:, None], None
 
     batch = {"chosen": arrays(x=chosen), "rejected": arrays(x=rejected), **arrays(weights_B=np.ones(B))}
     loss, _, metrics = objectives.reward()(apply, None, batch, None)
@@ -171,7 +174,7 @@ def test_the_log_likelihood_of_rows_is_that_of_their_logits():
     rows = [sum(w * logp[i, j, t] for j, (w, t) in enumerate(zip(batch["weights_BL"][i], batch["targets_BL"][i], strict=True)))
             for i in range(4)]  # fmt: skip
     for chunk in (3, 4, 8):
-        np.testing.assert_allclose(model.apply(params, batch, method="log_likelihood", chunk=chunk), rows, rtol=1e-4)
+        np.testing.assert_allclose(model.apply(params, batch, method="log_likelihood", chunk=chunk)[0], rows, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [2, 8])
@@ -260,3 +263,79 @@ def test_the_pair_head_adds_its_weighted_cross_entropy():
     expected = -2.5 * logp[np.arange(4), [0, 1, 1, 0]][rows].sum()
     assert float(metrics["pair_loss"]) == pytest.approx(expected, rel=1e-4)
     assert float(both) == pytest.approx(float(alone) + expected, rel=1e-4) and float(weight) == batch["weights_BL"].sum()
+
+
+EXPERTS = MoeConfig(experts=4, chosen=2, balance_loss=0.5, router_z_loss=0.25)
+
+
+def label_batch(objective):
+    """(head, batch, objective) of each loss that is not over the vocabulary of a batch's own targets."""
+    texts, again = language_batch(), language_batch()
+    rows = arrays(labels_B=np.array([0, 1, 1, 0]), weights_B=np.ones(4))
+    pair = {"chosen": texts, "rejected": again, **arrays(weights_B=np.array([1.0, 1, 1, 0]))}
+    reference = {f"reference_{name}_B": jnp.zeros(4) for name in ("chosen", "rejected")}
+    options = {name.replace("_BL", "_BOL"): x.reshape(2, 2, -1) for name, x in texts.items()}
+    return {
+        "classes": (HeadConfig(kind="sequence", labels=3), texts | rows, objectives.classes()),
+        "weighted classes": (HeadConfig(kind="sequence", labels=3), texts | rows, objectives.classes([1.0, 2.0, 3.0])),
+        "tags": (HeadConfig(kind="token", labels=3), texts | {"labels_BL": texts["tokens_BL"] % 3}, objectives.classes()),
+        "several": (HeadConfig(kind="sequence", labels=2), texts | rows | {"labels_BC": jnp.eye(4, 2)},
+                    objectives.several_classes()),
+        "squares": (HeadConfig(kind="sequence", labels=1), texts | rows | {"labels_B": jnp.ones(4)}, objectives.squares()),
+        "spans": (
+            HeadConfig(kind="span"),
+            texts | rows | arrays(begin_B=[0, 1, 2, 3], end_B=[1, 2, 3, 4], allowed_BL=np.ones((4, 8), int)),
+            objectives.spans(),
+        ),
+        "choices": (
+            HeadConfig(kind="choice"), options | arrays(options_BO=np.ones((2, 2)), labels_B=[0, 1], weights_B=np.ones(2)),
+            objectives.choices(),
+        ),
+        "contrast": (
+            HeadConfig(kind="embedding", pool="mean"), {"anchor": texts, "positive": again, **arrays(weights_B=np.ones(4))},
+            objectives.contrast(0.1),
+        ),
+        "dpo": (HeadConfig(), pair | reference, objectives.preference("dpo", 0.1, 8)),
+        "reward": (HeadConfig(kind="sequence", labels=1, pool="last"), pair, objectives.reward()),
+    }[objective]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["classes", "weighted classes", "tags", "several", "squares", "spans", "choices", "contrast", "dpo", "reward"]
+)
+def test_every_objective_adds_the_routers_losses_at_its_weight(name):
+    """The difference that the router losses make is the mean over the model's calls of what the Transformer reports."""
+    head, batch, objective = label_batch(name)
+    config = dataclasses.replace(TINY, head=head, moe=EXPERTS)
+    silent = dataclasses.replace(config, moe=dataclasses.replace(EXPERTS, balance_loss=0.0, router_z_loss=0.0))
+    params = Model(config).init(jax.random.key(0))
+    calls = [batch[part] for part in ("anchor", "positive", "chosen", "rejected") if part in batch] or [batch]
+    calls = [
+        {key.replace("_BOL", "_BL"): x.reshape(-1, 8) if key.endswith("_BOL") else x for key, x in one.items()} for one in calls
+    ]
+
+    @jax.jit
+    def compute(params):
+        loss, weight, _ = objective(Model(config).apply, params, batch, None)
+        own = [Transformer(config).apply({"params": params["transformer"]}, one).auxiliary for one in calls]
+        return loss, objective(Model(silent).apply, params, batch, None)[0], weight, sum(own) / len(own)
+
+    loss, without, weight, expected = compute(params)
+    assert expected > 0.1
+    np.testing.assert_allclose((loss - without) / weight, expected, rtol=1e-4)
+
+
+def test_replaced_tokens_add_both_models_router_losses_and_the_generators_options():
+    """The generator's cross-entropy carries z-loss and smoothing as any other over the vocabulary does."""
+    model = Detection(dataclasses.replace(ENCODER, moe=EXPERTS), share=0.5)
+    params, batch = model.init(jax.random.key(0)), language_batch()
+
+    @jax.jit
+    def compute(params):
+        own = model.apply(params, batch, part="generator", method="loss", chunk=4, z_loss=0.1, smoothing=0.2)[0]
+        return objectives.replaced(4, 50.0, 0.1, 0.2)(model.apply, params, batch, None), own
+
+    (loss, weight, metrics), own = compute(params)
+    assert float(own - metrics["nll"]) > 1  # z-loss alone is 0.1 · log² 16 a target
+    rest = float(loss - own - 50 * metrics["detection_loss"]) / float(weight)
+    assert rest > 0.1  # the discriminator's routers

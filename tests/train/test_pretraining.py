@@ -122,6 +122,13 @@ def test_the_loss_falls(kind, trained):
     assert "held-out loss" in page and ("detection accuracy" in page) == (kind == "replaced")
 
 
+def test_an_evaluation_in_training_is_of_as_many_rows_as_asked_for(job):
+    """`train.eval_rows` used to be read for labelled rows alone."""
+    few, most = job("masked", "--train.eval-rows", "3")._scored, job("masked")._scored
+    rows = [sum(int(weights.any()) for batch in batches for weights in batch["weights_BL"]) for batches in (few, most)]
+    assert rows[0] == 3 < rows[1]
+
+
 @pytest.mark.parametrize("kind", ["replaced", "span"])
 def test_two_evaluations_ask_the_same(kind, job):
     """The corruption of a held-out row hangs on its number, the generator's draws on a fixed key."""
@@ -197,7 +204,7 @@ def test_replaced_tokens_are_told_from_the_originals(job):
     def spy(params, batch, *, part, **options):
         out = own.model().apply(params, batch, part=part, **options)
         if part == "discriminator":
-            seen.update(tokens=np.asarray(batch["tokens_BL"]), scores=np.asarray(out, np.float64))
+            seen.update(tokens=np.asarray(batch["tokens_BL"]), scores=np.asarray(out[0], np.float64))
         return out
 
     loss, weight, metrics = own.objective()(spy, params, batch, None)
