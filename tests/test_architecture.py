@@ -72,6 +72,7 @@ ROOMS = {
         "contrastive",
         "slots",
         "turns",
+        "guiding",
         "seats",
         "engine",
     ],

@@ -6,20 +6,24 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 
-from jaxlm.generate.request import Ended, Event, Full, Request, Tell, Token
-from jaxlm.generate.seats import Seat, Ticket, choose, rows
-from jaxlm.generate.slots import BIASES, BURST, STOPS, TOP, Burst, Decoder, Scores, Slots, filled, pieces, row_of
+from jaxlm.generate.guiding import GuideWorker
+from jaxlm.generate.request import Ended, Event, Full, Request, Tell, Token, check
+from jaxlm.generate.seats import Seat, Ticket, choose, line, rows
+from jaxlm.generate.slots import BURST, Burst, Decoder, Scores, Slots, filled, pieces, row_of
 from jaxlm.generate.turns import Turns
 from jaxlm.model import Model, Params
 from jaxlm.parallel import settle
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+GUIDE_WAIT_S = 0.002
+"""Seconds that other texts wait for a guide before they go on without its text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,8 @@ class EngineConfig:
     """Tokens of a prompt that are read at once: between two such pieces the other texts go on."""
     burst_s: float = 0.05
     """Seconds that texts are advanced without a look at what has come; the smoother they stream, the shorter."""
+    guide_s: float = 10.0
+    """Seconds that a request's guide may take for one token; a slower one ends its request."""
 
     cache: Literal["same", "int8"] = "same"
     """How keys and values are held (`model.cache`)."""
@@ -45,7 +51,7 @@ class EngineConfig:
     that log-probabilities differ in their last digits and a text may part where two tokens are as good as equally likely."""
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("context", 2), ("queue", 1), ("chunk", 8)):
+        for name, least in (("slots", 1), ("context", 2), ("queue", 1), ("chunk", 8), ("guide_s", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
@@ -110,7 +116,7 @@ class Engine:
 
     def submit(self, request: Request, tell: Tell) -> Ticket:
         """Take a request; `tell` hears what becomes of it. Raises ValueError for one that cannot be answered, and Full."""
-        self._check(request)
+        check(request, self.vocab_size, self.config.context)
         ticket = Ticket(request, tell)
         with self._lock:
             if self._closing:
@@ -131,16 +137,22 @@ class Engine:
             self._lock.notify_all()
 
     def warm(self) -> None:
-        """Compile what plain requests need, here, before `start`: the first ones would wait for it. RuntimeError where the
-        model does not compute."""
+        """Compile every program, before `start`, so that no request waits for the compilation that another one causes.
+
+        Raises RuntimeError where the model does not compute.
+        """
         with jax.set_mesh(self.mesh):
             for size in self._sizes:
-                slot_B, live_B = rows(self._seats, size), np.zeros(size, bool)
-                self._state, _ = self._decoder.write(self._params, self._state, slot_B, live_B, np.int32(0), None, scored=False)
+                slot_B, none_B = rows(self._seats, size), np.zeros(size, bool)
+                self._state, _ = self._decoder.write(self._params, self._state, slot_B, none_B, none_B, np.int32(0))
+            self._state = self._decoder.copy(self._state, np.int32(0), np.int32(0), np.int32(0))
+            self._state = self._decoder.allow(self._state, np.int32(0), np.ones(self._decoder.model.config.V, bool))
         told: list[Event] = []
         for length in {min(length, self.config.context - 1) for length in (1, self.chunk // 8, self.chunk)}:  # each size of a piece
             self.submit(Request((0,) * length, min(2, self.config.context - length)), told.append)
+        self.submit(Request((0,), 0, logprobs=1, prompt_logprobs=True), told.append)
         self.run()
+        self._counts.clear()
         if failed := next((event.reason for event in told if event.ended == "error"), None):
             raise RuntimeError(f"the model failed: {failed}")
 
@@ -156,8 +168,7 @@ class Engine:
             self._closing = True
             self._lock.notify_all()
         if self._thread is None:
-            self._stopped = True
-            self._cancel_all()
+            self._end_all(Event(ended="cancelled"))
             return
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and self._busy() and self._thread.is_alive():
@@ -179,27 +190,12 @@ class Engine:
     def run(self) -> None:
         """Work here until no request is left."""
         assert self._thread is None, "an engine that has a thread works there"
-        while self._busy():
-            self.step()
-
-    def _check(self, request: Request) -> None:
-        if not request.prompt:
-            raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts a new text)")
-        if not all(0 <= token < self.vocab_size for token in request.prompt):
-            raise ValueError(f"a token of the prompt is not among the {self.vocab_size} of the vocabulary")
-        if request.max_tokens < 0:
-            raise ValueError(f"max_tokens is {request.max_tokens}: it must not be negative")
-        if len(request.prompt) + request.max_tokens > self.config.context:
-            raise ValueError(
-                f"the prompt of {len(request.prompt)} tokens and max_tokens {request.max_tokens} are more than the context of "
-                f"{self.config.context}"
-            )
-        if len(request.stop) > STOPS:
-            raise ValueError(f"{len(request.stop)} tokens end the text: at most {STOPS} may")
-        if len(request.bias) > BIASES or not all(0 <= token < self.vocab_size for token, _ in request.bias):
-            raise ValueError(f"bias must be of up to {BIASES} tokens, all among the {self.vocab_size} of the vocabulary")
-        if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
-            raise ValueError(f"logprobs is {request.logprobs}: it must be from 0 to {TOP}")
+        try:
+            while self._busy():
+                self.step()
+        except Exception as error:
+            self._end_all(Event(ended="error", reason=f"the engine has ended: {line(error)}"))
+            raise
 
     def _busy(self) -> bool:
         with self._lock:
@@ -208,16 +204,21 @@ class Engine:
     # --- the work, in one thread ------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                self._beat = time.monotonic()
-                if self._stopped:
-                    break
-                if not self._busy():
-                    self._lock.wait(timeout=1.0)
-                    continue
-            self.step()
-        self._cancel_all()
+        try:
+            while True:
+                with self._lock:
+                    self._beat = time.monotonic()
+                    if self._stopped:
+                        break
+                    if not self._busy():
+                        self._lock.wait(timeout=1.0)
+                        continue
+                self.step()
+        except BaseException as error:
+            _log.exception("the engine has ended")
+            self._end_all(Event(ended="error", reason=f"the engine has ended: {line(error)}"))
+        else:
+            self._end_all(Event(ended="cancelled"))
 
     def step(self) -> None:
         """Seat those who wait, read of their prompts for as long as a burst takes, advance all texts by a burst."""
@@ -230,160 +231,254 @@ class Engine:
                     pass
                 self._write()
         except Exception as error:
-            # What a program that failed was given is gone with it: those who had a slot are told, the others go on.
+            # A program that fails takes the state of all slots with it: those who had one are told, the others go on.
             _log.exception("a step of the engine failed")
-            for seat in self._seats:
-                if seat.ticket is not None:
-                    seat.ticket.tell(Event(ended="error", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
-            self._seats = [Seat() for _ in self._seats]
+            seats, self._seats = self._seats, [Seat() for _ in self._seats]
+            for seat in seats:
+                self._fail(seat, error)
             with jax.set_mesh(self.mesh):
                 self._state = self._decoder.empty()
 
-    def _cancel_all(self) -> None:
-        for seat in self._seats:
-            self._leave(seat, "cancelled")
+    def _end_all(self, event: Event) -> None:
+        """Tell everybody, and take no more requests."""
         with self._lock:
+            self._closing = self._stopped = True
             tickets, self._gone = self._gone + self._waiting.clear(), []
+        for seat in self._seats:
+            if seat.ticket is not None:
+                tickets.append(seat.ticket)
+                seat.free()
         for ticket in tickets:
-            ticket.tell(Event(ended="cancelled"))
+            ticket.tell(Event(ended="cancelled") if ticket.cancelled else event)
 
-    def _leave(self, seat: Seat, ended: Ended, tokens: Iterable[Token] = (), reason: str = "") -> None:
-        if seat.ticket is not None:
-            seat.ticket.tell(Event(tuple(tokens), ended=ended, reason=reason))
-            seat.ticket, seat.todo, seat.scores = None, [], []
+    def _leave(self, seat: Seat, ended: Ended, tokens: Iterable[Token] = (), reason: str = "", stop: Token | None = None) -> None:
+        if (ticket := seat.ticket) is not None:
+            seat.free()
+            ticket.tell(Event(tuple(tokens), ended=ended, reason=reason, stop=stop))
+
+    def _fail(self, seat: Seat, error: BaseException) -> None:
+        self._leave(seat, "error", reason=line(error))
+
+    def _run(self, program: Callable[[], T]) -> T:
+        """Run a program that changes the state for one request. What it raises is the request's own affair as long as the state
+        is there: `_RequestError`; otherwise it is everybody's."""
+        try:
+            return program()
+        except Exception as error:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state)):
+                raise
+            raise _RequestError(error) from error
 
     def _seat(self) -> None:
         """Free the slots of those who left, and give the free ones to those who wait: owners take turns."""
         for seat in self._seats:
             if seat.ticket is not None and seat.ticket.cancelled:
                 self._leave(seat, "cancelled")
+            elif seat.ticket is not None and seat.ticket.failure is not None:
+                self._fail(seat, seat.ticket.failure)
         with self._lock:
             gone, self._gone = self._gone, []
-            free = sum(seat.ticket is None for seat in self._seats)
-            seated = [self._waiting.take() for _ in range(min(free, len(self._waiting)))]
         for ticket in gone:
             ticket.tell(Event(ended="cancelled"))
-        for ticket in seated:
-            self._place(ticket)
+        while any(seat.ticket is None for seat in self._seats):
+            with self._lock:
+                if not self._waiting:
+                    break
+                ticket = self._waiting.take()
+            try:
+                self._place(ticket)
+            except _RequestError as failed:
+                ticket.fail(failed.error)
+            except Exception as error:
+                ticket.fail(error)
+                if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state)):
+                    raise
 
     def _place(self, ticket: Ticket) -> None:
         """A free slot for a request, with what another has computed of its prompt's beginning."""
         request = ticket.request
         fresh = request.logprobs is not None and request.prompt_logprobs  # needs all of the prompt's scores
-        target, source, start = choose(self._seats, () if fresh else request.prompt, self.chunk)
+        target, source, start = choose(self._seats, () if fresh else request.prompt, self.chunk, request.cache_salt)
         if source != target:
             self._state = self._decoder.copy(self._state, np.int32(source), np.int32(target), np.int32(start))
-        todo = pieces(len(request.prompt), start, self.chunk)
-        self._seats[target] = Seat(ticket, todo, request.prompt[:start], next(self._clock))
+        todo = pieces(len(request.prompt), start, self.chunk, whole=fresh)
+        guide = None if request.guide is None else GuideWorker(request.guide, self._decoder.model.config.V, self._wake)
+        self._seats[target] = Seat(ticket, todo, request.prompt[:start], request.cache_salt, next(self._clock), guide=guide)
         self._counts.update(prompt_tokens=len(request.prompt), reused_tokens=start)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
 
     def _read(self) -> bool:
         """One piece of the prompt that has waited longest; False: there is none."""
-        seats = [seat for seat in self._seats if seat.todo]
+        self._ask_guides()
+        seats = [seat for seat in self._seats if seat.todo and (len(seat.todo) > 1 or seat.ready)]
         if not seats:
             return False
         seat = min(seats, key=lambda seat: seat.used)
+        try:
+            self._read_piece(seat)
+        except _RequestError as failed:
+            self._fail(seat, failed.error)
+        return True
+
+    def _read_piece(self, seat: Seat) -> None:
         ticket = seat.ticket
-        assert ticket is not None
-        request = ticket.request
-        begin, count, size = seat.todo.pop(0)
-        scored = request.logprobs is not None
-        allowed_BV = None if seat.todo else self._allowed([seat])
-        if seat.ticket is None:  # nothing may come at all
-            return True
-        prompt_1V = np.zeros((1, self._decoder.model.config.V), bool)
-        prompt_1V[0, list(request.prompt)] = True
-        tokens = request.prompt[begin : begin + count]
+        assert ticket is not None, "a slot without a request has nothing to read"
+        request, V = ticket.request, self._decoder.model.config.V
+        (begin, count, size), *rest = seat.todo
+        scored = request.logprobs is not None and request.prompt_logprobs
+
+        def run() -> Any:
+            prompt_1V, allowed_1V = np.zeros((1, V), bool), np.ones((1, V), bool)
+            prompt_1V[0, list(request.prompt)] = True
+            if seat.mask_V is not None:
+                allowed_1V = seat.mask_V[None]
+            elif request.allowed is not None:
+                allowed_1V = np.isin(np.arange(V), request.allowed)[None]
+            tokens = request.prompt[begin : begin + count]
+            return self._decoder.read(
+                self._params, self._state, np.int32(self._seats.index(seat)), row_of([request]), prompt_1V,
+                allowed_1V, filled(tokens, size), filled(after, size), np.int32(begin), np.int32(count),
+                np.bool_(not rest), scored=scored,
+            )  # fmt: skip
+
         after = request.prompt[begin + 1 : begin + count + 1]
-        self._state, token_1, own, of_prompt = self._decoder.read(
-            self._params, self._state, np.int32(self._seats.index(seat)), row_of([request]), prompt_1V, filled(tokens, size),
-            filled(after, size), np.int32(begin), np.int32(count), np.bool_(not seat.todo), allowed_BV, scored=scored,
-        )  # fmt: skip
+        self._state, token_1, own, of_prompt = self._run(run)
         settle(self.mesh, self._state.token_B)
+        seat.todo = rest
         if count == self.chunk:
             seat.held = request.prompt[: begin + count]
-        if scored and request.prompt_logprobs:
+        if scored:
             told = jax.device_get(of_prompt)
             seat.scores = seat.scores or [Token(request.prompt[0])]
             seat.scores += [_token(id, told, (i,), request) for i, id in enumerate(after)]
-        if seat.todo:
-            return True
+        if rest:
+            return
         if seat.scores:
             ticket.tell(Event(prompt=tuple(seat.scores)))
             seat.scores = []
-        token = int(jax.device_get(token_1)[0])
+        first = _token(int(jax.device_get(token_1)[0]), jax.device_get(own), (0,), request)
         if request.max_tokens < 1:
             self._leave(seat, "length")
-        elif token in request.stop:
-            self._leave(seat, "stop")
+        elif first.id in request.stop:
+            self._leave(seat, "stop", stop=first)
         else:
-            first = _token(token, jax.device_get(own) if scored else None, (0,), request)
             self._hand_on(seat, [first], "length" if request.max_tokens == 1 else None)
-        return True
 
     def _write(self) -> None:
-        """A burst of all running texts, as long as `burst_s`."""
-        running = sum(seat.running for seat in self._seats)
-        if not running:
+        """A burst of all running texts, as long as `burst_s`; those whose guide is still at work wait for the next one."""
+        self._ask_guides()
+        if not all(seat.ready for seat in self._seats):
+            others = any(seat.ticket is not None and seat.ready for seat in self._seats)
+            self._await_guides(GUIDE_WAIT_S if others else self.config.burst_s)
+        running = [seat for seat in self._seats if seat.running]
+        if not any(seat.ready for seat in running):
             return
-        size = next(size for size in self._sizes if size >= running)
+        size = next(size for size in self._sizes if size >= len(running))
         slot_B = rows(self._seats, size)
         seats = self._seats if slot_B is None else [self._seats[b] for b in slot_B]
-        scored = any(seat.ticket is not None and seat.ticket.request.logprobs is not None for seat in seats)
-        allowed_BV = self._allowed(seats)
         live_B = np.array([seat.running for seat in seats])
+        turn_B = np.array([seat.running and seat.ready for seat in seats])
+        guided = any(seat.guide is not None for seat in seats if seat.running and seat.ready)
         step_s = self._step_s.get(size)
         # Where a text is guided, the host must have a look at each token.
-        steps = 1 if allowed_BV is not None or step_s is None else int(np.clip(self.config.burst_s / step_s, 1, BURST))
+        steps = 1 if guided or step_s is None else int(np.clip(self.config.burst_s / step_s, 1, BURST))
         began = time.monotonic()
-        self._state, burst = self._decoder.write(
-            self._params, self._state, slot_B, live_B, np.int32(steps), allowed_BV, scored=scored
-        )
+        self._state, burst = self._decoder.write(self._params, self._state, slot_B, live_B, turn_B, np.int32(steps))
         settle(self.mesh, self._state.token_B)
         told: Burst = jax.device_get(burst)
         took = (time.monotonic() - began) / max(1, int(told.count_B.max()))
         # The first time counts the compilation too: what is less is believed at once.
         self._step_s[size] = took if step_s is None else min(took, 0.8 * step_s + 0.2 * took)
         for b, seat in enumerate(seats):
-            ticket = seat.ticket
-            if ticket is None or not live_B[b]:
-                continue
-            request, count = ticket.request, int(told.count_B[b])
-            tokens = [_token(int(told.tokens_BT[b, i]), told.scores, (b, i), request) for i in range(count)]
-            going: Ended | None = None if told.running_B[b] else "length" if told.new_B[b] >= request.max_tokens else "stop"
-            self._hand_on(seat, tokens, going)
+            if turn_B[b] and seat.ticket is not None:
+                self._take_burst(seat, seat.ticket.request, told, b)
 
-    def _hand_on(self, seat: Seat, tokens: list[Token], ended: Ended | None) -> None:
-        """New tokens of a text that goes on, or has ended: perhaps because its guide says so."""
-        assert seat.ticket is not None
+    def _take_burst(self, seat: Seat, request: Request, told: Burst, b: int) -> None:
+        def token(i: int) -> Token:
+            return _token(int(told.tokens_BT[b, i]), told.scores, (b, i), request)
+
+        count = int(told.count_B[b])
+        tokens = [token(i) for i in range(count)]
+        if told.running_B[b]:
+            self._hand_on(seat, tokens, None)
+        elif told.new_B[b] >= request.max_tokens:
+            self._hand_on(seat, tokens, "length")
+        else:
+            self._hand_on(seat, tokens, "stop", token(count))
+
+    def _hand_on(self, seat: Seat, tokens: list[Token], ended: Ended | None, stop: Token | None = None) -> None:
+        """New tokens of a text that goes on, or has ended; a guide takes them first."""
+        assert seat.ticket is not None, "a text belongs to a request"
         self._counts["new_tokens"] += len(tokens)
-        guide = seat.ticket.request.guide
-        if guide is not None:
-            for token in tokens:
-                guide.take(token.id)
-            if ended is None and guide.ended:
-                ended = "stop"
-        if ended is not None:
-            self._leave(seat, ended, tokens)
+        if seat.guide is not None and tokens:
+            seat.held_back, seat.mask_V = (tokens, ended), None
+            seat.guide.advance([token.id for token in tokens])
+        elif ended is not None:
+            self._leave(seat, ended, tokens, stop=stop)
         elif tokens:
             seat.ticket.tell(Event(tuple(tokens)))
 
-    def _allowed(self, seats: Sequence[Seat]) -> np.ndarray | None:
-        """Which tokens may come next in each of these slots; None where all may in all of them."""
-        if not any(seat.running and seat.ticket and seat.ticket.request.guide for seat in seats):
-            return None
-        allowed_BV = np.ones((len(seats), self._decoder.model.config.V), bool)
-        for seat, row_V in zip(seats, allowed_BV, strict=True):
-            if not seat.running or seat.ticket is None or seat.ticket.request.guide is None:
+    # --- guides -----------------------------------------------------------------------------------
+
+    def _ask_guides(self) -> None:
+        """Look at what guides have found out since, and end the requests of those that failed or take too long."""
+        for seat in self._seats:
+            if seat.ready or seat.guide is None:
+                continue
+            if not seat.guide.done:
+                if seat.guide.seconds > self.config.guide_s:
+                    self._leave(seat, "error", reason=f"its guide took more than {self.config.guide_s:g} s for one token")
                 continue
             try:
-                may_V = seat.ticket.request.guide.mask()
+                mask_V = seat.guide.result()
             except ValueError as error:
                 self._leave(seat, "stuck", reason=str(error))
-                continue
-            row_V[:] = False
-            row_V[: len(may_V)] = may_V
-        return allowed_BV
+            except BaseException as error:  # whatever a guide raises is its own request's affair
+                self._fail(seat, error)
+            else:
+                self._guided(seat, mask_V)
+
+    def _guided(self, seat: Seat, mask_V: np.ndarray | None) -> None:
+        (tokens, ended), seat.held_back = seat.held_back, ([], None)
+        if mask_V is None or ended is not None:
+            self._leave(seat, ended or "stop", tokens)
+            return
+        if tokens and seat.ticket is not None:
+            seat.ticket.tell(Event(tuple(tokens)))
+        if seat.ticket is not None and (allowed := seat.ticket.request.allowed) is not None:
+            mask_V = mask_V & np.isin(np.arange(len(mask_V)), allowed)
+            if not mask_V.any():
+                self._leave(seat, "stuck", reason="none of the allowed tokens may come next")
+                return
+        seat.mask_V = mask_V
+        if seat.running:  # before, the mask comes with the prompt's last piece
+            slot = np.int32(self._seats.index(seat))
+            try:
+                self._state = self._run(lambda: self._decoder.allow(self._state, slot, mask_V))
+            except _RequestError as failed:
+                self._fail(seat, failed.error)
+
+    def _await_guides(self, seconds: float) -> None:
+        """Wait until all guides are done."""
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            while not all(seat.ready or (seat.guide is not None and seat.guide.done) for seat in self._seats):
+                left = deadline - time.monotonic()
+                if left <= 0 or self._stopped:
+                    break
+                self._lock.wait(left)
+        self._ask_guides()
+
+
+class _RequestError(Exception):
+    """Something failed that concerns one request alone."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
 
 
 def _token(id: int, scores: Any, place: tuple[int, ...], request: Request) -> Token:
@@ -391,4 +486,4 @@ def _token(id: int, scores: Any, place: tuple[int, ...], request: Request) -> To
         return Token(id)
     told: Scores = scores
     top = [(int(i), float(p)) for i, p in zip(told.id[place], told.top[place], strict=True) if np.isfinite(p)]
-    return Token(id, float(told.own[place]), tuple(top[: request.logprobs]))
+    return Token(id, float(told.own[place]), tuple(top[: request.logprobs]), int(told.rank[place]))

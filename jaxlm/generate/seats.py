@@ -7,26 +7,44 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.generate.request import Event, Request, Tell, Token
+from jaxlm.generate.guiding import GuideWorker
+from jaxlm.generate.request import Ended, Event, Request, Tell, Token
 
 _log = logging.getLogger(__name__)
 
 
 class Ticket:
-    """A request that was taken."""
+    """A request that was taken: it has exactly one event that says `ended`, the last one."""
 
     def __init__(self, request: Request, tell: Tell):
         self.request, self.cancelled, self._tell = request, False, tell
         self.over = False
+        self.failure: BaseException | None = None
+        """What its own listener raised: the request is to be ended with an error."""
 
     def tell(self, event: Event) -> None:
-        """A listener that fails is a fault of its own and stops nobody else."""
+        """Hand an event to the listener, unless the last one was; a listener that raises disturbs no other request."""
+        if self.over or (self.failure is not None and event.ended is None):
+            return
+        if self.failure is not None:
+            event = Event(ended="error", reason=line(self.failure))
         self.over = event.ended is not None
         try:
             self._tell(event)
-        except Exception:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
             _log.exception("a listener failed")
-            self.cancelled = True
+            self.failure = error
+
+    def fail(self, error: BaseException) -> None:
+        """End the request with an error."""
+        self.tell(Event(ended="error", reason=line(error)))
+
+
+def line(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,24 +56,45 @@ class Seat:
     """Pieces of the prompt that are still to be read."""
     held: tuple[int, ...] = ()
     """Whole pieces of a prompt whose keys and values it holds."""
+    salt: str = ""
+    """`Request.cache_salt` of that prompt."""
     used: int = 0
     """When it was last taken."""
     scores: list[Token] = dataclasses.field(default_factory=list)
     """Of the prompt's tokens, until all of them are there."""
+    guide: GuideWorker | None = None
+    mask_V: np.ndarray | None = None
+    """The tokens that the guide allows next; None: it is still at work, and the text waits."""
+    held_back: tuple[list[Token], Ended | None] = ([], None)
+    """New tokens that the guide has not taken yet, and whether the text has ended with them."""
 
     @property
     def running(self) -> bool:
         return self.ticket is not None and not self.todo
 
+    @property
+    def ready(self) -> bool:
+        """Nothing has to be waited for before its next token."""
+        return self.guide is None or self.mask_V is not None
 
-def choose(seats: Sequence[Seat], prompt: Sequence[int], chunk: int) -> tuple[int, int, int]:
+    def free(self) -> None:
+        """Forget its request; what the slot's cache holds stays there for others."""
+        if self.guide is not None:
+            self.guide.close()
+        self.ticket, self.todo, self.scores, self.guide, self.mask_V, self.held_back = None, [], [], None, None, ([], None)
+
+
+def choose(seats: Sequence[Seat], prompt: Sequence[int], chunk: int, salt: str = "") -> tuple[int, int, int]:
     """For a prompt: a free slot, the slot that holds most of its beginning, and how many tokens that is.
 
     Where no free one holds as many, it is the one that was longest not used, for what is held to be copied to. Whole pieces
-    alone are reused, so that what is computed behind them is the same without, and never the prompt's last token.
+    alone are reused, so that what is computed behind them is the same without, and never the prompt's last token. Slots whose
+    cache was computed under another `salt` are not reused.
     """
 
     def common(seat: Seat) -> int:
+        if seat.salt != salt:
+            return 0
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(seat.held, prompt[:-1], strict=False))
         return sum(1 for _ in same) // chunk * chunk
 

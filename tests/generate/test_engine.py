@@ -33,14 +33,14 @@ class Ear:
     """What became of a request."""
 
     def __init__(self):
-        self.tokens, self.prompt, self.ended, self.reason, self.events = [], [], None, "", 0
+        self.tokens, self.prompt, self.ended, self.reason, self.events, self.stop = [], [], None, "", 0, None
 
     def __call__(self, event):
         assert self.ended is None, "nothing comes after the end"
         self.events += 1
         self.tokens += event.tokens
         self.prompt += event.prompt
-        self.ended, self.reason = event.ended, event.reason
+        self.ended, self.reason, self.stop = event.ended, event.reason, event.stop
 
     @property
     def ids(self):
@@ -261,15 +261,215 @@ def test_a_step_that_fails_takes_no_one_else_along(engine, monkeypatch):
     assert ears[1].ended == "length" and len(ears[1].ids) == 5
 
 
-def test_a_listener_that_fails_ends_its_own_request(engine):
-    def deaf(event):
-        raise RuntimeError("not listening")
+class Broken:
+    """A guide that allows everything, and fails in one of its parts after some tokens."""
 
-    other = Ear()
-    engine.submit(Request((1, 2), 20), deaf)
-    engine.submit(Request((1, 2), 20), other)
+    def __init__(self, part, error, after):
+        self.part, self.error, self.left = part, error, after
+
+    def _maybe(self, part):
+        if part == self.part:
+            self.left -= 1
+            if self.left < 0:
+                raise self.error
+
+    @property
+    def ended(self):
+        self._maybe("ended")
+        return False
+
+    def mask(self):
+        self._maybe("mask")
+        return np.ones(V, bool) if self.part != "shape" else np.ones((2, V), bool)
+
+    def take(self, token):
+        self._maybe("take")
+
+
+class Panic(BaseException):
+    """As a library in Rust raises: no Exception."""
+
+
+def fault(kind):
+    """A request one of whose own objects fails, and what its listener heard before it failed itself."""
+    ear = Ear()
+    prompt, error = (1, 2, 3), Panic("broken") if kind.endswith("panic") else RuntimeError("broken")
+    part = kind.split()[0]
+    if part == "listener":
+
+        def deaf(event):
+            if event.ended is None:
+                raise error
+            ear(event)
+
+        return Request(prompt, 20), deaf, ear
+    if part in ("sample", "stop"):
+        request = Request(prompt, 20)
+        object.__setattr__(request, part, Failing(error))
+        return request, ear, ear
+    return Request(prompt, 20, guide=Broken(part, error, 2 if kind.endswith("later") else 0)), ear, ear
+
+
+class Failing(frozenset):
+    """Settings that fail when they are read, not when they are handed in."""
+
+    def __new__(cls, error):
+        made = super().__new__(cls)
+        made.error = error
+        return made
+
+    def __iter__(self):
+        raise self.error
+
+    def __getattr__(self, name):
+        raise self.error
+
+
+FAULTS = ["mask", "mask later", "mask panic", "take", "take panic", "ended", "ended later", "shape", "listener", "listener panic",
+          "sample", "stop"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_whatever_a_request_brings_fails_alone(case, kind):
+    """It ends with an error; the texts beside it are to the bit those that they are alone, with their log-probabilities."""
+    *_, engine = case
+    others = requests_of(9, 20, sample=WARM, logprobs=2)
+    alone = [answers(engine, [request])[0].tokens for request in others]
+    request, listener, heard = fault(kind)
+    ears = [Ear(), Ear()]
+    engine.submit(others[0], ears[0])
+    engine.submit(request, listener)
+    engine.submit(others[1], ears[1])
     engine.run()
-    assert other.ended == "length"
+    assert heard.ended == "error" and ("broken" in heard.reason or kind == "shape")
+    assert [ear.tokens for ear in ears] == alone
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_a_slow_guide_delays_its_own_text_only(case):
+    """Its neighbours end long before it does; one that takes too long is ended."""
+    model, params, engine = case
+
+    class Slow(Broken):
+        def mask(self):
+            time.sleep(0.4)
+            return super().mask()
+
+    def slow():
+        return Request((1, 2, 3), 3, WARM, guide=Slow("", None, 0))
+
+    order, ears = [], [Ear() for _ in range(3)]
+    (free,) = requests_of(30, sample=WARM, logprobs=1)
+    (alone,) = answers(engine, [free])
+    for request, ear in zip([slow(), free, slow()], ears, strict=True):
+        engine.submit(request, lambda event, ear=ear: (ear(event), event.ended and order.append(ears.index(ear))))
+    began = time.monotonic()
+    engine.run()
+    assert order[0] == 1 and {ear.ended for ear in ears} == {"length"} and ears[1].tokens == alone.tokens
+    assert time.monotonic() - began < 6 * 0.4, "two slow guides work at the same time"
+    impatient = Engine(model, params, ONE, V, dataclasses.replace(SMALL, guide_s=0.1))
+    impatient._decoder = engine._decoder
+    late, beside = answers(impatient, [slow(), free])
+    assert late.ended == "error" and "took more than 0.1 s" in late.reason and beside.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("part", ["_place", "copy", "read", "allow"])
+def test_what_fails_before_the_state_is_lost_fails_alone(case, monkeypatch, part):
+    """Seating and reading: an error on the way takes along neither the tickets just taken nor the texts that run."""
+    *_, engine = case
+    (running,) = requests_of(9, sample=WARM, logprobs=1)
+    running = dataclasses.replace(running, max_tokens=40)
+    (alone,) = answers(engine, [running])
+    first, late = Ear(), [Ear() for _ in range(3)]
+    engine.submit(running, first)
+    engine.step()
+
+    def fail(*args, **more):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine if part == "_place" else engine._decoder, part, fail)
+        for ear in late:  # a prefix that is running elsewhere: it is copied
+            guide = Broken("", None, 0) if part == "allow" else None
+            engine.submit(Request((*running.prompt[:8], 1, 2), 4, guide=guide), ear)
+        engine.run()
+    assert [ear.ended for ear in late] == ["error"] * 3, [ear.reason for ear in late]
+    assert all("out of memory" in ear.reason for ear in late)
+    assert first.tokens == alone.tokens and first.ended == "length"
+    assert not engine._busy() and answers(engine, [running])[0].tokens == alone.tokens
+
+
+def test_an_engine_that_cannot_go_on_tells_everybody(engine, monkeypatch):
+    """Those in slots and those who wait, and nobody is taken afterwards."""
+    monkeypatch.setattr(engine._decoder, "write", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(engine._decoder, "empty", lambda: [][0])
+    ears = [Ear() for _ in range(3)]
+    for ear in ears:
+        engine.submit(Request((1, 2), 5), ear)
+    engine.start()
+    deadline = time.monotonic() + 30
+    while not all(ear.ended for ear in ears) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [ear.ended for ear in ears] == ["error"] * 3 and "IndexError" in ears[2].reason
+    with pytest.raises(Full):
+        engine.submit(Request((1, 2), 5), Ear())
+    assert not engine.stats().alive
+
+
+def test_stop_tokens_wait_for_min_tokens(case):
+    """The tokens that would end the text do not come before; afterwards the text goes as the logits say."""
+    *_, engine = case
+    (request,) = requests_of(11, sample=GREEDY)
+    (free,) = answers(engine, [dataclasses.replace(request, max_tokens=12)])
+    stop = frozenset(free.ids[:2])
+    ended, late = answers(engine, [dataclasses.replace(request, stop=stop, max_tokens=12, min_tokens=least) for least in (0, 4)])
+    assert ended.ended == "stop" and ended.ids == [] and ended.stop.id == free.ids[0]
+    assert len(late.ids) >= 4 and not stop & set(late.ids)
+
+
+def test_only_allowed_tokens_come(case):
+    """The likeliest of them at each place, by the full forward pass; a guide and the list hold together."""
+    model, params, engine = case
+    (request,) = requests_of(11, sample=GREEDY)
+    allowed = (3, 8, 20)
+    (ear,) = answers(engine, [dataclasses.replace(request, allowed=allowed, max_tokens=8)])
+    ids = list(request.prompt)
+    for token in ear.ids:
+        logits, _ = jax.jit(model.apply)(params, {"tokens_BL": np.array([ids], np.int32)})
+        assert token == max(allowed, key=lambda i: logits[0, -1, i])
+        ids.append(token)
+    tokenizer = Characters("abcdefghijklmnopqrstuvwxyz0123456789")
+    guided = [
+        Request((1,), 5, WARM, allowed=allowed, guide=Grammar(tokenizer, Constraint(regex=regex))) for regex in ("[a-i]*", "z")
+    ]
+    both, none = answers(engine, guided)
+    assert set(both.ids) <= {3, 8} and none.ended == "stuck"
+
+
+def test_bad_sequences_never_come(case):
+    """Of one token and of several, among new tokens alone; nothing else is changed before one would have come."""
+    *_, engine = case
+    for sample in (GREEDY, WARM):
+        (request,) = requests_of(11, sample=sample)
+        request = dataclasses.replace(request, max_tokens=25)
+        (free,) = answers(engine, [request])
+        bad = tuple(free.ids[2:5])
+        (ear,) = answers(engine, [dataclasses.replace(request, bad=(bad, (free.ids[7],)))])
+        single = free.ids[7]
+        same = min(free.ids.index(single), 4)
+        assert ear.ids[:same] == free.ids[:same] and single not in ear.ids
+        assert all(tuple(ear.ids[i : i + 3]) != bad for i in range(len(ear.ids)))
+
+
+def test_a_salt_keeps_prefixes_apart(case):
+    *_, engine = case
+    (long,) = requests_of(27, seed=11, sample=WARM, logprobs=1)
+    (first,) = answers(engine, [dataclasses.replace(long, cache_salt="a")])
+    before = engine.stats().reused_tokens
+    (other,) = answers(engine, [dataclasses.replace(long, cache_salt="b")])
+    assert engine.stats().reused_tokens == before and other.tokens == first.tokens
+    (again,) = answers(engine, [dataclasses.replace(long, cache_salt="a")])
+    assert engine.stats().reused_tokens == before + 24 and again.tokens == first.tokens
 
 
 def test_it_works_in_a_thread_and_ends_in_order(engine):
@@ -332,9 +532,27 @@ def test_every_mesh_gives_the_same_texts(name):
     assert [ear.ids for ear in answers(Engine(model, placed, mesh, V, dataclasses.replace(SMALL, slots=4)), requests)] == expected
 
 
-def test_nothing_is_compiled_again(case):
-    *_, engine = case
-    answers(engine, requests_of(2, 9, 30))
-    sizes = engine._decoder.write._cache_size(), engine._decoder.read._cache_size()
-    answers(engine, requests_of(1, 10, 25, 4, 29, seed=3, sample=dataclasses.replace(WARM, min_p=0.1), stop=frozenset({3, 4})))
-    assert (engine._decoder.write._cache_size(), engine._decoder.read._cache_size()) == sizes
+EVERYTHING = [
+    {}, {"logprobs": 3}, {"logprobs": 0, "prompt_logprobs": True, "max_tokens": 0}, {"logprobs": 2, "prompt_logprobs": True},
+    {"bias": ((3, 1.0),)}, {"min_tokens": 2, "stop": frozenset({3, 4})}, {"allowed": (1, 2)}, {"bad": ((1, 2), (4,))},
+    {"guide": "letters"}, {"cache_salt": "x"}, {"sample": dataclasses.replace(WARM, min_p=0.1, top_k=3, top_p=0.5)},
+    {"sample": dataclasses.replace(WARM, typical_p=0.5, presence_penalty=1.0, repetition_penalty=1.2)},
+]  # fmt: skip
+
+
+def test_nothing_is_compiled_again_once_it_is_warm(case):
+    """Whatever is asked for, prompts of any length, copied prefixes included."""
+    model, params, _ = case
+    engine = Engine(model, params, ONE, V, SMALL)
+    engine.warm()
+    programs = {name: getattr(engine._decoder, name) for name in ("read", "write", "copy", "allow")}
+    sizes = {name: program._cache_size() for name, program in programs.items()}
+    assert engine.stats().requests == 0
+    for more in EVERYTHING:
+        if "guide" in more:
+            more = {"guide": Broken("", None, 0)}
+        for length in (1, 7, 9, 30):
+            (request,) = requests_of(length)
+            ears = answers(engine, [dataclasses.replace(request, **more)] * 2)
+            assert {ear.ended for ear in ears} <= {"length", "stop"}
+    assert {name: program._cache_size() for name, program in programs.items()} == sizes
