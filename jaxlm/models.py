@@ -23,6 +23,7 @@ from jaxlm.hub import (
 )
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
+from jaxlm.report import say
 from jaxlm.tasks import TASKS, Task, TaskConfig, label_order
 from jaxlm.train import LOWER, Checkpoints, TuneConfig, Tuning, init_frozen
 
@@ -79,8 +80,10 @@ class Trained:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError where the folder holds none."""
-        return load_tokenizer(self.tokenizer_folder)
+        """Raises ValueError where the folder holds none, or one with more entries than the model has embeddings."""
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        check_vocabulary(tokenizer, self.model.config, self.name, self.source is not None)
+        return tokenizer
 
     def stop_ids(self) -> list[int]:
         """Tokens that end a text beside the tokenizer's own: of a Hugging Face folder its list of them."""
@@ -363,17 +366,36 @@ def with_labels(config: TransformerConfig, labels: int) -> TransformerConfig:
     return dataclasses.replace(config, head=dataclasses.replace(config.head, labels=labels))
 
 
-def with_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> TransformerConfig:
-    """Fill in the vocabulary size from the tokenizer, or check the one given against it."""
+def with_vocabulary(config: TransformerConfig, tokenizer: Tokenizer, source: str | None = None) -> TransformerConfig:
+    """Fill in the vocabulary size from the tokenizer, or check the one given, or that of the model `source`, against it."""
     if config.vocab_size is None:
         multiple = config.vocab_multiple
         return dataclasses.replace(config, vocab_size=-(-tokenizer.vocab_size // multiple) * multiple)
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} entries: "
-            "leave it empty to take the tokenizer's"
-        )
+    check_vocabulary(tokenizer, config, source or "", foreign=source is not None)
     return config
+
+
+_WARNED: set[str] = set()
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: TransformerConfig, name: str = "", foreign: bool = False) -> None:
+    """Refuse a tokenizer with ids that the model's embedding table has no row for, which would give nan.
+
+    Of a `foreign` model also report a table that is larger than any padding of it explains: up to 2%, or up to the next
+    multiple of a power of two.
+    """
+    assert config.vocab_size is not None, "a model that exists has a table"
+    size, rows = tokenizer.vocab_size, config.vocab_size
+    if size > rows:
+        advice = "resize the table with transformers (resize_token_embeddings) and train it" if name else "leave vocab_size empty"
+        raise ValueError(
+            f"{name or 'model.vocab_size'}: the tokenizer has {size:,} entries, and the embedding table of the model {rows:,}: "
+            f"take the tokenizer that the model was trained with, or {advice}"
+        )
+    padded = any(rows == -(-size // multiple) * multiple for multiple in (8, 16, 32, 64, 128, 256, 512, 1024))
+    if foreign and name not in _WARNED and rows - size > 0.02 * rows and not padded:
+        _WARNED.add(name)
+        say(f"warning: {name}: the tokenizer has {size:,} entries, and the embedding table of the model {rows:,}: is it its own?")
 
 
 def locate(argument: str, weights: bool = True) -> pathlib.Path:

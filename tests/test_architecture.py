@@ -40,6 +40,7 @@ ROOMS = {
     ],
     "data": [
         "special",
+        "tokenizer_files",
         "tokenizer",
         "sources",
         "formats",

@@ -20,6 +20,8 @@ import numpy as np
 
 from jaxlm.config import unknown
 from jaxlm.data.special import FILL_IN, SPECIAL, numbered, present, texts_of
+from jaxlm.data.tokenizer_files import disagreements
+from jaxlm.report import say
 from jaxlm.text_files import well_formed
 
 END_OF_TEXT = "<|endoftext|>"
@@ -361,7 +363,19 @@ def _open_huggingface(path: str) -> Tokenizer:
         ) from None
     if not hf.is_fast:
         raise ValueError(f"tokenizer {path!r} has no fast version (tokenizer.json), which parallel tokenising needs")
+    _report_disagreements(path, hf)
     return HuggingFace(hf)
+
+
+_CHECKED: set[str] = set()
+
+
+def _report_disagreements(path: str, hf: Any) -> None:
+    """Print, once for a folder, where its files disagree with the tokenizer that transformers made of them."""
+    if path not in _CHECKED and pathlib.Path(path).is_dir():
+        _CHECKED.add(path)
+        for line in disagreements(pathlib.Path(path), hf):
+            say(f"warning: {line}")
 
 
 def _byte_level(model: Any, use_regex: bool) -> Any:

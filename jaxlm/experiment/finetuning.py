@@ -132,7 +132,7 @@ class Finetuning(Job):
 
     @functools.cache  # noqa: B019, which is one job a process
     def model(self) -> Model:
-        config = with_vocabulary(self.config.model.plain(), self.tokenizer)
+        config = with_vocabulary(self.config.model.plain(), self.tokenizer, self.config.model.init_from)
         if self.task.labels and "labels" not in self.task.head:
             config = with_labels(config, len(self.task.labels))
         check_fits(self.config, config, self.mesh)

@@ -84,7 +84,7 @@ class Pretraining(Job):
 
     @functools.cache  # noqa: B019, which is one job a process
     def model(self) -> Any:
-        config = with_vocabulary(self.config.model.plain(), self.tokenizer)
+        config = with_vocabulary(self.config.model.plain(), self.tokenizer, self.config.model.init_from)
         check_fits(self.config, config, self.mesh)
         return Detection(config, self.config.task.generator) if self.kind == "replaced" else Model(config)
 
