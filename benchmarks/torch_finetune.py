@@ -274,7 +274,7 @@ def make_optimizer(model: torch.nn.Module, peak: float, steps: int) -> tuple[Any
     warmup = round(WARMUP * steps)
 
     def rate(step: int) -> float:
-        return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup)
+        return (step + 1) / (warmup + 1) if step < warmup else (steps - 1 - step) / max(1, steps - 1 - warmup)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 

@@ -21,11 +21,12 @@ from jaxlm.hub import (
     read_config,
     read_json,
 )
+from jaxlm.metrics import lower_is_better
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
 from jaxlm.report import say
 from jaxlm.tasks import TASKS, Task, TaskConfig, label_order
-from jaxlm.train import LOWER, Checkpoints, TuneConfig, Tuning, init_frozen
+from jaxlm.train import Checkpoints, TuneConfig, Tuning, init_frozen
 
 CARD = "task.json"  # in a run's folder
 
@@ -232,7 +233,7 @@ def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
     config = configs.build(TuneConfig, tree.get("tune", {}))
     tuning = Tuning(config, model)
     metric = read_card(folder).metric
-    checkpoints = Checkpoints(folder / "checkpoints", metric=metric, higher=metric not in LOWER)
+    checkpoints = Checkpoints(folder / "checkpoints", metric=metric, higher=not lower_is_better(metric))
     step = checkpoints.best()
     if step is None:
         raise ValueError(f"{folder} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")

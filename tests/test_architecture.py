@@ -59,6 +59,7 @@ ROOMS = {
         "pipeline",
         "examples",
     ],
+    "metrics": ["direction", "intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],
     "train": ["objectives", "quantized", "tune", "adam8bit", "soap", "moments", "optim", "step", "checkpoint", "loop"],
     "hub": ["tensors", "files", "loading", "saving", "family", "encoders", "decoders", "seq2seq", "convert", "adapters"],
     "generate": [
@@ -77,7 +78,6 @@ ROOMS = {
         "seats",
         "engine",
     ],
-    "metrics": ["intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],
     "tasks": ["task", "labelling", "reading", "writing", "comparing", "baseline", "page", "predictor"],
     "models": [],
     "serve": [

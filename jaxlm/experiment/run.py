@@ -12,12 +12,13 @@ from jaxlm.experiment.config import CHANGEABLE, ExperimentConfig
 from jaxlm.experiment.finetuning import Finetuning
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.experiment.pretraining import Pretraining
+from jaxlm.metrics import lower_is_better
 from jaxlm.model import Params
 from jaxlm.models import Card, start_parameters, write_card
 from jaxlm.parallel import make_mesh, peak_flops, place_batch, speaks, stored_shardings
 from jaxlm.report import Page, Record, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
-    LOWER,
+    BestScore,
     Checkpoints,
     TrainState,
     Tuning,
@@ -30,7 +31,6 @@ from jaxlm.train import (
     make_train_step,
     state_shapes,
     state_shardings,
-    waited,
 )
 
 
@@ -76,7 +76,9 @@ class Run:
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder / "checkpoints", self.config.train.keep, self.metric, higher=self.metric not in LOWER)
+        return Checkpoints(
+            self.folder / "checkpoints", self.config.train.keep, self.metric, higher=not lower_is_better(self.metric)
+        )
 
     @functools.cached_property
     def batches(self) -> Batches:
@@ -97,7 +99,7 @@ class Run:
         if not self.start:
             return False
         record = [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == "eval"]
-        if self.config.train.patience and waited(record, self.metric) >= self.config.train.patience:
+        if self.config.train.patience and BestScore(self.metric, record).evals_since_best >= self.config.train.patience:
             return True
         return self.start >= self.steps and [row["step"] for row in record[-1:]] == [self.start]
 

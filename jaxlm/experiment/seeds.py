@@ -5,9 +5,8 @@ import pathlib
 
 from jaxlm.experiment.config import ExperimentConfig
 from jaxlm.experiment.run import Run
-from jaxlm.metrics import mean_interval
+from jaxlm.metrics import lower_is_better, mean_interval
 from jaxlm.report import read_rows, say, table
-from jaxlm.train import LOWER
 
 
 def train_seeds(config: ExperimentConfig) -> str:
@@ -35,5 +34,5 @@ def train_seeds(config: ExperimentConfig) -> str:
 def best_scores(folder: pathlib.Path, metric: str) -> dict[str, float]:
     """The scores of a run's best evaluation."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval" and row.get(metric) is not None]
-    chosen = (min if metric in LOWER else max)(rows, key=lambda row: row[metric])
+    chosen = (min if lower_is_better(metric) else max)(rows, key=lambda row: row[metric])
     return {name: value for name, value in chosen.items() if isinstance(value, float)}

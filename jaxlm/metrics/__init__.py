@@ -16,6 +16,7 @@ from jaxlm.metrics.classes import (
     weighted_multilabel,
 )
 from jaxlm.metrics.confidence import Bin, calibration, fit_temperature, reliability, scaled, softmax, weighted_calibration
+from jaxlm.metrics.direction import declare, lower_is_better
 from jaxlm.metrics.intervals import (
     Interval,
     Paired,
@@ -34,9 +35,9 @@ from jaxlm.metrics.texts import Scored, summarisation, translation, weighted_sum
 
 __all__ = [
     "Bin", "Interval", "Paired", "PerClass", "Scored", "Span", "Weighted", "approximate_randomisation", "averaged",
-    "bootstrap", "calibration", "class_scores", "classification", "confusion", "fit_temperature", "mcnemar",
-    "mean_interval", "multilabel", "paired", "perplexity", "preference", "regression", "reliability", "retrieval",
-    "scaled", "softmax", "span_scores", "spans", "spans_of", "squad", "summarisation", "translation",
+    "bootstrap", "calibration", "class_scores", "classification", "confusion", "declare", "fit_temperature",
+    "lower_is_better", "mcnemar", "mean_interval", "multilabel", "paired", "perplexity", "preference", "regression", "reliability",
+    "retrieval", "scaled", "softmax", "span_scores", "spans", "spans_of", "squad", "summarisation", "translation",
     "weighted_calibration", "weighted_classification", "weighted_multilabel", "weighted_retrieval", "weighted_spans",
     "weighted_squad", "weighted_summarisation", "weighted_translation",
 ]  # fmt: skip

@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import Scores, Weighted, check_numbers, check_sizes
+
+declare(higher=[f"{part}{name}" for name in ("exact", "f1") for part in ("", "answerable_", "unanswerable_", "best_")])
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

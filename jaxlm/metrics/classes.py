@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import unknown
+from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import Scores, Weighted, check_numbers, check_sizes
 
 AVERAGES = ("micro", "macro", "weighted")
+declare(higher=("accuracy", "subset_accuracy", "mcc", "auroc", "auprc"))
+declare(higher=[f"{name}{part}" for name in ("precision", "recall", "f1") for part in ("", *(f"_{a}" for a in AVERAGES))])
 
 
 class PerClass(NamedTuple):

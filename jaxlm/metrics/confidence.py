@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.metrics.classes import over
+from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import Scores, Weighted, check_numbers, check_sizes
+
+declare(lower=("ece", "mce", "brier", "nll"))
 
 
 class Bin(NamedTuple):

@@ -5,7 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import check_numbers, check_sizes
+
+declare(higher=("pearson", "spearman"), lower=("mse", "mae", "bits_per_byte"))
+declare(lower=[f"{unit}perplexity" for unit in ("", "token_", "word_", "byte_")])
 
 
 def regression(predicted: Any, actual: Any) -> dict[str, float]:

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import Weighted, averaged, check_numbers, check_sizes
+
+declare(higher=("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "accuracy", "margin"))
 
 
 def retrieval(scores_QD: Any, relevant_QD: Any, recalls: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.metrics.classes import PerClass, over, precision_recall_f1
+from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import Scores, Weighted, check_sizes
+
+declare(higher=("precision", "recall", "f1", "f1_macro", "accuracy"))
 
 Tags = Sequence[Sequence[str]]
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxlm.config import unknown
+from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import Scores, Weighted, averaged, check_sizes
 
 References = Sequence[str] | Sequence[Sequence[str]]
@@ -20,6 +21,7 @@ References = Sequence[str] | Sequence[Sequence[str]]
 Tokenizer = Literal["13a", "zh", "ja-mecab", "char", "intl", "none"]
 Words = Literal["auto", "latin", "unicode"]
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+declare(higher=("bleu", "chrf", *ROUGE), lower=("ter",))
 
 
 class Scored(NamedTuple):

@@ -44,8 +44,10 @@ class Adam8bitState(NamedTuple):
 def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam with both moments in 8 bits, block by block (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 
-    Blocks lie along the last axis, so that codes and scales are split over devices as their parameter is. Each step reads
-    the moments, moves them in float32 and rounds them to the nearest code again.
+    Blocks lie along the last axis, so that codes and scales are split over devices as their parameter is. Each step decodes
+    the moments, updates them in float32 and rounds them to the nearest code again. Two rules keep rounding from making a
+    step that Adam could not make: a second moment above 0 is never coded as 0, where only `eps` would be left below the
+    first one, and a step is clipped to `largest_step`.
     """
 
     def init(params: Tree) -> Adam8bitState:
@@ -64,6 +66,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     def update(updates: Tree, state: Adam8bitState, params: Tree | None = None) -> tuple[Tree, Adam8bitState]:
         taken = state.step + 1
         steps = taken.astype(jnp.float32)
+        most = largest_step(b1, b2, steps)
 
         def one(g: jax.Array, mu: Any, mu_scale: Any, nu: Any, nu_scale: Any) -> tuple[Any, ...]:
             g32 = g.astype(jnp.float32)
@@ -71,7 +74,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             m = b1 * (decode(mu, mu_scale, SIGNED) if coded else mu) + (1 - b1) * g32
             v = b2 * (decode(nu, nu_scale, UNSIGNED) if coded else nu) + (1 - b2) * jnp.square(g32)
             step = (m / (1 - b1**steps)) / (jnp.sqrt(v / (1 - b2**steps)) + eps)
-            kept = (*encode(m, SIGNED), *encode(v, UNSIGNED)) if coded else (m, mu_scale, v, nu_scale)
+            step = jnp.clip(step, -most, most) if coded else step
+            kept = (*encode(m, SIGNED), *encode(v, UNSIGNED, keep_positive=True)) if coded else (m, mu_scale, v, nu_scale)
             return (step.astype(g.dtype), *kept)
 
         moved = jax.tree.map(one, updates, state.mu, state.mu_scale, state.nu, state.nu_scale)
@@ -90,13 +94,28 @@ def block(width: int) -> int:
     return next(n for n in range(min(width, BLOCK), 0, -1) if width % n == 0)
 
 
-def encode(x: jax.Array, code: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Numbers as bytes and the scale of each block: the nearest entries of the code to x / scale."""
+def largest_step(b1: float, b2: float, steps: jax.Array) -> jax.Array:
+    """The largest |m̂| / √v̂ that any gradients can give Adam in this many steps: by Cauchy-Schwarz √Σ wᵢ² / uᵢ, with wᵢ and uᵢ
+    the weights of gradient i in the two moments. 1 at the first step, 1.16 later on for b1 = 0.9 and b2 = 0.95."""
+    if b2 == 0:
+        return jnp.asarray(1.0 if b1 == 0 else jnp.inf, jnp.float32)
+    ratio = b1 * b1 / b2
+    total = steps if ratio == 1 else (1 - ratio**steps) / (1 - ratio)
+    weights = (1 - b1) ** 2 * (1 - b2**steps) / ((1 - b2) * (1 - b1**steps) ** 2)
+    return jnp.sqrt(weights * total)
+
+
+def encode(x: jax.Array, code: np.ndarray, keep_positive: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Numbers as bytes and the scale of each block: the nearest entries of the code to x / scale. With `keep_positive` a
+    number above 0 gets the least entry above 0 where 0 would be nearer."""
     blocks = x.reshape(*x.shape[:-1], -1, block(x.shape[-1]))
     scale = jnp.max(jnp.abs(blocks), axis=-1)
     ratio = blocks / jnp.where(scale > 0, scale, 1)[..., None]
     middles = jnp.asarray((code[1:] + code[:-1]) / 2)
-    return jnp.searchsorted(middles, ratio).astype(jnp.uint8).reshape(x.shape), scale
+    codes = jnp.searchsorted(middles, ratio)
+    if keep_positive:
+        codes = jnp.where(blocks > 0, jnp.maximum(codes, int(np.searchsorted(code, 0.0)) + 1), codes)
+    return codes.astype(jnp.uint8).reshape(x.shape), scale
 
 
 def decode(codes: jax.Array, scale: jax.Array, code: np.ndarray) -> jax.Array:

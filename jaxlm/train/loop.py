@@ -9,12 +9,13 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import jax
 
 from jaxlm.config import unknown
+from jaxlm.metrics import lower_is_better
 from jaxlm.parallel import settle
 from jaxlm.report import Record, bar, count, say
 from jaxlm.train.checkpoint import Checkpoints
@@ -100,13 +101,30 @@ class Work:
     peak_flops: float | None = None
 
 
-# The lower the better; of every other score the higher.
-LOWER = ("loss", "bits_per_byte", "perplexity", "nll", "pair_loss", "detection_loss", "mse", "mae", "ter", "brier", "ece")
-
-
 def better(metric: str, one: float, other: float) -> bool:
-    """Whether a score beats another."""
-    return one < other if metric in LOWER else one > other
+    """Whether score `one` of a metric is better than `other`. Raises ValueError for a metric without a declared direction."""
+    return one < other if lower_is_better(metric) else one > other
+
+
+class BestScore:
+    """Best score of a run's evaluations so far, and how many evaluations followed it; each is added in constant time."""
+
+    def __init__(self, metric: str, rows: Iterable[Mapping[str, Any]] = ()):
+        """`rows` of a record; those of other kinds than `eval` are passed over."""
+        self.metric, self.evals_since_best = metric, 0
+        self._best: float | None = None
+        for row in rows:
+            if row["kind"] == "eval":
+                self.add(row)
+
+    def add(self, scores: Mapping[str, Any]) -> None:
+        """Add one evaluation. A score that is missing or not finite (null in a file of rows) is never the best."""
+        score = scores.get(self.metric)
+        defined = score is not None and math.isfinite(score)
+        if defined and (self._best is None or better(self.metric, score, self._best)):
+            self._best, self.evals_since_best = score, 0
+        elif self._best is not None or not defined:
+            self.evals_since_best += 1
 
 
 @contextlib.contextmanager
@@ -196,7 +214,7 @@ def fit(
     record: Record,
 ) -> Outcome:
     """Train from step `start` to `steps`, evaluating every `eval_every`."""
-    log = _Log(record, batches, work)
+    log, best = _Log(record, batches, work), BestScore(work.metric, record.rows)
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
     progress: Any = None
     step, ended = start, "finished"
@@ -210,6 +228,7 @@ def fit(
             if work.metric not in scores:
                 raise unknown("train.metric", work.metric, scores)
             record.write("eval", step, **scores)
+            best.add(scores)
             told = ", ".join(f"{name.replace('_', ' ')} {scores[name]:.4f}" for name in work.shown if name in scores)
             say(f"step {step:,}: held-out {told}")
             if work.sample:
@@ -229,7 +248,7 @@ def fit(
                 checkpoints.score(start, scores)
             log.restart()
         while step < steps and not asked():
-            if waited(record.rows, work.metric) >= (config.patience or math.inf):
+            if best.evals_since_best >= (config.patience or math.inf):
                 ended = "stopped"
                 break
             try:
@@ -257,13 +276,3 @@ def fit(
             checkpoints.save(step, state, progress, scores)
     batches.close()
     return Outcome(state, step, ended)  # type: ignore[arg-type]
-
-
-def waited(rows: Sequence[Mapping[str, Any]], metric: str) -> int:
-    """Evaluations since the one with the best score, of the rows of a record."""
-    scores = [row[metric] for row in rows if row["kind"] == "eval" and row.get(metric) is not None]
-    best = 0
-    for i, score in enumerate(scores):
-        if better(metric, score, scores[best]):
-            best = i
-    return len(scores) - 1 - best if scores else 0

@@ -17,11 +17,15 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from jaxlm.metrics import declare
+
 Sums = tuple[jax.Array, jax.Array, Mapping[str, jax.Array]]
 Apply = Callable[..., Any]
 Batch = Mapping[str, Any]
 Objective = Callable[[Apply, Any, Batch, jax.Array | None], Sums]
 
+declare(lower=("loss", "nll", "pair_loss", "detection_loss"))
+declare(higher=("detection_accuracy", "matched", "preferred", "margin", "chosen_reward"))
 
 @runtime_checkable
 class WholeBatch(Protocol):

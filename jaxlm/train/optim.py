@@ -15,6 +15,9 @@ from jaxlm.train.tune import Tuning, check_regex, matching
 
 Tree = Any
 
+_SLOWEST_BFLOAT16 = 0.995
+"""A decay nearer to 1 changes a number by less than half of a unit in bfloat16's last place, up to 2⁻⁸ of the number."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:
@@ -45,11 +48,12 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """What follows the warm-up; wsd: constant, then a linear decay at the end (Hu et al. 2024, "MiniCPM", §4)."""
     warmup: float = 100
-    """Steps over which the rate rises from 0 to its peak; below 1: that share of all steps."""
+    """Steps over which the rate rises from 0 to its peak; below 1: that share of all steps. The last step is never one of
+    them."""
     final: float = 0.1
-    """Rate at the last step as a share of the peak; constant ignores it."""
+    """Learning rate at the last step as a share of the peak; constant ignores it."""
     decay_share: float = 0.2
-    """Share of the steps that wsd decays over."""
+    """Share of all steps that wsd decays over, at most those after warm-up."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     decay: str = r"(kernel|table)$"
@@ -91,6 +95,14 @@ class OptimConfig:
             raise ValueError(f"warmup ({self.warmup}) and weight_decay ({self.weight_decay}) must not be negative")
         if self.moments != "float32" and self.name not in HALVED:
             raise ValueError(f"moments is {self.moments}, which {self.name} cannot keep: give float32, or {', '.join(HALVED)}")
+        # Muon and lion decay their momentum by beta2, and Muon's other parameters are adamw's.
+        decays = {"adamw": ("beta1",), "lion": ("beta2",), "muon": ("beta1", "beta2")}.get(self.name, ())
+        for name in decays if self.moments == "bfloat16" else ():
+            if 1 > getattr(self, name) > _SLOWEST_BFLOAT16:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but a moment in bfloat16 that decays so slowly never changes, as each "
+                    f"step's change is rounded away: give moments float32, or {name} up to {_SLOWEST_BFLOAT16}"
+                )
         if self.name == "schedule_free" and self.average is not None:
             raise ValueError(f"average is {self.average}, but schedule_free evaluates an average of its own: leave average empty")
         if self.name == "schedule_free" and self.beta1 == 0:
@@ -99,24 +111,47 @@ class OptimConfig:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Step → learning rate over a run of `steps` steps."""
+    """Step → learning rate over a run of `steps` steps, numbered from 0.
+
+    Warm-up, which leaves room for the last step, rises from peak / (warmup + 1): the first step is not lost. Every schedule
+    but `constant` falls from the peak, at the end of warm-up, to `final` × peak at the last step, `steps` − 1; the decay of
+    wsd begins at the end of warm-up where `decay_share` of all steps would begin before. A run of one step is its last.
+    """
     peak = config.learning_rate
-    warmup = min(round(config.warmup * steps if config.warmup < 1 else config.warmup), steps)
-    after, end = max(1, steps - warmup), config.learning_rate * config.final
-    rest = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, after, alpha=config.final),
-        "linear": lambda: optax.linear_schedule(peak, end, after),
-        "wsd": lambda: _stable_then_decay(peak, end, after, max(1, round(steps * config.decay_share))),
-    }[config.schedule]()
-    # The first step counts: it is taken at peak / (warmup + 1), not at 0.
+    warmup = min(round(config.warmup * steps if config.warmup < 1 else config.warmup), steps - 1)
+    after, end = steps - 1 - warmup, peak * config.final
+    decay = min(max(1, round(steps * config.decay_share)), after)
+    if config.schedule == "constant":
+        fall = optax.constant_schedule(peak)
+    elif after == 0:
+        fall = optax.constant_schedule(end)
+    elif config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, after, alpha=config.final)
+    elif config.schedule == "linear":
+        fall = optax.linear_schedule(peak, end, after)
+    else:
+        stable = after - decay
+        fall = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)], [stable])
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, rest], [warmup]) if warmup else rest
+    return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
 
 
-def _stable_then_decay(peak: float, end: float, steps: int, decay: int) -> optax.Schedule:
-    stable = max(0, steps - decay)
-    return optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)], [stable])
+def at_step(opt_state: Any, step: jax.Array) -> Any:
+    """The state with every count of a schedule set to `step`, the run's own number of the step.
+
+    A skipped update leaves the optimiser's state as it was, the counts in it too. The rate goes by the steps of the run
+    all the same: it is the one that is logged, and its last one is the schedule's last.
+    """
+    kinds = (optax.ScaleByScheduleState, optax.contrib.ScheduleFreeState)
+
+    def count(part: Any) -> Any:
+        if isinstance(part, optax.ScaleByScheduleState):
+            return part._replace(count=step)
+        if isinstance(part, optax.contrib.ScheduleFreeState):  # whose weights go by the rate of the next step
+            return part._replace(step_count=step + 1, base_optimizer_state=at_step(part.base_optimizer_state, step))
+        return part
+
+    return jax.tree.map(count, opt_state, is_leaf=lambda part: isinstance(part, kinds))
 
 
 def parameter_paths(params: Any) -> Any:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.model import Model, precision
 from jaxlm.parallel import batch_sharding, fitting, spread, stored_shardings
 from jaxlm.train.objectives import Objective, WholeBatch, split_rows
-from jaxlm.train.optim import OptimConfig
+from jaxlm.train.optim import OptimConfig, at_step
 from jaxlm.train.tune import TuneConfig, Tuning
 
 Batch = Mapping[str, Any]
@@ -213,7 +213,7 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer step with floats
             wide = widened(state.params)
             held = jax.device_put(state.opt_state, near) if optim.offload else state.opt_state
-            updates, opt_state = optimizer.update(grads, held, wide)
+            updates, opt_state = optimizer.update(grads, at_step(held, state.step), wide)
             learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         params = optax.apply_updates(wide, updates)
         if tuning.narrow:

@@ -23,7 +23,7 @@ from jaxlm.train import (
     make_train_step,
     objectives,
 )
-from jaxlm.train.adam8bit import SIGNED, UNSIGNED, block, decode, encode
+from jaxlm.train.adam8bit import SIGNED, UNSIGNED, block, decode, encode, largest_step, scale_by_adam_8bit
 from jaxlm.train.moments import HALVED, Name, matrices
 from jaxlm.train.step import TrainState, state_shapes, state_shardings
 
@@ -233,6 +233,61 @@ def test_a_number_becomes_the_nearest_entry(code):
     )
     zeros, none = encode(jnp.zeros((2, 64)), code)
     assert (none == 0).all() and (decode(zeros, none, code) == 0).all()
+
+
+def test_a_positive_second_moment_is_never_coded_as_zero():
+    """Twelve powers of ten in one block, and zeros: what is above 0 stays above 0, what is 0 stays 0."""
+    x = np.where(np.arange(256) % 3 == 0, 0, 10.0 ** -(np.arange(256) % 13)).astype(np.float32)[None]
+    codes, scale = encode(jnp.asarray(x), UNSIGNED, keep_positive=True)
+    np.testing.assert_array_equal(np.asarray(decode(codes, scale, UNSIGNED)) > 0, x > 0)
+    below = np.asarray(decode(*encode(jnp.asarray(x), UNSIGNED), UNSIGNED))
+    assert (below[x > 0] == 0).any(), "the nearest entry would be 0"
+
+
+@pytest.mark.parametrize("scale", [1e-1, 1e-3, 1e-5])
+def test_rows_that_get_one_gradient_move_as_adam_moves_them(scale):
+    """A table of which one row is seen once, in its fourth step: every later step is Adam's but for the rounding of codes."""
+    ours, adam = scale_by_adam_8bit(0.9, 0.95, 1e-8), optax.scale_by_adam(0.9, 0.95, 1e-8)
+    params = {"table": jnp.zeros((8, 1024))}
+    seen = jnp.zeros((8, 1024)).at[5].set(scale * jax.random.normal(jax.random.key(0), (1024,)))
+    of_ours, of_adam = jax.jit(ours.update), jax.jit(adam.update)
+    state, other, worst = ours.init(params), adam.init(params), 0.0
+    for i in range(30):
+        grads = {"table": seen if i == 3 else jnp.zeros((8, 1024))}
+        step, state = of_ours(grads, state)
+        with jax.numpy_dtype_promotion("standard"):
+            wanted, other = of_adam(grads, other)
+        worst = max(worst, float(jnp.abs(step["table"]).max()))
+        near = jnp.abs(step["table"] - wanted["table"])
+        assert float(jnp.median(near[5])) < 0.05 and float(near.max()) < 0.6, f"step {i}"
+        assert not step["table"][np.arange(8) != 5].any(), "rows without a gradient stay"
+    assert 0.5 < worst < 1.2
+
+
+@pytest.mark.parametrize("b1, b2", [(0.9, 0.95), (0.9, 0.999), (0.95, 0.9), (0.0, 0.5), (0.5, 0.25), (0.9, 0.0), (0.0, 0.0)])
+def test_no_gradients_give_adam_a_larger_step(b1, b2):
+    """The bound is reached by gradients proportional to the ratio of their weights, and by none exceeded (Cauchy-Schwarz)."""
+    rng = np.random.default_rng(0)
+    for steps in (1, 2, 5, 30):
+        age = np.arange(steps)[::-1]
+        mean, square = ((1 - b) * np.where(age == 0, 1.0, float(b) ** age) / (1 - b**steps) for b in (b1, b2))
+        bound = float(largest_step(b1, b2, jnp.float32(steps)))
+        with np.errstate(divide="ignore"):
+            worst = np.where(square > 0, mean / square, 0.0)
+        for grads in (worst, *rng.standard_normal((20, steps))):
+            assert abs(mean @ grads) / np.sqrt(square @ grads**2) <= bound * (1 + 1e-5)
+        if b2:
+            assert mean @ worst / np.sqrt(square @ worst**2) == pytest.approx(bound, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, decay", [("adamw", "beta1"), ("lion", "beta2"), ("muon", "beta1"), ("muon", "beta2")])
+def test_a_moment_in_bfloat16_must_be_able_to_decay(name, decay):
+    """0.999 of a number in bfloat16 rounds to the number: such a moment would never fade."""
+    assert float(jnp.bfloat16(1.5) * jnp.bfloat16(0.999)) == 1.5
+    with pytest.raises(ValueError, match=f"{decay} is 0.999.*float32"):
+        OptimConfig(name=name, moments="bfloat16", **{decay: 0.999})
+    OptimConfig(name=name, moments="bfloat16", **{decay: 0.99})
+    OptimConfig(name=name, **{decay: 0.999})
 
 
 def test_blocks_divide_the_axis():

@@ -1,6 +1,9 @@
 """The step: golden first numbers, no second compilation, schedules, and updates that are skipped."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -106,20 +109,49 @@ def test_decay_goes_by_name():
     assert np.any(updates["transformer"]["embed"]["table"])
 
 
+def fraction(kind: str, done: float, final: float) -> float:
+    """The rate, in peaks, after a share `done` of the decay."""
+    return {"constant": 1.0, "cosine": final + (1 - final) * (1 + math.cos(math.pi * done)) / 2}.get(kind, 1 - (1 - final) * done)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 100])
 @pytest.mark.parametrize(
-    "kind, after",
-    [
-        ("constant", {40: 1.0, 80: 1.0, 100: 1.0}),
-        ("linear", {40: 1 - 0.9 * 20 / 80, 80: 1 - 0.9 * 60 / 80, 100: 0.1}),
-        ("cosine", {40: 0.1 + 0.45 * (1 + np.cos(np.pi / 4)), 60: 0.1 + 0.45, 100: 0.1}),
-        ("wsd", {40: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
-    ],
+    "kind, share", [("constant", 0.2), ("cosine", 0.2), ("linear", 0.2)] + [("wsd", x) for x in (0, 0.2, 0.8, 1)]
 )
-def test_schedules(kind, after):
-    """Warm-up over 20 of 100 steps from 1/21 of the peak; then each by its formula, wsd falling from 80 on."""
-    schedule = make_schedule(OptimConfig(learning_rate=1.0, schedule=kind, warmup=20, final=0.1), 100)
-    np.testing.assert_allclose([schedule(step) for step in (0, 10, 20)], [1 / 21, 11 / 21, 1.0], rtol=1e-5)
-    np.testing.assert_allclose([schedule(step) for step in after], list(after.values()), rtol=1e-5)
+def test_schedules_step_by_step(kind, share, steps):
+    """Every rate of a run by hand: warm-up from peak / (warmup + 1), the peak once it is over, `final` at the last step."""
+    final = 0.1
+    for warmup in (0, 1, 2, 0.5, 50, 200):
+        optim = OptimConfig(learning_rate=2.0, schedule=kind, warmup=warmup, final=final, decay_share=share)
+        with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer step with floats
+            rates = np.asarray(jax.vmap(make_schedule(optim, steps))(jnp.arange(steps))) / 2 + np.zeros(steps)
+        rising = min(round(warmup * steps if warmup < 1 else warmup), steps - 1)
+        after = steps - 1 - rising
+        decay = min(max(1, round(share * steps)), after) if kind == "wsd" else after
+        expected = [(i + 1) / (rising + 1) for i in range(rising)]
+        expected += [fraction(kind, max(0, i - (after - decay)) / decay if decay else 1.0, final) for i in range(after + 1)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-5, err_msg=f"warmup {warmup}")
+        assert rates[-1] == pytest.approx(1.0 if kind == "constant" else final, rel=1e-6)
+        assert rising == steps - 1 or rates.max() == pytest.approx(1.0), "a run that has room for it reaches the peak"
+
+
+@pytest.mark.parametrize("name", ["lion", "schedule_free"])
+def test_the_logged_rate_is_the_one_that_was_used(name):
+    """Each number of lion's step is the rate itself: the logged one, also after skipped steps. The average of schedule_free
+    is weighed by the rates of the same steps."""
+    mesh, _, state, step = build(name=name, weight_decay=0.0, warmup=0, schedule="linear", final=0.0, clip=None)
+    (batch,) = batches(mesh, 1)
+    poisoned = {**batch, "weights_BL": batch["weights_BL"].at[0, 0].set(np.inf)}
+    for i in range(20):
+        before, bad = jax.device_get(state.params), i in (3, 4, 11)
+        state, metrics = step(state, poisoned if bad else batch)
+        rate = 1e-2 * (1 - i / 19)
+        assert bool(metrics["skipped"]) == bad and metrics["learning_rate"] == pytest.approx(rate, rel=1e-5, abs=1e-9)
+        if name == "lion":
+            moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.params))
+            assert max(jax.tree.leaves(moved)) == pytest.approx(0 if bad else rate, rel=1e-3, abs=2e-7)
+        elif not bad:
+            assert state.opt_state.step_count == i + 2
 
 
 def test_an_encoder_decoder_takes_the_same_steps_in_parts():
