@@ -120,10 +120,9 @@ class BestScore:
     def add(self, scores: Mapping[str, Any]) -> None:
         """Add one evaluation. A score that is missing or not finite (null in a file of rows) is never the best."""
         score = scores.get(self.metric)
-        defined = score is not None and math.isfinite(score)
-        if defined and (self._best is None or better(self.metric, score, self._best)):
+        if score is not None and math.isfinite(score) and (self._best is None or better(self.metric, score, self._best)):
             self._best, self.evals_since_best = score, 0
-        elif self._best is not None or not defined:
+        else:
             self.evals_since_best += 1
 
 

@@ -27,6 +27,7 @@ Objective = Callable[[Apply, Any, Batch, jax.Array | None], Sums]
 declare(lower=("loss", "nll", "pair_loss", "detection_loss"))
 declare(higher=("detection_accuracy", "matched", "preferred", "margin", "chosen_reward"))
 
+
 @runtime_checkable
 class WholeBatch(Protocol):
     """An objective that needs all rows of a batch at once."""
