@@ -64,6 +64,7 @@ ROOMS = {
     "hub": ["tensors", "files", "loading", "saving", "family", "encoders", "decoders", "seq2seq", "convert", "adapters"],
     "generate": [
         "sample",
+        "processors",
         "request",
         "text",
         "constrain",

@@ -7,12 +7,14 @@ V vocabulary · E tokens that end a text · C candidates.
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.generate.processors import History, LogitsRules, process
+from jaxlm.generate.sample import Knobs, SampleConfig, knobs, penalise_repetition, sample
 from jaxlm.model import Cache, Model, Params, empty_cache
 from jaxlm.model.cache import grow, reorder, spread
 from jaxlm.parallel import batch_sharding
@@ -21,6 +23,9 @@ from jaxlm.parallel import batch_sharding
 
 Step = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
 """Last tokens (R,), cache → log-probabilities (R, V) of the next ones (for `greedy` any scores do), cache."""
+
+Processor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Scores (R, V), the new tokens (R, T), how many they are → scores that the next token is chosen by."""
 
 
 class Prefilled(NamedTuple):
@@ -90,13 +95,20 @@ class _Greedy(NamedTuple):
     open_B: jax.Array
 
 
-def greedy(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array) -> Found:
-    """The most likely token each time, until every text has ended or fills its T tokens."""
+def greedy(
+    step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array, *, processor: Processor = lambda scores, tokens, new: scores,
+    pick: Callable[[jax.Array, jax.Array], jax.Array] = lambda scores, new: jnp.argmax(scores, axis=-1),
+) -> Found:  # fmt: skip
+    """The most likely token each time, until every text has ended or fills its T tokens.
+
+    `pick` chooses the token (B,) from the processed scores and the number of new tokens; the step's own scores are summed up.
+    """
     T = start.given_BT.shape[1]
 
     def choose(state: _Greedy, scores_BV: jax.Array) -> _Greedy:
-        token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
-        total_B = state.total_B + jnp.where(state.open_B, jnp.max(scores_BV, axis=-1).astype(jnp.float32), 0)
+        token_B = pick(processor(scores_BV, state.tokens_BT, state.new), state.new).astype(jnp.int32)
+        own_B = jnp.take_along_axis(scores_BV, token_B[:, None], axis=-1)[:, 0].astype(jnp.float32)
+        total_B = state.total_B + jnp.where(state.open_B, own_B, 0)
         open_B = state.open_B & ~among(token_B, stop_E)
         tokens_BT = jax.lax.dynamic_update_slice(state.tokens_BT, token_B[:, None], (0, state.new))
         return _Greedy(state.new + 1, token_B, tokens_BT, state.length_B + open_B.astype(jnp.int32), total_B, open_B)
@@ -129,12 +141,15 @@ class _Beams(NamedTuple):
     open_B: jax.Array
 
 
-def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array, beams: int, best: int = 1) -> Found:
+def beam_search(
+    step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array, beams: int, best: int = 1, *,
+    early_stopping: "EarlyStopping" = "false", processor: Processor = lambda scores, tokens, new: scores,
+) -> Found:  # fmt: skip
     """The `best` texts, by log-probability / tokens^penalty, of those in which `beams` beams end.
 
     Of the best (1 + E) · G continuations those that end a text are kept if they are among the first G, and the best G of
     the others go on. A text is closed once it has G ended beams and the best one that could go on scores, as it stands,
-    no higher than the worst of them: the rule of `transformers` with `early_stopping=False`.
+    no higher than the worst of them: the rule of `transformers` with `early_stopping` False; see `DecodeConfig.early_stopping`.
     """
     (B, T), G, V = start.given_BT.shape, beams, start.scores_BV.shape[1]
     C = max(2, 1 + stop_E.shape[0]) * G
@@ -142,6 +157,7 @@ def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Ar
     assert C <= G * own, f"a vocabulary of {V} has no continuation left beside {stop_E.shape[0]} tokens that end a text"
 
     def choose(state: _Beams, scores_RV: jax.Array) -> _Beams:
+        scores_RV = processor(scores_RV, state.tokens_BGT.reshape(B * G, T), state.new)
         # The best of each beam first, then of all of them: shorter rows to sort.
         best_RC, token_RC = jax.lax.top_k(scores_RV, own)
         total_BC, place_BC = jax.lax.top_k((state.score_BG[:, :, None] + best_RC.reshape(B, G, own)).reshape(B, -1), C)
@@ -160,7 +176,11 @@ def beam_search(step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Ar
         ended_length_BG = _rows(jnp.concatenate([state.ended_length_BG, new - stops_BC.astype(jnp.int32)], axis=1), kept_BG)
 
         score_BG, going_BG = jax.lax.top_k(jnp.where(ends_BC, -jnp.inf, total_BC), G)
-        open_B = state.open_B & (score_BG[:, 0] / counted > ended_score_BG[:, -1])
+        # A longer text may score more where the penalty favours length.
+        longest = jnp.where(penalty > 0, jnp.float32(T) ** penalty, counted) if early_stopping == "never" else counted
+        open_B = state.open_B & (score_BG[:, 0] / longest > ended_score_BG[:, -1])
+        if early_stopping == "true":
+            open_B &= ~jnp.all(jnp.isfinite(ended_score_BG), axis=-1)
         going = (_rows(tokens_BCT, going_BG), score_BG, _rows(parent_BC, going_BG))
         return _Beams(new, *going, ended_BGT, ended_length_BG, ended_score_BG, open_B)
 
@@ -192,6 +212,9 @@ def _rows(x: jax.Array, index_BC: jax.Array) -> jax.Array:
 # --- a model and its prompts ---------------------------------------------------------------------
 
 
+EarlyStopping = Literal["false", "true", "never"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How the most likely text is searched for."""
@@ -204,13 +227,32 @@ class DecodeConfig:
     """Beams are compared by log-probability / tokens^length_penalty: the larger, the longer the texts."""
     n_best: int = 1
     """Texts of each prompt that `BatchGenerator.ranked` returns; at most as many as beams."""
+    early_stopping: EarlyStopping = "false"
+    """When beam search ends, as Hugging Face's option: true: with as many ended texts as beams; false: once the best open text
+    scores no higher; never: once no longer text can."""
+    no_repeat_ngram_size: int = 0
+    """No n-gram of this many tokens occurs twice in prompt and text (for an encoder-decoder: in the text); 0: off."""
+    repetition_penalty: float = 1.0
+    """Divides positive scores of tokens that occurred and multiplies negative ones (Keskar et al. 2019); 1: off."""
+    min_tokens: int = 0
+    """Least new tokens before a text may end."""
 
     def __post_init__(self) -> None:
+        for name in ("no_repeat_ngram_size", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be from 0.01 to 100")
         for name in ("max_tokens", "beams", "n_best"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_best > self.beams:
             raise ValueError(f"n_best is {self.n_best}: it must be at most beams, which is {self.beams}")
+
+    def rules(self, others: LogitsRules) -> LogitsRules:
+        """`others` with the rules that stand here."""
+        own = {"no_repeat_ngram_size": self.no_repeat_ngram_size, "min_new_tokens": self.min_tokens}
+        return dataclasses.replace(others, **{name: value for name, value in own.items() if value})
 
 
 class Scored(NamedTuple):
@@ -248,52 +290,75 @@ class BatchGenerator:
         self._allowed_V = (ids_V < vocab_size) & ~np.isin(ids_V, list(banned))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._apart = jax.jit(model.apart)
-        self._run = jax.jit(self._pure, static_argnames=("T", "G", "N", "scored"), out_shardings=whole)
+        static = ("T", "G", "N", "scored", "rules", "penalty_of_repetition", "early_stopping")
+        self._run = jax.jit(self._pure, static_argnames=static, out_shardings=whole)
 
     def __call__(
         self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int], *,
         batch_size: int = 32, advance: Callable[[int], None] = lambda n: None, forced: Sequence[int] = (),
+        rules: LogitsRules = LogitsRules(), sampling: SampleConfig | None = None, seeds: Sequence[int] = (),
     ) -> list[list[int]]:  # fmt: skip
         """The new tokens of each prompt, in the prompts' order, each ending before one of `stop` or after `max_tokens`.
 
         `forced` are the first new tokens, given instead of chosen (the language code of mBART); they are part of the
-        result. `advance` is told how many prompts each batch held. ValueError: a prompt that is empty, or longer than
-        learned positions allow.
+        result. `rules` constrain the tokens beside those of `config`. With `sampling` tokens are drawn, each prompt's by its own of
+        `seeds`, and nothing is searched for. `advance` gets how many prompts each batch held. ValueError: a prompt that is empty or
+        longer than learned positions allow; beams or penalties beside the one for repetition, with `sampling`.
         """
-        found = self._found(params, prompts, config, stop, batch_size, advance, forced, scored=False)
+        drawn = sampling is not None and sampling.temperature > 0
+        if sampling is not None and (sampling.presence_penalty or sampling.frequency_penalty):
+            raise ValueError("presence_penalty and frequency_penalty are not for texts written in batches: give repetition_penalty")
+        if drawn and config.beams > 1:
+            raise ValueError(f"beams is {config.beams}: with a temperature above 0 texts are drawn, by 1 beam")
+        draws = (sampling, seeds) if drawn else None
+        found = self._found(params, prompts, config, stop, batch_size, advance, forced, rules, draws, scored=False)
         return [texts[0].tokens for texts in found]
 
     def ranked(
         self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int], *,
         batch_size: int = 32, advance: Callable[[int], None] = lambda n: None, forced: Sequence[int] = (),
+        rules: LogitsRules = LogitsRules(),
     ) -> list[list[Scored]]:  # fmt: skip
         """The `config.n_best` texts of each prompt with their scores, best first; otherwise as a call."""
-        return self._found(params, prompts, config, stop, batch_size, advance, forced, scored=True)
+        return self._found(params, prompts, config, stop, batch_size, advance, forced, rules, None, scored=True)
 
     def _found(
         self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int],
-        batch_size: int, advance: Callable[[int], None], forced: Sequence[int], scored: bool,
+        batch_size: int, advance: Callable[[int], None], forced: Sequence[int], rules: LogitsRules,
+        draws: tuple[SampleConfig | None, Sequence[int]] | None, scored: bool,
     ) -> list[list[Scored]]:  # fmt: skip
         self._check(prompts, config.max_tokens, len(forced))
+        rules = config.rules(rules)
+        rules.check(self.model.config.V)
         sharding, T, penalty = batch_sharding(self.mesh), config.max_tokens, config.length_penalty
         ways = self.mesh.size // sharding.shard_shape((self.mesh.size,))[0]
         rows = -(-min(batch_size, rounded(len(prompts))) // ways) * ways
         forced_F, stop_E = np.array(forced, np.int32), np.array(sorted(stop), np.int32)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        sizes = {"T": T, "G": config.beams, "N": config.n_best if scored else 1, "scored": scored}
+        sizes = {"T": T, "G": config.beams, "N": config.n_best if scored else 1, "scored": scored, "rules": rules,
+                 "penalty_of_repetition": config.repetition_penalty, "early_stopping": config.early_stopping}  # fmt: skip
         texts: list[list[Scored]] = [[] for _ in prompts]
         with jax.set_mesh(self.mesh):
             params = self._apart(params)
             for start in range(0, len(order), rows):
                 part = order[start : start + rows]
                 batch = jax.device_put(self._batch([prompts[i] for i in part], rows, forced), sharding)
-                found = self._run(params, *batch, forced_F, stop_E, np.float32(penalty), **sizes)
+                drawn = None if draws is None else self._draws(draws[0], [draws[1][i] for i in part], rows)
+                found = self._run(params, *batch, forced_F, stop_E, np.float32(penalty), drawn, **sizes)
                 for i, tokens_NT, length_N, score_N in zip(part, *jax.device_get(found), strict=False):
                     for tokens_T, length, score in zip(tokens_NT, length_N.tolist(), score_N.tolist(), strict=True):
                         logprob = score * min(length + 1, T) ** penalty
                         texts[i].append(Scored(tokens_T[:length].tolist(), score, logprob))
                 advance(len(part))
         return texts
+
+    @staticmethod
+    def _draws(config: SampleConfig | None, seeds: Sequence[int], rows: int) -> tuple[Knobs, jax.Array]:
+        """How each row is drawn, and the keys (B,) that those of its tokens are folded from."""
+        assert config is not None
+        # The penalty for repetition is applied with the rules, as in a search.
+        plain = dataclasses.replace(config, repetition_penalty=1.0)
+        return knobs([plain] * rows), jax.vmap(jax.random.key)(np.array([*seeds, *[0] * (rows - len(seeds))], np.uint32))
 
     def _check(self, prompts: Sequence[Sequence[int]], new: int, forced: int) -> None:
         if forced >= new:
@@ -319,7 +384,8 @@ class BatchGenerator:
 
     def _pure(
         self, params: Params, tokens_BL: jax.Array, length_B: jax.Array, forced_F: jax.Array, stop_E: jax.Array, penalty: jax.Array,
-        *, T: int, G: int, N: int, scored: bool,
+        drawn: tuple[Knobs, jax.Array] | None, *, T: int, G: int, N: int, scored: bool, rules: LogitsRules,
+        penalty_of_repetition: float, early_stopping: EarlyStopping,
     ) -> Found:  # fmt: skip
         (B, L), F = tokens_BL.shape, forced_F.shape[0]
         batch: dict[str, Any] = {"tokens_BL": tokens_BL}
@@ -337,10 +403,46 @@ class BatchGenerator:
             scores_RV = jax.nn.log_softmax(logits_RLV[:, 0], axis=-1) if G > 1 or scored else logits_RLV[:, 0]
             return jnp.where(self._allowed_V[None, :], scores_RV, -jnp.inf), cache
 
+        # Of the decoder: a prompt's tokens before the forced ones, or the start token.
+        prompt_B = jnp.ones(B, jnp.int32) if self.reads else length_B - F
+        before_BL = jnp.full((B, 1), self.start_id, jnp.int32) if self.reads else _before(tokens_BL, length_B, F)
+        source_BS = None
+        if self.reads and rules.encoder_no_repeat_ngram_size:
+            source_BS = jnp.where(batch["encoder"]["segments_BL"] > 0, tokens_BL, -1)
+
+        def processor(scores_RV: jax.Array, tokens_RT: jax.Array, new: jax.Array) -> jax.Array:
+            if not rules and penalty_of_repetition == 1:
+                return scores_RV
+            beams = scores_RV.shape[0] // B
+            text_RT = jnp.where(jnp.arange(T)[None, :] < new, tokens_RT, -1)
+            tokens_RH = jnp.concatenate([jnp.repeat(before_BL, beams, axis=0), text_RT], axis=1)
+            if penalty_of_repetition != 1:
+                scores_RV = penalise_repetition(scores_RV, tokens_RH, penalty_of_repetition)
+            history = History(
+                tokens_RH, before_BL.shape[1] + new, jnp.repeat(prompt_B, beams) + new, new, T,
+                None if source_BS is None else jnp.repeat(source_BS, beams, axis=0),
+            )  # fmt: skip
+            return process(scores_RV, rules, history, stop_E)
+
         given_BT = jnp.broadcast_to(jnp.pad(forced_F, (0, T - F))[None, :], (B, T))
         start = Prefilled(*scores(batch, cache), given_BT, F, length_B > 0)
         step: Step = lambda token_R, cache: scores({"tokens_BL": token_R[:, None]}, cache)  # noqa: E731
-        return greedy(step, start, stop_E, penalty) if G == 1 else beam_search(step, start, stop_E, penalty, G, N)
+        if G > 1:
+            return beam_search(step, start, stop_E, penalty, G, N, early_stopping=early_stopping, processor=processor)
+        if drawn is not None:
+            knobs, keys_B = drawn
+
+            def pick(scores_BV: jax.Array, new: jax.Array) -> jax.Array:
+                return sample(scores_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, new), knobs, scores_BV.shape[1])
+
+            return greedy(step, start, stop_E, penalty, processor=processor, pick=pick)
+        return greedy(step, start, stop_E, penalty, processor=processor)
+
+
+def _before(tokens_BL: jax.Array, length_B: jax.Array, F: int) -> jax.Array:
+    """(B, L − F): prompts that end together, −1 before them and without the F forced tokens at their ends."""
+    L = tokens_BL.shape[1]
+    return jnp.where(jnp.arange(L)[None, :] >= L - length_B[:, None], tokens_BL, -1)[:, : L - F]
 
 
 def rounded(length: int) -> int:

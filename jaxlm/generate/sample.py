@@ -140,6 +140,14 @@ def adjust(logits_BV: jax.Array, knobs: Knobs, seen: Seen) -> jax.Array:
     return jax.lax.cond(knobs.penalise, penalised, lambda x: x, logits_BV)
 
 
+def penalise_repetition(scores_RV: jax.Array, tokens_RH: jax.Array, penalty: float) -> jax.Array:
+    """Scores after one penalty for all tokens of `tokens_RH`, −1 where there is none (Keskar et al. 2019)."""
+    R, V = scores_RV.shape
+    row_R1, token_RH = jnp.arange(R)[:, None], jnp.where(tokens_RH < 0, V, tokens_RH)
+    there_RV = jnp.zeros((R, V), bool).at[row_R1, token_RH].set(True, mode="drop")
+    return jnp.where(there_RV, jnp.where(scores_RV < 0, scores_RV * penalty, scores_RV / penalty), scores_RV)
+
+
 def keep(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
     """Logits of the distribution that is drawn from: −inf outside, the likeliest token's 0.
 

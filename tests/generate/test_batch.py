@@ -13,6 +13,7 @@ import pytest
 
 from jaxlm.generate import BatchGenerator, DecodeConfig, Generator, SampleConfig
 from jaxlm.generate.batch import Prefilled, beam_search, greedy
+from jaxlm.generate.processors import LogitsRules
 from jaxlm.hub import load_folder
 from jaxlm.model import Model, TransformerConfig, empty_cache
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
@@ -301,3 +302,69 @@ def test_mistakes_are_told():
     for wrong in ({"max_tokens": 0}, {"beams": 0}, {"n_best": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is 0"):
             DecodeConfig(**wrong)
+
+
+# --- what a model's generation settings force or forbid -------------------------------------------
+
+
+def settings_of(name: str, theirs, stop: list[int]) -> list[tuple[dict, DecodeConfig, LogitsRules]]:
+    """Options of `transformers` and ours, each of which changes a text that it is tried on."""
+    said = [text for text in generate(theirs, stop) if len(text) > 4]
+    plain = said[0]
+    words = ((plain[0],), (plain[2], plain[3]), tuple(plain[:2]))
+    loud = collections.Counter(token for text in said for token in text).most_common(1)[0][0]
+    prompt = 1 if theirs.config.is_encoder_decoder else 5
+    cases = [
+        ({"no_repeat_ngram_size": 1, "num_beams": 1}, DecodeConfig(12, no_repeat_ngram_size=1), LogitsRules()),
+        ({"no_repeat_ngram_size": 2, "repetition_penalty": 1.7}, DecodeConfig(12, 1, no_repeat_ngram_size=2, repetition_penalty=1.7),
+         LogitsRules()),
+        ({"bad_words_ids": [list(word) for word in words], "min_new_tokens": 7, "num_beams": 4, "length_penalty": 2.0},
+         DecodeConfig(12, 4, 2.0, min_tokens=7), LogitsRules(bad_words_ids=words)),
+        ({"suppress_tokens": [loud], "begin_suppress_tokens": [plain[0]], "min_length": prompt + 6, "forced_eos_token_id": stop[0],
+          "num_beams": 3, "early_stopping": True, "no_repeat_ngram_size": 3, "repetition_penalty": 1.3},
+         DecodeConfig(12, 3, early_stopping="true", no_repeat_ngram_size=3, repetition_penalty=1.3),
+         LogitsRules(suppress_tokens=(loud,), begin_suppress_tokens=(plain[0],), min_length=prompt + 6,
+                     forced_eos_token_id=(stop[0],))),
+        ({"num_beams": 3, "early_stopping": "never", "length_penalty": 1.5, "no_repeat_ngram_size": 2},
+         DecodeConfig(12, 3, 1.5, early_stopping="never", no_repeat_ngram_size=2), LogitsRules()),
+    ]  # fmt: skip
+    if theirs.config.is_encoder_decoder:
+        cases.append((
+            {"forced_bos_token_id": 9, "forced_eos_token_id": stop[1], "begin_suppress_tokens": [plain[1]], "num_beams": 4,
+             "encoder_no_repeat_ngram_size": 1, "early_stopping": True, "length_penalty": 0.0},
+            DecodeConfig(12, 4, 0.0, early_stopping="true"),
+            LogitsRules(forced_bos_token_id=9, forced_eos_token_id=(stop[1],), begin_suppress_tokens=(plain[1],),
+                        encoder_no_repeat_ngram_size=1),
+        ))  # fmt: skip
+    return cases
+
+
+@pytest.mark.parity
+def test_settings_of_generation_are_those_of_transformers(both):
+    """Each prompt alone, as the padding of a batch counts as tokens for transformers; beams with their rules of giving up."""
+    name, theirs, model, params, stop = both
+    if name in ("llama", "qwen3"):
+        pytest.skip("the same code as for gpt2")
+    ours = BatchGenerator(model, ONE, V, pad_id=PAD, start_id=START)
+    prompts = [prompt for prompt in PROMPTS if len(prompt) >= 5][:3]
+    plain = ours(params, prompts, DecodeConfig(12), stop)
+    for options, config, rules in settings_of(name, theirs, stop):
+        expected = [generated_alone(theirs, prompt, stop, **options) for prompt in prompts]
+        assert ours(params, prompts, config, stop, rules=rules) == expected, options
+        assert expected != plain, options
+
+
+def generated_alone(theirs, prompt: list[int], stop: list[int], **options) -> list[int]:
+    import torch
+    import transformers
+
+    reads = theirs.config.is_encoder_decoder
+    theirs.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=START if reads else None, pad_token_id=PAD, eos_token_id=stop
+    )
+    out = theirs.generate(
+        input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+        max_new_tokens=12, **options,
+    )  # fmt: skip
+    row = out[0, 1 if reads else len(prompt) :].tolist()
+    return list(itertools.takewhile(lambda token: token not in stop, row))

@@ -1,0 +1,175 @@
+"""Logits processors: which tokens may not come next, or must, as Hugging Face's `generate` has them.
+
+A `LogitsRules` is static under jit: what a model does not ask for is not in its program. All of it runs on the device.
+
+Letters: R rows of the model · H places of the history · S tokens of a source · V vocabulary · W forbidden sequences · M tokens of
+their beginnings.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsRules:
+    """Hard constraints on the next token. The default changes nothing."""
+
+    no_repeat_ngram_size: int = 0
+    """No n-gram of this size occurs twice in prompt and text together (for an encoder-decoder: in the text); 0: off."""
+    encoder_no_repeat_ngram_size: int = 0
+    """No n-gram of this size of the source occurs in an encoder-decoder's text; 0: off."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that may not occur."""
+    min_length: int = 0
+    """Least tokens before the text may end, prompt (or the decoder's start token) included."""
+    min_new_tokens: int = 0
+    """Least new tokens before the text may end."""
+    forced_bos_token_id: int | None = None
+    """Second token of a text, where the first is the only one so far: an encoder-decoder's first new token."""
+    forced_eos_token_id: tuple[int, ...] = ()
+    """Tokens of which one comes last where a text reaches its maximum length."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that never come."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are not the first new one."""
+
+    def __post_init__(self) -> None:
+        for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if not all(self.bad_words_ids):
+            raise ValueError("bad_words_ids holds an empty sequence: give at least one token id each")
+
+    def __bool__(self) -> bool:
+        return self != LogitsRules()
+
+    def named(self) -> tuple[str, ...]:
+        """Names of the rules that are set."""
+        return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether a rule looks at which tokens came before, not only at how many."""
+        return bool(self.no_repeat_ngram_size or self.encoder_no_repeat_ngram_size or any(len(w) > 1 for w in self.bad_words_ids))
+
+    def check(self, vocab_size: int) -> None:
+        """ValueError for a token id that the model's table does not hold."""
+        ids = {*self.forced_eos_token_id, *self.suppress_tokens, *self.begin_suppress_tokens}
+        ids |= {token for word in self.bad_words_ids for token in word}
+        ids |= set() if self.forced_bos_token_id is None else {self.forced_bos_token_id}
+        wrong = sorted(token for token in ids if not 0 <= token < vocab_size)
+        if wrong:
+            raise ValueError(f"generation settings name token {wrong[0]}: the model's table holds ids from 0 to {vocab_size - 1}")
+
+
+class History(NamedTuple):
+    """The texts so far. Counts are numbers, or (R,) where rows differ."""
+
+    tokens_RH: jax.Array | None
+    """Prompt and text, the text at the end, −1 elsewhere; None where no rule reads it."""
+    end_R: Any
+    """Place in H of the next token."""
+    length_R: Any
+    """Tokens of prompt and text (for an encoder-decoder of the decoder's, start token included)."""
+    new_R: Any
+    """Tokens of the text."""
+    limit_R: Any
+    """Most tokens of the text."""
+    source_RS: jax.Array | None = None
+    """The encoder's tokens, −1 where there is none."""
+
+
+def process(scores_RV: jax.Array, rules: LogitsRules, history: History, stop: Collection[int] | jax.Array) -> jax.Array:
+    """Scores with −inf for tokens that the rules forbid, in the order of `transformers`.
+
+    `scores_RV` are logits or log-probabilities; `stop` are the tokens that end a text: ids, or an array (R, E) or (E,) filled up
+    with ids that the table does not hold.
+    """
+    R, V = scores_RV.shape
+    length_R1, new_R1, limit_R1 = (_column(x, R) for x in (history.length_R, history.new_R, history.limit_R))
+    if rules.no_repeat_ngram_size:
+        assert history.tokens_RH is not None, "the rule reads the history"
+        banned_RV = _completed(history, history.tokens_RH, rules.no_repeat_ngram_size, V)
+        scores_RV = jnp.where(banned_RV, -jnp.inf, scores_RV)
+    if rules.encoder_no_repeat_ngram_size and history.source_RS is not None:
+        banned_RV = _completed(history, history.source_RS, rules.encoder_no_repeat_ngram_size, V)
+        scores_RV = jnp.where(banned_RV, -jnp.inf, scores_RV)
+    if rules.bad_words_ids:
+        scores_RV = jnp.where(_bad(rules.bad_words_ids, history, length_R1, R, V), -jnp.inf, scores_RV)
+    if rules.min_length or rules.min_new_tokens:
+        stop_RE = stop if isinstance(stop, jax.Array) else jnp.array(sorted(stop), jnp.int32)
+        early_R1 = (length_R1 < rules.min_length) | (new_R1 < rules.min_new_tokens)
+        scores_RV = jnp.where(early_R1 & _ids(stop_RE, R, V), -jnp.inf, scores_RV)
+    if rules.forced_bos_token_id is not None:
+        scores_RV = _forced(scores_RV, length_R1 == 1, [rules.forced_bos_token_id])
+    if rules.forced_eos_token_id:
+        scores_RV = _forced(scores_RV, new_R1 == limit_R1 - 1, rules.forced_eos_token_id)
+    if rules.suppress_tokens:
+        scores_RV = jnp.where(_some(rules.suppress_tokens, V), -jnp.inf, scores_RV)
+    if rules.begin_suppress_tokens:
+        # A forced first token is no beginning of its own.
+        first_R1 = (length_R1 - new_R1 == 1).astype(jnp.int32) if rules.forced_bos_token_id is not None else 0
+        scores_RV = jnp.where((new_R1 == first_R1) & _some(rules.begin_suppress_tokens, V), -jnp.inf, scores_RV)
+    return scores_RV
+
+
+def _column(value: Any, R: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(value, jnp.int32).reshape(-1), (R,))[:, None]
+
+
+def _some(ids: Sequence[int], V: int) -> np.ndarray:
+    return np.isin(np.arange(V), np.array(ids))[None, :]
+
+
+def _ids(ids_RE: jax.Array, R: int, V: int) -> jax.Array:
+    """(R, V): True for the ids of each row; others than the table's are left out."""
+    ids_RE = jnp.broadcast_to(ids_RE if ids_RE.ndim == 2 else ids_RE[None, :], (R, ids_RE.shape[-1]))
+    ids_RE = jnp.where(ids_RE < 0, V, ids_RE)  # negative indices would count from the end
+    return jnp.zeros((R, V), bool).at[jnp.arange(R)[:, None], ids_RE].set(True, mode="drop")
+
+
+def _forced(scores_RV: jax.Array, here_R1: jax.Array, ids: Sequence[int]) -> jax.Array:
+    return jnp.where(here_R1, jnp.where(_some(ids, scores_RV.shape[1]), 0, -jnp.inf).astype(scores_RV.dtype), scores_RV)
+
+
+def _last(history: History, count: int) -> jax.Array:
+    """(R, count): the last tokens of each text, −1 before its first."""
+    assert history.tokens_RH is not None, "a rule reads the history"
+    place_RM = _column(history.end_R, history.tokens_RH.shape[0]) - jnp.arange(count, 0, -1)[None, :]
+    last_RM = jnp.take_along_axis(history.tokens_RH, jnp.maximum(place_RM, 0), axis=1)
+    return jnp.where(place_RM >= 0, last_RM, -1)
+
+
+def _completed(history: History, tokens_RH: jax.Array, size: int, V: int) -> jax.Array:
+    """(R, V): tokens that would complete an n-gram of `tokens_RH`."""
+    (R, H), M = tokens_RH.shape, size - 1
+    if H < size:
+        return jnp.zeros((R, V), bool)
+    ends_RH = tokens_RH[:, M:]
+    if M:
+        last_RM = _last(history, M)
+        same_RH = jnp.all(last_RM >= 0, axis=1, keepdims=True)
+        for j in range(M):
+            same_RH = same_RH & (tokens_RH[:, j : H - M + j] == last_RM[:, j : j + 1])
+        ends_RH = jnp.where(same_RH, ends_RH, -1)
+    return _ids(ends_RH, R, V)
+
+
+def _bad(words: Sequence[Sequence[int]], history: History, length_R1: jax.Array, R: int, V: int) -> jax.Array:
+    """(R, V): tokens that would complete one of the sequences."""
+    alone = [word[0] for word in words if len(word) == 1]
+    banned_RV = jnp.broadcast_to(_some(alone, V), (R, V))
+    longer = [word for word in words if len(word) > 1]
+    if not longer:
+        return banned_RV
+    M = max(map(len, longer)) - 1
+    begin_WM: Any = np.array([[-1] * (M + 1 - len(word)) + list(word[:-1]) for word in longer], np.int32)
+    same_RWM = (_last(history, M)[:, None, :] == begin_WM[None]) | (begin_WM < 0)[None]
+    there_RW = jnp.all(same_RWM, axis=-1) & (length_R1 >= np.array([len(word) - 1 for word in longer], np.int32)[None, :])
+    ends_RW = jnp.where(there_RW, np.array([word[-1] for word in longer], np.int32)[None, :], -1)
+    return banned_RV | _ids(ends_RW, R, V)
