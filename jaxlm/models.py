@@ -1,8 +1,10 @@
 """The MODEL argument of a verb: a run folder, a Hugging Face folder (a model's or a PEFT adapter's), or a hub id."""
 
+import collections
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,19 +13,24 @@ import jax.numpy as jnp
 
 from jaxlm import config as configs
 from jaxlm.data import Tokenizer, load_tokenizer
+from jaxlm.devices import LoadOptions
+from jaxlm.generate import SETTINGS, DecodeConfig, GenerationSettings
 from jaxlm.hub import (
     ADAPTER,
+    GENERATION,
     find,
     is_hugging_face,
     load_adapter,
     load_parameters,
     read_adapter,
     read_config,
+    read_generation,
     read_json,
+    stored_dtype,
 )
 from jaxlm.metrics import lower_is_better
 from jaxlm.model import Detection, Model, Params, TransformerConfig
-from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
+from jaxlm.parallel import ParallelConfig, make_mesh, mesh_of, stored_shardings
 from jaxlm.report import say
 from jaxlm.tasks import TASKS, Task, TaskConfig, label_order
 from jaxlm.train import Checkpoints, TuneConfig, Tuning, init_frozen
@@ -90,10 +97,31 @@ class Trained:
         """Tokens that end a text beside the tokenizer's own: of a Hugging Face folder its list of them."""
         if self.source is None or self.theirs is None:
             return []
-        file = self.source / "generation_config.json"
-        said = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
-        found = said.get("eos_token_id", self.theirs.get("eos_token_id"))
+        found = read_generation(self.source).get("eos_token_id", self.theirs.get("eos_token_id"))
         return [] if found is None else found if isinstance(found, list) else [found]
+
+    def generation(self) -> GenerationSettings:
+        """The model's own settings for writing text: of its Hugging Face folder, or those that its run began with. ValueError for
+        settings that cannot be read."""
+        folder = self.source or self.run
+        if folder is None or self.model.config.head.kind != "language_model":
+            return GenerationSettings()
+        there = (folder / GENERATION).is_file()
+        where = GENERATION if there else "config.json"
+        settings = GenerationSettings.read(read_generation(folder), where)
+        settings.rules().check(self.model.config.V)
+        return settings if self.run is None else settings.alone()
+
+    def generation_json(self) -> dict[str, Any] | None:
+        """A `generation_config.json` with these settings: the folder's own file as it is, else what its `config.json` says of them;
+        None where there are none."""
+        folder = self.source or self.run
+        if folder is None:
+            return None
+        values = read_generation(folder)
+        if self.source is None or not (folder / GENERATION).is_file():
+            values = {name: value for name, value in values.items() if name in SETTINGS}
+        return values or None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -110,6 +138,11 @@ class Trained:
         tree = configs.read_yaml(self.run / "config.yaml")[0]
         ordered = bool(tree.get("task", {}).get("labels"))
         return start_parameters(tree["model"].get("init_from"), self.model, self.mesh, tree["seed"], self.labels, ordered)
+
+    @property
+    def reads(self) -> bool:
+        """It is an encoder-decoder: it reads its prompt, and writes another text."""
+        return self.model.config.architecture == "encoder_decoder"
 
     def for_writing(self) -> "Trained":
         """The same with the decoder's layers apart (`Model.apart`), as all that writes text has them: who lets go of this one
@@ -140,10 +173,16 @@ class Trained:
             raise ValueError(f"{self.name} was trained for task {config.kind}, not for {kind}")
         if config.pretraining:
             raise ValueError(f"{self.name} was pretrained ({config.kind}): fine-tune it for a task first")
-        return TASKS[config.kind](
+        settings = self.generation()
+        if self.run is None and config.kind == "text_to_text":
+            room = settings.room(1, DecodeConfig().max_tokens)
+            config = dataclasses.replace(config, decode=settings.decode({"max_tokens": room}))
+        task = TASKS[config.kind](
             config, self.tokenizer, min(length or positions, positions), labels=self.labels, architecture=architecture,
             start_id=start_id(self.run or self.source, self.tokenizer),
         )  # fmt: skip
+        task.rules, task.ends = settings.rules(), frozenset(self.stop_ids())
+        return task
 
     def _task_of_head(self) -> str:
         """The task of a Hugging Face model's head; for a sequence head its `problem_type`, where one is given, decides
@@ -185,27 +224,60 @@ def start_id(folder: pathlib.Path | None, tokenizer: Tokenizer) -> int:
     """What the decoder of a model in a folder begins with, where it reads an encoder: as its run or its `config.json`
     says; without either the padding, as T5's does."""
     said: Any = None
-    if folder is not None:
-        said = read_json(folder).get("decoder_start_token_id") if is_hugging_face(folder) else read_card(folder).start_id
+    if folder is not None and is_hugging_face(folder):
+        said = read_generation(folder).get("decoder_start_token_id", read_json(folder).get("decoder_start_token_id"))
+    elif folder is not None:
+        said = read_card(folder).start_id
     return int(said) if said is not None else tokenizer.special.get("pad", tokenizer.bos_id)
+
+
+def held_dtype(params: Params) -> str:
+    """The dtype that most parameters are held in."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for leaf in jax.tree.leaves(params):
+        sizes[leaf.dtype.name] += leaf.size
+    return sizes.most_common(1)[0][0]
 
 
 def one_device() -> jax.sharding.Mesh:
     return make_mesh(ParallelConfig(), jax.devices()[:1])
 
 
-def load_model(argument: str, mesh: jax.sharding.Mesh | None = None) -> Trained:
-    """A run folder's checkpoint with the best score, or a Hugging Face model; on one device unless a mesh is given."""
-    mesh = mesh or one_device()
+def load_model(argument: str, mesh: jax.sharding.Mesh | None = None, options: LoadOptions | None = None) -> Trained:
+    """A run folder's checkpoint with the best score, or a Hugging Face model, each part read straight to its devices.
+
+    It lies on `mesh`, or where `options` say: by default on one device. ValueError where there are too few.
+    """
+    options = LoadOptions() if options is None else options
+    mesh = mesh_of(options.parallel) if mesh is None else mesh
     folder = locate(argument)
     if (folder / ADAPTER).is_file():
-        return _adapted(folder, mesh)
+        return _in_dtype(_adapted(folder, mesh), options.dtype)
     if is_hugging_face(folder):
-        model = Model(read_config(folder))
-        params = load_parameters(folder, model, mesh)
+        config, held = read_config(folder), "float32"
+        if options.dtype in ("auto", "bfloat16"):
+            held = options.dtype if options.dtype == "bfloat16" else stored_dtype(folder)
+            computed: Any = "bfloat16" if held == "bfloat16" else "float32"
+            config = dataclasses.replace(config, dtype=computed, param_dtype=computed)
+        model = Model(config)
+        params = load_parameters(folder, model, mesh, parameters=held)
         return Trained(model, params, mesh, folder.name, folder, source=folder, theirs=read_json(folder))
     model, params = _restore(folder, mesh)
-    return Trained(model, params, mesh, folder.name, folder / "tokenizer", run=folder)
+    trained = Trained(model, params, mesh, folder.name, folder / "tokenizer", run=folder)
+    return _in_dtype(trained, None if options.dtype == "auto" else options.dtype)
+
+
+def _in_dtype(trained: Trained, dtype: str | None) -> Trained:
+    """The model in another precision, parameters and computation; None: as it is. Its old parameters are given up."""
+    config: Any = trained.model.config
+    if dtype in (None, "auto") or (config.dtype == dtype == config.param_dtype):
+        return trained
+    model = Model(dataclasses.replace(config, dtype=dtype, param_dtype=dtype))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trained.params)
+    cast = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf.astype(dtype), params), out_shardings=shardings, donate_argnums=0)
+    with warnings.catch_warnings():  # JAX tells of each buffer that is too large to be used again
+        warnings.filterwarnings("ignore", message="Some donated buffers")
+        return dataclasses.replace(trained, model=model, params=cast(trained.params))
 
 
 class Tuned(NamedTuple):
@@ -274,6 +346,13 @@ def _adapted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Trained:
     params = _merged(Tuned(adapter.config, model, placed, base, 0, ""), mesh)
     theirs = {key: value for key, value in read_json(source).items() if key not in ("id2label", "label2id")}
     return Trained(model, params, mesh, folder.name, source, source=source, theirs=theirs)
+
+
+def start_generation(argument: str | None) -> dict[str, Any]:
+    """The settings for writing text that a run keeps of what it starts from, special tokens left out: those are its tokenizer's."""
+    if argument is None:
+        return {}
+    return {name: value for name, value in read_generation(locate(argument, weights=False)).items() if name in SETTINGS}
 
 
 def source_labels(argument: str | None, head: str) -> tuple[str, ...]:

@@ -12,8 +12,17 @@ import numpy as np
 from jaxlm.data import ExampleBatches, Table, Tokenizer, read_rows, split_rows, train_tokenizer
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
+from jaxlm.generate import GenerationSettings
 from jaxlm.model import Model, Params, TransformerConfig
-from jaxlm.models import locate, read_card, source_labels, start_id, with_labels, with_vocabulary
+from jaxlm.models import (
+    locate,
+    read_card,
+    source_labels,
+    start_generation,
+    start_id,
+    with_labels,
+    with_vocabulary,
+)
 from jaxlm.parallel import speaks
 from jaxlm.report import bar, say
 from jaxlm.tasks import (
@@ -84,6 +93,7 @@ class Finetuning(Job):
             c.task, self.tokenizer, c.data.length, labels=labels or source, architecture=c.model.architecture,
             start_id=self.start_id,
         )  # fmt: skip
+        task.rules = GenerationSettings.read(self.generation).alone().rules()
         task.learn(self.tables[0].rows)
         if labels and tuple(labels) != task.labels:
             raise ValueError(f"{self.folder} was trained with other labels ({', '.join(labels[:10])}): give --name NEW")
@@ -113,6 +123,10 @@ class Finetuning(Job):
     def start_id(self) -> int | None:  # type: ignore[override]
         source = self.config.model.init_from
         return start_id(None if source is None else locate(source, weights=False), self.tokenizer)
+
+    @functools.cached_property
+    def generation(self) -> dict[str, Any]:  # type: ignore[override]
+        return start_generation(self.config.model.init_from) if TASKS[self.config.task.kind].generates else {}
 
     @property
     def labels(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -38,6 +38,8 @@ class Job:
     labels: tuple[str, ...] = ()
     start_id: int | None = None
     """What a decoder that reads an encoder begins with."""
+    generation: Mapping[str, Any] = {}
+    """Settings for writing text that the model brought with it (see `models.start_generation`)."""
     tokenizer: Tokenizer
 
     def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh, folder: pathlib.Path):

@@ -12,6 +12,7 @@ from jaxlm.experiment.config import CHANGEABLE, ExperimentConfig
 from jaxlm.experiment.finetuning import Finetuning
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.experiment.pretraining import Pretraining
+from jaxlm.hub import write_generation
 from jaxlm.metrics import lower_is_better
 from jaxlm.model import Params
 from jaxlm.models import Card, start_parameters, write_card
@@ -112,6 +113,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(configs.dump(c), encoding="utf8")
             write_card(self.folder, card)
+            if job.generation:
+                write_generation(self.folder, job.generation)
             job.tokenizer.save(self.folder / "tokenizer")
         tuning = Tuning(c.tune, model)
         self._introduce(model, tuning)

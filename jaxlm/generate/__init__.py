@@ -4,20 +4,26 @@ from jaxlm.generate.batch import BatchGenerator, DecodeConfig, Scored
 from jaxlm.generate.constrain import Constraint, Grammar
 from jaxlm.generate.contrastive import ContrastiveConfig, ContrastiveGenerator
 from jaxlm.generate.decode import Generator
+from jaxlm.generate.processors import NO_RULES, LogitsRules
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
+from jaxlm.generate.settings import SETTINGS, GenerationSettings
 from jaxlm.generate.speculative import Speculator, Stats
 from jaxlm.generate.watermark import Detection, Watermark, detect
 
 __all__ = [
+    "NO_RULES",
+    "SETTINGS",
     "BatchGenerator",
     "Constraint",
     "ContrastiveConfig",
     "ContrastiveGenerator",
     "DecodeConfig",
     "Detection",
+    "GenerationSettings",
     "Generator",
     "Grammar",
     "Knobs",
+    "LogitsRules",
     "SampleConfig",
     "Scored",
     "Seen",

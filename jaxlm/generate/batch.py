@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.generate.processors import History, LogitsRules, process
+from jaxlm.generate.processors import NO_RULES, History, LogitsRules, process
 from jaxlm.generate.sample import Knobs, SampleConfig, knobs, penalise_repetition, sample
 from jaxlm.model import Cache, Model, Params, empty_cache
 from jaxlm.model.cache import grow, reorder, spread
@@ -96,7 +96,8 @@ class _Greedy(NamedTuple):
 
 
 def greedy(
-    step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array, *, processor: Processor = lambda scores, tokens, new: scores,
+    step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array, *,
+    processor: Processor = lambda scores, tokens, new: scores,
     pick: Callable[[jax.Array, jax.Array], jax.Array] = lambda scores, new: jnp.argmax(scores, axis=-1),
 ) -> Found:  # fmt: skip
     """The most likely token each time, until every text has ended or fills its T tokens.
@@ -296,7 +297,7 @@ class BatchGenerator:
     def __call__(
         self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int], *,
         batch_size: int = 32, advance: Callable[[int], None] = lambda n: None, forced: Sequence[int] = (),
-        rules: LogitsRules = LogitsRules(), sampling: SampleConfig | None = None, seeds: Sequence[int] = (),
+        rules: LogitsRules = NO_RULES, sampling: SampleConfig | None = None, seeds: Sequence[int] = (),
     ) -> list[list[int]]:  # fmt: skip
         """The new tokens of each prompt, in the prompts' order, each ending before one of `stop` or after `max_tokens`.
 
@@ -317,7 +318,7 @@ class BatchGenerator:
     def ranked(
         self, params: Params, prompts: Sequence[Sequence[int]], config: DecodeConfig, stop: Collection[int], *,
         batch_size: int = 32, advance: Callable[[int], None] = lambda n: None, forced: Sequence[int] = (),
-        rules: LogitsRules = LogitsRules(),
+        rules: LogitsRules = NO_RULES,
     ) -> list[list[Scored]]:  # fmt: skip
         """The `config.n_best` texts of each prompt with their scores, best first; otherwise as a call."""
         return self._found(params, prompts, config, stop, batch_size, advance, forced, rules, None, scored=True)

@@ -67,6 +67,9 @@ class LogitsRules:
             raise ValueError(f"generation settings name token {wrong[0]}: the model's table holds ids from 0 to {vocab_size - 1}")
 
 
+NO_RULES = LogitsRules()
+
+
 class History(NamedTuple):
     """The texts so far. Counts are numbers, or (R,) where rows differ."""
 
@@ -92,6 +95,7 @@ def process(scores_RV: jax.Array, rules: LogitsRules, history: History, stop: Co
     """
     R, V = scores_RV.shape
     length_R1, new_R1, limit_R1 = (_column(x, R) for x in (history.length_R, history.new_R, history.limit_R))
+    stop_RV = _ids(stop if isinstance(stop, jax.Array) else jnp.array(sorted(stop), jnp.int32), R, V)
     if rules.no_repeat_ngram_size:
         assert history.tokens_RH is not None, "the rule reads the history"
         banned_RV = _completed(history, history.tokens_RH, rules.no_repeat_ngram_size, V)
@@ -100,11 +104,10 @@ def process(scores_RV: jax.Array, rules: LogitsRules, history: History, stop: Co
         banned_RV = _completed(history, history.source_RS, rules.encoder_no_repeat_ngram_size, V)
         scores_RV = jnp.where(banned_RV, -jnp.inf, scores_RV)
     if rules.bad_words_ids:
-        scores_RV = jnp.where(_bad(rules.bad_words_ids, history, length_R1, R, V), -jnp.inf, scores_RV)
+        scores_RV = jnp.where(_bad(rules.bad_words_ids, history, length_R1, stop_RV, V), -jnp.inf, scores_RV)
     if rules.min_length or rules.min_new_tokens:
-        stop_RE = stop if isinstance(stop, jax.Array) else jnp.array(sorted(stop), jnp.int32)
         early_R1 = (length_R1 < rules.min_length) | (new_R1 < rules.min_new_tokens)
-        scores_RV = jnp.where(early_R1 & _ids(stop_RE, R, V), -jnp.inf, scores_RV)
+        scores_RV = jnp.where(early_R1 & stop_RV, -jnp.inf, scores_RV)
     if rules.forced_bos_token_id is not None:
         scores_RV = _forced(scores_RV, length_R1 == 1, [rules.forced_bos_token_id])
     if rules.forced_eos_token_id:
@@ -160,10 +163,10 @@ def _completed(history: History, tokens_RH: jax.Array, size: int, V: int) -> jax
     return _ids(ends_RH, R, V)
 
 
-def _bad(words: Sequence[Sequence[int]], history: History, length_R1: jax.Array, R: int, V: int) -> jax.Array:
-    """(R, V): tokens that would complete one of the sequences."""
-    alone = [word[0] for word in words if len(word) == 1]
-    banned_RV = jnp.broadcast_to(_some(alone, V), (R, V))
+def _bad(words: Sequence[Sequence[int]], history: History, length_R1: jax.Array, stop_RV: jax.Array, V: int) -> jax.Array:
+    """(R, V): tokens that would complete one of the sequences. What ends a text is no bad word."""
+    R, alone = stop_RV.shape[0], [word[0] for word in words if len(word) == 1]
+    banned_RV = _some(alone, V) & ~stop_RV
     longer = [word for word in words if len(word) > 1]
     if not longer:
         return banned_RV

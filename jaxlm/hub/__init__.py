@@ -14,13 +14,15 @@ from jaxlm.hub.convert import (
     save_folder,
 )
 from jaxlm.hub.family import Family, Head
-from jaxlm.hub.files import Tensors, find, tensor_names
+from jaxlm.hub.files import Tensors, find, stored_dtype, tensor_names
+from jaxlm.hub.generation import GENERATION, read_generation, write_generation
 from jaxlm.hub.loading import load
 from jaxlm.hub.saving import save
 from jaxlm.hub.tensors import Table
 
 __all__ = [
-    "ADAPTER", "FAMILIES", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find",
+    "ADAPTER", "FAMILIES", "GENERATION", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find",
     "is_hugging_face", "load", "load_adapter", "load_folder", "load_parameters", "read_adapter", "read_config",
-    "read_json", "save", "save_adapter", "save_folder", "tensor_names",
+    "read_generation", "read_json", "save", "save_adapter", "save_folder", "stored_dtype",
+    "tensor_names", "write_generation",
 ]  # fmt: skip

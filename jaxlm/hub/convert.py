@@ -152,11 +152,13 @@ def save_folder(
     folder: pathlib.Path, model: Model, params: Params, *, tokenizer: pathlib.Path | None = None,
     like: Mapping[str, Any] | None = None, family: str | None = None, dtype: str = "float32", title: str = "",
     max_shard_bytes: int = 5_000_000_000, source: pathlib.Path | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:  # fmt: skip
     """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
     generation config and model card. `like` is another `config.json`, from which the ids of special tokens, the
     names of labels and `problem_type` are taken; `source` the folder that the model was loaded from, if it was: what of
-    it has no place among our parameters (an encoder's pooler) is taken over, and so are its settings for generation."""
+    it has no place among our parameters (an encoder's pooler) is taken over. `generation` are settings for writing text, with or
+    without the ids of special tokens, which are else those of the config."""
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     chosen, theirs = family_for(model.config) if family is None else (FAMILIES[family], FAMILIES[family].json(model.config))
@@ -170,16 +172,13 @@ def save_folder(
         kept.setdefault("forced_eos_token_id", kept["eos_token_id"])
     theirs |= {"dtype": dtype, "transformers_version": "5.0.0", **kept}
     generates = model.config.head.kind == "language_model"
-    generation: dict[str, Any] | None = None
-    if generates and source is not None and (source / "generation_config.json").is_file():
-        generation = json.loads((source / "generation_config.json").read_text(encoding="utf8"))
-    elif generates:
-        generation = {"_from_model_config": True, **{k: v for k, v in theirs.items() if k.endswith("_token_id")}}
+    ids = {k: v for k, v in theirs.items() if k.endswith("_token_id")}
+    settings = {**ids, **generation} if generation else {"_from_model_config": True, **ids}
     # Their layouts have no place for a head over pairs.
     params, axes = ({name: part for name, part in tree.items() if name != "pair"} for tree in (params, model.axes))
     return save(
         folder, table_of(chosen, model.config), params, axes,
-        dtype=dtype, config=theirs, generation_config=generation, tokenizer=tokenizer,
+        dtype=dtype, config=theirs, generation_config=settings if generates else None, tokenizer=tokenizer,
         card=_card(title or folder.name, chosen, model, dtype), max_shard_bytes=max_shard_bytes,
         carried=_carried(chosen, model.config, source),
     )  # fmt: skip

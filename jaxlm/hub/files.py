@@ -5,6 +5,7 @@ and the tensors' bytes. It is read here with plain file reads: a memory map woul
 memory of this process, and the library's NumPy face knows no bfloat16.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -104,6 +105,15 @@ def tensor_names(folder: pathlib.Path) -> list[str]:
     if index.is_file():
         return list(json.loads(index.read_text(encoding="utf8"))["weight_map"])
     return list(Tensors(folder).index) if (folder / WEIGHTS).is_file() else []
+
+
+def stored_dtype(folder: pathlib.Path) -> str:
+    """The dtype that most parameters of a folder are stored in, by NumPy's name; float64 counts as float32."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for stored in Tensors(folder).index.values():
+        sizes[stored.dtype] += math.prod(stored.shape)
+    largest = max((name for name in sizes if name in DTYPES), key=lambda name: sizes[name], default="F32")
+    return "float32" if largest == "F64" else DTYPES[largest].name
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

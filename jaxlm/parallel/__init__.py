@@ -1,7 +1,8 @@
 """Where arrays lie: the processes, the mesh of devices, and the rules that split logical axes over it."""
 
+from jaxlm.devices import MeshOptions, ParallelConfig
 from jaxlm.parallel.hosts import HostsConfig, failed, join, leave, speaks
-from jaxlm.parallel.mesh import ParallelConfig, abstract_mesh, make_mesh, peak_flops, settle
+from jaxlm.parallel.mesh import abstract_mesh, make_mesh, mesh_of, peak_flops, settle
 from jaxlm.parallel.rules import (
     STORED,
     batch_sharding,
@@ -19,6 +20,7 @@ from jaxlm.parallel.rules import (
 __all__ = [
     "STORED",
     "HostsConfig",
+    "MeshOptions",
     "ParallelConfig",
     "abstract_mesh",
     "batch_sharding",
@@ -30,6 +32,7 @@ __all__ = [
     "leave",
     "length_ways",
     "make_mesh",
+    "mesh_of",
     "peak_flops",
     "place_batch",
     "settle",

@@ -1,47 +1,13 @@
 """The device mesh: which axes there are, how large, and how to run on devices that are only emulated."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
 
-# From the slowest links to the fastest: neighbours on the last axis are neighbours in the machine.
-AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
-Across = Literal["stage", "data", "fsdp"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ParallelConfig:
-    """Sizes of the mesh axes; their product is the number of devices. -1 means: what is left."""
-
-    data: int = -1
-    """Copies of the model, each on its own rows of the batch."""
-    fsdp: int = 1
-    """Parameters and optimiser state split over this many devices, each on its own rows of the batch."""
-    stage: int = 1
-    """The layers split over this many devices, through which parts of the batch go one behind the other."""
-    expert: int = 1
-    """Experts split over this many devices, each on its own rows of the batch, which send each other tokens."""
-    context: int = 1
-    """The length of the rows split over this many devices."""
-    tensor: int = 1
-    """Heads, MLP and vocabulary split over this many devices that share the same rows."""
-    across: Across = "data"
-    """The axis that spans several slices of a pod, or several hosts' islands of fast links, whose links are slow."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Sizes in the order of AXES."""
-        return self.stage, self.data, self.fsdp, self.expert, self.context, self.tensor
-
-    def __post_init__(self) -> None:
-        sizes = self.sizes
-        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-            given = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-            raise ValueError(f"mesh sizes are positive, at most one of them -1 (what is left); given: {given}")
+from jaxlm.devices import AXES, MeshOptions, ParallelConfig
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -76,6 +42,16 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     inner = [size // ways for size, ways in zip(shape, outer, strict=True)]
     laid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(laid, AXES, axis_types=auto)
+
+
+def mesh_of(options: MeshOptions) -> jax.sharding.Mesh:
+    """The mesh for applying a model: of as many devices as the sizes multiply to, of all where one of them is -1. ValueError where
+    there are too few."""
+    devices, count = jax.devices(), math.prod(options.sizes)
+    if count > len(devices):
+        given = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, options.sizes, strict=True) if size != 1)
+        raise ValueError(f"parallel: {given} needs {count} devices: there are {len(devices)} of platform {devices[0].platform}")
+    return make_mesh(options, devices if count < 0 else devices[:count])
 
 
 def abstract_mesh(config: ParallelConfig) -> jax.sharding.AbstractMesh:

@@ -5,11 +5,13 @@ import ipaddress
 import os
 from typing import Literal
 
+from jaxlm.devices import LoadOptions
+
 KEY = "JAXLM_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(LoadOptions):
     """The flags of `jaxlm serve`."""
 
     host: str = "127.0.0.1"
@@ -43,6 +45,8 @@ class ServeOptions:
     """Seconds after which a text ends as it stands."""
     drain: float = 30.0
     """Seconds that running texts have to end once the server is told to stop."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: what a request leaves out is as the model's own generation_config.json has it; none: that file is not read."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "context", "queue", "max_tokens", "max_n", "max_texts", "max_body"):

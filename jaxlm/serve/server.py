@@ -62,7 +62,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(argument: str, options: ServeOptions) -> None:
     """Load a model and serve it until a signal says to stop. ValueError for what cannot be served."""
     with listen(options.host, options.port) as there:
-        trained = load_model(argument)
+        trained = load_model(argument, options=options)
         engine = None
         if writes(trained):
             trained = trained.for_writing()

@@ -95,7 +95,8 @@ class Predictor:
             self.model, self.mesh, tokenizer.vocab_size, pad_id=task.pad_id, start_id=task.start_id if self._seq2seq else None
         )
         prompts, decode = self._fitting(task.prompts(rows), task.config.decode)
-        written = generator(params, prompts, decode, task.stop_ids, batch_size=self.batch_size, advance=advance)
+        stop = task.stop_ids | task.ends
+        written = generator(params, prompts, decode, stop, batch_size=self.batch_size, advance=advance, rules=task.rules)
         return [task.written(tokens) for tokens in written]
 
     def _fitting(self, prompts: list[list[int]], decode: DecodeConfig) -> tuple[list[list[int]], DecodeConfig]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlm.config import unknown
 from jaxlm.data import CorruptConfig, Example, Framer, Tokenizer
-from jaxlm.generate import DecodeConfig
+from jaxlm.generate import NO_RULES, DecodeConfig, LogitsRules
 from jaxlm.metrics import Weighted
 from jaxlm.train import Objective
 
@@ -142,6 +142,10 @@ class Task:
         self.start_id = tokenizer.eos_id if start_id is None else start_id
         self.framer = Framer(tokenizer, length)
         self.class_weights: list[float] | None = None
+        self.rules: LogitsRules = NO_RULES
+        """Constraints on what is written, as the model's own settings have them."""
+        self.ends: frozenset[int] = frozenset()
+        """Tokens that end what is written, beside the task's own."""
 
     @classmethod
     def roles(cls, config: TaskConfig, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

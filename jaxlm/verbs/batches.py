@@ -1,15 +1,19 @@
 """jaxlm generate --file: an answer for each line of a file."""
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from jaxlm.report.console import bar, say
 from jaxlm.text_files import json_line
+from jaxlm.verbs.decoding import Decoding, SamplingOptions, decoding_of
 
 Line = dict[str, Any]
 SLOTS = 16
+MAX_TOKENS = 200
+"""New tokens of a text where neither a flag nor the model says how many."""
 
 
 def read_lines(file: str) -> list[Line]:
@@ -81,8 +85,8 @@ class Answers:
         self.done.add(index)
 
 
-def generate_file(argument: str, file: str, out: str, sampling: Any, max_tokens: int, seed: int) -> int:
-    """Answer every line of `file` in `out`. The seed of a line is `seed` plus its index, so that no line's text depends on which
+def generate_file(argument: str, file: str, out: str, options: SamplingOptions) -> int:
+    """Answer every line of `file` in `out`. The seed of a line is the seed plus its index, so that no line's text depends on which
     others are done with it."""
     lines = read_lines(file)
     answers = Answers(out, lines)
@@ -92,11 +96,21 @@ def generate_file(argument: str, file: str, out: str, sampling: Any, max_tokens:
         return 0
     from jaxlm.models import load_model
 
-    trained = load_model(argument).for_writing()
-    seq2seq = trained.model.config.architecture == "encoder_decoder"
-    run = _searched if seq2seq else _sampled
+    trained = load_model(argument, options=options).for_writing()
+    decoding = decoding_of(trained, options, MAX_TOKENS)
+    if line := decoding.told():
+        say(line)
     with bar("generating", len(lines), "texts", start=len(answers.done)) as shown:
-        start = run(trained, lines, left, sampling, max_tokens, seed)
+        # The engine fills a slot as soon as it is free; what it cannot do is done in batches.
+        if trained.reads or decoding.beams or decoding.rules:
+            batched = Batched(trained, decoding, lines, options.seed, left)
+
+            def start(answers: Answers, advance: Callable[[int], None]) -> None:
+                for i, answer in batched.write(left):
+                    answers.write(i, *answer)
+                    advance(1)
+        else:
+            start = _sampled(trained, lines, left, decoding, options.seed)
         with answers:
             start(answers, shown.advance)
     missing = [i for i in left if i not in answers.done]
@@ -110,28 +124,19 @@ Start = Callable[[Answers, Callable[[int], None]], None]
 """Does the work; what can be wrong with the lines was seen before."""
 
 
-def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling: Any, max_tokens: int, seed: int) -> Start:
+def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding: Decoding, seed: int) -> Start:
     """By the engine of a decoder."""
     from jaxlm.generate.request import Event, Full, Request
     from jaxlm.generate.text import TextStream
-    from jaxlm.serve.speaking import chat_of, open_engine, stop_ids, turns_of
+    from jaxlm.serve.speaking import open_engine, stop_ids, turns_of
 
-    talks = any("messages" in line for line in lines)
-    chat = chat_of(trained)[0] if talks else None
-    if talks and chat is None:
-        raise ValueError(f"the chat template of {trained.name} writes no question and its answer: give prompts, not messages")
-    tokenizer, positions = trained.tokenizer, trained.model.config.positions
+    chat = _chat(trained, lines)
+    tokenizer = trained.tokenizer
     ends, turn_ends = stop_ids(trained), stop_ids(trained, chat)
     requests = {}
     for i in left:
-        talk = "messages" in lines[i]
-        assert chat is not None or not talk, "seen above"
-        ids = chat.prompt(lines[i]["messages"]) if chat and talk else [tokenizer.bos_id, *tokenizer.encode(lines[i]["prompt"])]
-        room = positions - len(ids)
-        if room < 1:
-            raise ValueError(f"line {i} (from 0) has {len(ids)} tokens: the model reads at most {positions}, one new included")
-        prompt = tuple(map(int, ids))
-        requests[i] = Request(prompt, min(max_tokens, room), sampling, seed + i, turn_ends if talk else ends)
+        prompt, room = _prompt(trained, chat, lines[i], i, decoding)
+        requests[i] = Request(prompt, room, decoding.sampling, seed + i, turn_ends if "messages" in lines[i] else ends)
     most = max(len(request.prompt) + request.max_tokens for request in requests.values())
     engine = open_engine(trained, min(SLOTS, len(left)), most)
 
@@ -177,30 +182,98 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling:
     return start
 
 
-def _searched(trained: Any, lines: Sequence[Line], left: Sequence[int], sampling: Any, max_tokens: int, seed: int) -> Start:
-    """By batched search of an encoder-decoder, the likeliest token each time."""
-    from jaxlm.generate import BatchGenerator, DecodeConfig
+def _chat(trained: Any, lines: Sequence[Line]) -> Any:
+    """The conversations of a decoder, None where no line is one. ValueError where the model has none."""
+    from jaxlm.serve.speaking import chat_of
 
-    if sampling.temperature != 0:
-        raise ValueError(f"{trained.name} is an encoder-decoder, of which the likeliest texts are written: give --temperature 0")
-    if any("messages" in line for line in lines):
-        raise ValueError(f"{trained.name} is an encoder-decoder: it reads prompts, not messages")
-    task = trained.task()
-    if len(task.given) != 1:
-        raise ValueError(f"{trained.name} reads {' and '.join(task.given)}: `jaxlm predict --file` takes them as columns")
-    prompts = {i: task.prompts([{task.given[0]: lines[i]["prompt"]}])[0] for i in left}
-    tokenizer = trained.tokenizer
-    generator = BatchGenerator(trained.model, trained.mesh, tokenizer.vocab_size, pad_id=task.pad_id, start_id=task.start_id)
-    stop, config = {*task.stop_ids, *trained.stop_ids()}, DecodeConfig(max_tokens)
+    if not any("messages" in line for line in lines):
+        return None
+    chat = chat_of(trained)[0]
+    if chat is None:
+        raise ValueError(f"the chat template of {trained.name} writes no question and its answer: give prompts, not messages")
+    return chat
 
-    def start(answers: Answers, advance: Callable[[int], None]) -> None:
-        order = sorted(left, key=lambda i: -len(prompts[i]))  # like lengths share a batch
-        for begin in range(0, len(order), SLOTS):
-            part = order[begin : begin + SLOTS]
-            for i, ids in zip(
-                part, generator(trained.params, [prompts[i] for i in part], config, stop, batch_size=SLOTS), strict=True
-            ):
-                answers.write(i, tokenizer.decode(ids).strip(), len(ids), "length" if len(ids) == max_tokens else "stop")
-            advance(len(part))
 
-    return start
+def _prompt(trained: Any, chat: Any, line: Line, index: int, decoding: Decoding) -> tuple[tuple[int, ...], int]:
+    """A decoder's prompt for a line, and how many tokens may follow it."""
+    tokenizer, positions = trained.tokenizer, trained.model.config.positions
+    ids = chat.prompt(line["messages"]) if "messages" in line else [tokenizer.bos_id, *tokenizer.encode(line["prompt"])]
+    room = positions - len(ids)
+    if room < 1:
+        raise ValueError(f"line {index} (from 0) has {len(ids)} tokens: the model reads at most {positions}, one new included")
+    return tuple(map(int, ids)), min(decoding.room(len(ids)), room)
+
+
+class Answer(NamedTuple):
+    """What was written for a line."""
+
+    text: str
+    tokens: int
+    ended: str
+
+
+class Batched:
+    """Texts written in batches: those of an encoder-decoder, and of a decoder with beams or constraints on tokens."""
+
+    def __init__(self, trained: Any, decoding: Decoding, lines: Sequence[Line], seed: int, left: Sequence[int] | None = None):
+        """`left`: indices of the lines to answer, by default all. ValueError for a line that the model cannot answer."""
+        from jaxlm.generate import BatchGenerator
+        from jaxlm.serve.speaking import stop_ids
+
+        self._trained, self._decoding, self._lines, self._seed = trained, decoding, lines, seed
+        tokenizer, left = trained.tokenizer, range(len(lines)) if left is None else left
+        pad, start, self._chat = tokenizer.special.get("pad", tokenizer.eos_id), None, None
+        if decoding.beams and decoding.sampling.temperature > 0:
+            raise ValueError(f"beams is {decoding.decode.beams}: with a temperature above 0 texts are drawn, by 1 beam")
+        if trained.reads:
+            if any("messages" in line for line in lines):
+                raise ValueError(f"{trained.name} is an encoder-decoder: it reads prompts, not messages")
+            task = trained.task()
+            if len(task.given) != 1:
+                raise ValueError(f"{trained.name} reads {' and '.join(task.given)}: `jaxlm predict --file` takes them as columns")
+            read = task.prompts([{task.given[0]: lines[i]["prompt"]} for i in left])
+            room, config = decoding.room(1), trained.model.config
+            if decoding.max_tokens is None and config.position == "learned":  # asked for, more than there are is an error
+                room = min(room, config.positions)
+            self._prompts = {i: (tuple(ids), room) for i, ids in zip(left, read, strict=True)}
+            pad, start, self._stop = task.pad_id, task.start_id, task.stop_ids | frozenset(trained.stop_ids())
+        else:
+            self._chat = _chat(trained, lines)
+            self._prompts = {i: _prompt(trained, self._chat, lines[i], i, decoding) for i in left}
+            self._stop = stop_ids(trained, self._chat)
+        self._generator = BatchGenerator(trained.model, trained.mesh, tokenizer.vocab_size, pad_id=pad, start_id=start)
+
+    def write(self, indices: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+        """Index and answer of each line, as they are there: lines of like length, which share a batch, together."""
+        groups: dict[int, list[int]] = {}
+        for i in indices:
+            groups.setdefault(self._prompts[i][1], []).append(i)
+        for room, group in sorted(groups.items()):
+            config = dataclasses.replace(self._decoding.decode, max_tokens=room)
+            order = sorted(group, key=lambda i: -len(self._prompts[i][0]))
+            for begin in range(0, len(order), SLOTS):
+                part = order[begin : begin + SLOTS]
+                written = self._generator(
+                    self._trained.params, [self._prompts[i][0] for i in part], config, self._stop, batch_size=SLOTS,
+                    rules=self._decoding.rules, sampling=self._decoding.sampling, seeds=[self._seed + i for i in part],
+                )  # fmt: skip
+                for i, ids in zip(part, written, strict=True):
+                    yield i, self._answer(i, ids, room)
+
+    def _answer(self, index: int, ids: list[int], room: int) -> Answer:
+        from jaxlm.generate.text import TextStream
+        from jaxlm.serve.speaking import turns_of
+
+        tokenizer, ended = self._trained.tokenizer, "length" if len(ids) == room else "stop"
+        if self._trained.reads:
+            return Answer(tokenizer.decode(ids).strip(), len(ids), ended)
+        talk = "messages" in self._lines[index]
+        stops = turns_of(self._chat) if self._chat is not None and talk else ()
+        stream = TextStream(tokenizer, stops, trim=talk, prompt=self._prompts[index][0])
+        parts, count = [], 0
+        for token in ids:
+            parts.append(stream.push(token))
+            count += 1
+            if stream.stopped is not None:
+                break
+        return Answer("".join(parts) + stream.flush(), count, ended if stream.stopped is None else "stop")

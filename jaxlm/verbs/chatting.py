@@ -8,49 +8,44 @@ from typing import Any
 
 from jaxlm import config as configs
 from jaxlm.report.console import say
+from jaxlm.verbs.decoding import BEAMS, Decoding, SamplingOptions, decoding_of
 from jaxlm.verbs.words import split_words
+
+MAX_TOKENS = 512
+"""New tokens of an answer where neither a flag nor the model says how many."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatOptions:
+class ChatOptions(SamplingOptions):
     """The flags of `jaxlm chat`."""
 
     system: str | None = None
-    """What the model is told before the conversation."""
-    max_tokens: int = 512
-    """Most tokens of an answer."""
-    temperature: float = 0.8
-    """Divides the logits; 0: always the most likely token."""
-    top_k: int | None = None
-    """Draw among this many most likely tokens."""
-    top_p: float | None = None
-    """Draw among the fewest tokens that hold this probability."""
-    seed: int = 0
-    """The same seed gives the same answers to the same words."""
+    """System message at the beginning of the conversation."""
     context: int | None = None
     """Most tokens of a conversation; empty: the model's positions."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "context"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+        super().__post_init__()
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"context is {self.context}: it must be at least 1")
 
 
 def chat(words: Sequence[str]) -> int:
     """jaxlm chat MODEL [--system TEXT] [--max-tokens N] [--temperature T] [--seed S]: a conversation in the terminal."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(ChatOptions, None, flags).value
-    from jaxlm.generate import SampleConfig
     from jaxlm.models import load_model
     from jaxlm.serve.speaking import open_engine
 
-    sampling = SampleConfig(options.temperature, options.top_k, options.top_p)
-    trained = load_model(argument).for_writing()
+    trained = load_model(argument, options=options).for_writing()
+    decoding = decoding_of(trained, options, MAX_TOKENS)
     engine = open_engine(trained, 1, options.context)
     engine.start()
     try:
-        converse(Conversation(trained, engine, options, sampling), trained.name)
+        conversation = Conversation(trained, engine, options, decoding)
+        if line := decoding.told((*BEAMS, *decoding.rules.named())):
+            say(line)
+        converse(conversation, trained.name)
     finally:
         engine.close()
     return 0
@@ -86,7 +81,7 @@ def converse(conversation: "Conversation", name: str) -> None:
 class Conversation:
     """Turns so far, and an engine that writes the next."""
 
-    def __init__(self, trained: Any, engine: Any, options: ChatOptions, sampling: Any):
+    def __init__(self, trained: Any, engine: Any, options: ChatOptions, decoding: Decoding):
         """ValueError for a model whose chat template does not render."""
         from jaxlm.serve.speaking import chat_of, stop_ids, turns_of
 
@@ -94,7 +89,7 @@ class Conversation:
         if chat is None:
             raise ValueError(f"the chat template of {trained.name} writes no question and its answer")
         self._chat, self._tokenizer, self._engine = chat, trained.tokenizer, engine
-        self._options, self._sampling = options, sampling
+        self._options, self._decoding = options, decoding
         self._stop_ids, self._stop = stop_ids(trained, chat), turns_of(chat)
         self.reset()
 
@@ -113,7 +108,8 @@ class Conversation:
         if room < 1:
             raise ValueError(f"the conversation has {len(prompt)} tokens: the context of {self._engine.config.context} is full")
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        request = Request(prompt, min(self._options.max_tokens, room), self._sampling, self._options.seed, self._stop_ids)
+        room = min(self._decoding.room(len(prompt)), room)
+        request = Request(prompt, room, self._decoding.sampling, self._options.seed, self._stop_ids)
         ticket = self._engine.submit(request, events.put)
         text, said, ended = TextStream(self._tokenizer, self._stop, trim=True, prompt=prompt), "", False
         while not ended:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxlm import config as configs
+from jaxlm.devices import LoadOptions, MeshOptions
 from jaxlm.report.console import say
 from jaxlm.text_files import read_text
 from jaxlm.verbs.words import split_words
@@ -15,8 +16,9 @@ from jaxlm.verbs.words import split_words
 class ExportOptions:
     """The flags of `jaxlm export`."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the written tensors."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the written tensors; auto: that of the model's own. It is read in its own in any case."""
+    parallel: MeshOptions = MeshOptions()
     family: str | None = None
     """The model_type to write; empty: the first that can describe the model."""
     adapter: bool = False
@@ -34,7 +36,7 @@ def export(words: Sequence[str]) -> int:
     (argument, target), flags = split_words(words, "MODEL", "DIR")
     options = configs.load(ExportOptions, None, flags).value
     from jaxlm.hub import save_adapter, save_folder
-    from jaxlm.models import load_model, load_tuned, locate, one_device
+    from jaxlm.models import held_dtype, load_model, load_tuned, locate, one_device
 
     if options.adapter:
         run = locate(argument)
@@ -44,11 +46,12 @@ def export(words: Sequence[str]) -> int:
         folder = save_adapter(pathlib.Path(target), tuned.config, tuned.trained, tuned.model, options.family, tuned.base or "")
         say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
         return 0
-    trained = load_model(argument)
+    trained = load_model(argument, options=LoadOptions("auto", options.parallel))
+    dtype = held_dtype(trained.params) if options.dtype == "auto" else options.dtype
     folder = save_folder(
         pathlib.Path(target), trained.model, trained.params, tokenizer=trained.tokenizer_folder, like=trained.json(),
-        family=options.family, dtype=options.dtype, title=trained.name, max_shard_bytes=int(options.max_shard_gb * 1e9),
-        source=trained.source,
+        family=options.family, dtype=dtype, title=trained.name, max_shard_bytes=int(options.max_shard_gb * 1e9),
+        source=trained.source, generation=trained.generation_json(),
     )  # fmt: skip
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     return 0
@@ -94,7 +97,7 @@ def show(words: Sequence[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffOptions:
+class DiffOptions(LoadOptions):
     """The flags of `jaxlm diff`."""
 
     text: str | None = None
@@ -123,7 +126,7 @@ def diff(words: Sequence[str]) -> int:
     from jaxlm.overview import compare
 
     text = read_text(pathlib.Path(options.file)) if options.file else options.text
-    found = compare(load_model(one), load_model(two), text, options.tokens)
+    found = compare(load_model(one, options=options), load_model(two, options=options), text, options.tokens)
     for line in found.lines():
         say(line)
     if options.tolerance is not None and not found.largest <= options.tolerance:

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config as configs
+from jaxlm.devices import LoadOptions
 from jaxlm.report.console import bar, say
 from jaxlm.text_files import read_lines, write_json_lines
+from jaxlm.verbs.decoding import SAMPLING
 from jaxlm.verbs.suites import evaluate_suite
 from jaxlm.verbs.words import split_words
 
 if TYPE_CHECKING:
+    from jaxlm.models import Trained
     from jaxlm.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(LoadOptions):
     """The flags of `jaxlm predict`."""
 
     text: str | None = None
@@ -55,8 +58,9 @@ def predict(words: Sequence[str]) -> int:
     from jaxlm.models import load_model
     from jaxlm.tasks import Predictor
 
-    trained = load_model(argument)
+    trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length)
+    _tell_settings(trained, task)
     rows = _rows(task, options)
     predictor = Predictor(task, trained.model, trained.mesh, min(options.batch_size, len(rows)))
     predictions = predictor.predict(trained.params, rows)
@@ -104,7 +108,7 @@ def _as_given(task: "Task", row: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(LoadOptions):
     """The flags of `jaxlm evaluate`."""
 
     data: str | None = None
@@ -143,13 +147,14 @@ def evaluate(words: Sequence[str]) -> int:
         assert options.task and options.data, "_is_suite checks them"
         return evaluate_suite(
             argument, options.task, options.data, limit=options.limit, out=options.out, length=options.length, bos=options.bos,
-            batch_size=options.batch_size,
+            batch_size=options.batch_size, loading=options,
         )  # fmt: skip
     from jaxlm.models import load_model
     from jaxlm.tasks import Predictor, paired_scores, paired_tests, write_predictions
 
-    trained = load_model(argument)
+    trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length)
+    _tell_settings(trained, task)
     held = _held_out(trained.run, task, options)
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
     examples = None if task.generates else task.examples(held.rows, held.where)
@@ -174,6 +179,12 @@ def evaluate(words: Sequence[str]) -> int:
             say(f"{name}: p = {p:.4g}")
     say(f"look at {folder}/scores.html")
     return 0
+
+
+def _tell_settings(trained: "Trained", task: "Task") -> None:
+    """Say which of the model's own settings its texts are written by."""
+    if task.generates and (line := trained.generation().told(missing=SAMPLING)):
+        say(line)
 
 
 def _is_suite(options: EvaluateOptions) -> bool:

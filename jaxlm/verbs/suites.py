@@ -2,6 +2,7 @@
 
 import pathlib
 
+from jaxlm.devices import LoadOptions
 from jaxlm.report.console import say
 
 
@@ -15,6 +16,7 @@ def evaluate_suite(
     length: int | None,
     bos: bool | None,
     batch_size: int,
+    loading: LoadOptions,
 ) -> int:
     """Scores with intervals, printed and written; see `jaxlm evaluate`."""
     from jaxlm.harness import SUITES, Scorer, answer, read_pages, read_questions, read_through, write
@@ -22,7 +24,7 @@ def evaluate_suite(
 
     suite = SUITES[name]
     given = read_questions(suite, data, limit) if suite.forms else read_pages(data, limit)
-    trained = load_model(argument)
+    trained = load_model(argument, options=loading)
     scorer = Scorer(trained, length=length, batch_size=batch_size, bos=bos)
     if isinstance(given, list):
         rows, result = len(given), read_through(suite, given, scorer)

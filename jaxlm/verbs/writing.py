@@ -3,43 +3,35 @@
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 from jaxlm import config as configs
 from jaxlm.text_files import read_text
-from jaxlm.verbs.batches import generate_file
+from jaxlm.verbs.batches import MAX_TOKENS, Batched, generate_file
+from jaxlm.verbs.decoding import BEAMS, SamplingOptions, decoding_of
 from jaxlm.verbs.words import split_words
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(SamplingOptions):
     """The flags of `jaxlm generate`."""
 
     prompt: str = ""
-    """What the text begins with; empty: a new text."""
-    max_tokens: int = 200
-    """Most tokens to write."""
-    temperature: float = 0.8
-    """Divides the logits; 0: always the most likely token."""
-    top_k: int | None = None
-    """Draw among this many most likely tokens."""
-    top_p: float | None = None
-    """Draw among the fewest tokens that hold this probability."""
-    min_p: float | None = None
-    """Draw among tokens at least this share as likely as the likeliest."""
-    typical_p: float | None = None
-    """Draw among the tokens whose surprise is nearest to the expected one, until they hold this probability."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens that were seen, and multiplies negative ones; 1: none."""
-    presence_penalty: float = 0.0
-    """Taken off the logits of tokens that were written."""
-    frequency_penalty: float = 0.0
-    """Taken off a token's logit each time that it was written."""
+    """What the text begins with; empty: a new text. An encoder-decoder reads it."""
+    beams: int | None = None
+    """Beam search with this many beams; 1: off. Empty: the model's own setting, else 1."""
+    length_penalty: float | None = None
+    """Beams are compared by log-probability / tokens^length_penalty: larger values prefer longer texts."""
+    early_stopping: Literal["false", "true", "never"] | None = None
+    """When beam search ends, as Hugging Face's option of this name."""
+    no_repeat_ngram_size: int | None = None
+    """No n-gram of this many tokens occurs twice; 0: off."""
+    min_tokens: int | None = None
+    """Minimum number of new tokens."""
     penalty_alpha: float | None = None
     """Contrastive search: of the `top_k` likeliest tokens that with the largest (1 − penalty_alpha) · its probability −
     penalty_alpha · its likeness to the text so far. Nothing is drawn, and the text comes at once."""
-    seed: int = 0
-    """The same seed gives the same text."""
     draft: str | None = None
     """A smaller MODEL of the same tokenizer that guesses tokens, which the model checks all at once: sooner the same."""
     draft_tokens: int = 4
@@ -56,12 +48,11 @@ class GenerateOptions:
     """File of JSON lines to write their answers to; those that it holds are kept, so the same command goes on with it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.file is None) != (self.out is None):
             raise ValueError("--file and --out belong together: prompts are read from one, answers written to the other")
         if self.file is not None and self.prompt:
             raise ValueError("give a prompt or a file of them, not both")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}: it must be at least 1")
         for first, second in (("draft", "lookup"), ("regex", "json_schema")):
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise ValueError(f"{first} and {second} are both given: one of them is enough")
@@ -72,7 +63,7 @@ class GenerateOptions:
         if self.penalty_alpha is not None:
             if self.top_k is None:
                 raise ValueError("penalty_alpha needs top_k: the number of likeliest tokens to choose among, say --top-k 4")
-            own = {"prompt", "max_tokens", "top_k", "penalty_alpha"}
+            own = {"prompt", "max_tokens", "top_k", "penalty_alpha", "dtype", "parallel", "generation_config"}
             others = [f.name for f in dataclasses.fields(self) if f.name not in own and getattr(self, f.name) != f.default]
             if others:
                 raise ValueError(
@@ -92,60 +83,100 @@ def generate(words: Sequence[str]) -> int:
     with --file FILE --out FILE for many prompts."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
-    from jaxlm.data import StreamDecoder
-    from jaxlm.generate import (
-        Constraint,
-        ContrastiveConfig,
-        ContrastiveGenerator,
-        Generator,
-        Grammar,
-        SampleConfig,
-        Speculator,
-        Stats,
-    )
+    if options.file is not None and options.out is not None:
+        return generate_file(argument, options.file, options.out, options)
+    from jaxlm.generate import Stats
     from jaxlm.models import load_model
 
-    sampling = SampleConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SampleConfig)})
-    contrast = None
-    if options.penalty_alpha is not None and options.top_k is not None:
-        contrast = ContrastiveConfig(options.top_k, options.penalty_alpha, options.max_tokens)
-    constraint = None
-    if options.regex is not None:
-        constraint = Constraint(regex=options.regex)
-    elif options.json_schema is not None:
-        constraint = Constraint(json_schema=_read(options.json_schema))
-    if options.file is not None and options.out is not None:
-        return generate_file(argument, options.file, options.out, sampling, options.max_tokens, options.seed)
-    trained = load_model(argument).for_writing()
-    tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
-    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
-    stop, stats = {tokenizer.eos_id, *trained.stop_ids()}, Stats()
-    tokens: Iterable[int]
-    asked = (trained.params, prompt, options.max_tokens, sampling)
-    if options.draft is not None:
-        small = load_model(options.draft, mesh).for_writing()
-        if small.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"draft {options.draft!r} has another tokenizer than {argument!r}: it cannot guess its tokens")
-        speculator = Speculator(model, mesh, tokenizer.vocab_size, options.draft_tokens, small.model)
-        tokens = speculator.stream(*asked, draft_params=small.params, seed=options.seed, stop=stop, stats=stats)
-    elif options.lookup is not None:
-        speculator = Speculator(model, mesh, tokenizer.vocab_size, options.lookup)
-        tokens = speculator.stream(*asked, seed=options.seed, stop=stop, stats=stats)
-    elif contrast is not None:
-        (tokens,) = ContrastiveGenerator(model, mesh, tokenizer.vocab_size)(trained.params, [prompt], contrast, stop)
-    else:
-        grammar = None if constraint is None else Grammar(tokenizer, constraint, stop)
-        generator = Generator(model, mesh, tokenizer.vocab_size)
-        tokens = generator.stream(*asked, seed=options.seed, stop=stop, grammar=grammar)
-    decoder, write = StreamDecoder(tokenizer, prompt), sys.stdout.write
-    write(options.prompt)
-    for token in tokens:
-        write(decoder.push(token))
+    constraint = _constraint(options)
+    trained = load_model(argument, options=options).for_writing()
+    stats, write = Stats(), sys.stdout.write
+    pieces = _read_and_written(trained, options) if trained.reads else _continued(trained, options, constraint, stats)
+    for piece in pieces:
+        write(piece)
         sys.stdout.flush()
-    write(decoder.flush() + "\n")
+    write("\n")
     if options.guesses:
         print(f"{stats.accepted} of {stats.drafted} guessed tokens were taken, in {stats.rounds} rounds", file=sys.stderr)
     return 0
+
+
+def _constraint(options: GenerateOptions) -> Any:
+    from jaxlm.generate import Constraint
+
+    if options.regex is not None:
+        return Constraint(regex=options.regex)
+    return None if options.json_schema is None else Constraint(json_schema=_read(options.json_schema))
+
+
+def _read_and_written(trained: Any, options: GenerateOptions) -> Iterator[str]:
+    """The text of an encoder-decoder that reads the prompt."""
+    if options.guesses or options.regex or options.json_schema or options.penalty_alpha is not None:
+        raise ValueError(
+            f"{trained.name} is an encoder-decoder: draft, lookup, regex, json_schema and penalty_alpha are for decoders"
+        )
+    decoding = decoding_of(trained, options, MAX_TOKENS)
+    tell(decoding.told())
+    texts = Batched(trained, decoding, [{"prompt": options.prompt}], options.seed)
+    yield next(iter(texts.write([0])))[1].text
+
+
+def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: Any) -> Iterator[str]:
+    """The prompt and what a decoder writes behind it, as it comes."""
+    from jaxlm.data import StreamDecoder
+    from jaxlm.generate import BatchGenerator, ContrastiveConfig, ContrastiveGenerator, Generator, Grammar, Speculator
+    from jaxlm.models import load_model
+
+    tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
+    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    stop = {tokenizer.eos_id, *trained.stop_ids()}
+    decoding = decoding_of(trained, options, MAX_TOKENS)
+    room, rules = decoding.room(len(prompt)), decoding.rules
+    tokens: Iterable[int]
+    asked = (trained.params, prompt, room, decoding.sampling)
+    if options.penalty_alpha is not None and options.top_k is not None:
+        contrast = ContrastiveConfig(options.top_k, options.penalty_alpha, room)
+        (tokens,) = ContrastiveGenerator(model, mesh, tokenizer.vocab_size)(trained.params, [prompt], contrast, stop)
+    elif options.guesses:
+        if rules or decoding.beams:
+            names = ", ".join([*rules.named(), *(["beams"] if decoding.beams else [])])
+            raise ValueError(f"draft and lookup do not have {names}: leave them off, or take these away (--generation-config none)")
+        tell(decoding.told())
+        if options.draft is not None:
+            small = load_model(options.draft, mesh).for_writing()
+            if small.tokenizer.fingerprint != tokenizer.fingerprint:
+                raise ValueError(f"draft {options.draft!r} has another tokenizer than {trained.name!r}: it cannot guess its tokens")
+            speculator = Speculator(model, mesh, tokenizer.vocab_size, options.draft_tokens, small.model)
+            tokens = speculator.stream(*asked, draft_params=small.params, seed=options.seed, stop=stop, stats=stats)
+        else:
+            assert options.lookup is not None, "there are two ways to guess"
+            speculator = Speculator(model, mesh, tokenizer.vocab_size, options.lookup)
+            tokens = speculator.stream(*asked, seed=options.seed, stop=stop, stats=stats)
+    elif constraint is not None:  # what must match allows no other constraint beside it
+        tell(decoding.told((*rules.named(), *BEAMS)))
+        grammar = Grammar(tokenizer, constraint, stop)
+        tokens = Generator(model, mesh, tokenizer.vocab_size).stream(*asked, seed=options.seed, stop=stop, grammar=grammar)
+    elif decoding.beams:
+        tell(decoding.told())
+        if decoding.sampling.temperature > 0:
+            raise ValueError(f"beams is {decoding.decode.beams}: with a temperature above 0 texts are drawn, by 1 beam")
+        config = dataclasses.replace(decoding.decode, max_tokens=room)
+        searcher = BatchGenerator(model, mesh, tokenizer.vocab_size, pad_id=tokenizer.eos_id)
+        (tokens,) = searcher(trained.params, [prompt], config, stop, rules=rules)
+    else:
+        tell(decoding.told())
+        tokens = Generator(model, mesh, tokenizer.vocab_size).stream(*asked, seed=options.seed, stop=stop, rules=rules)
+    decoder = StreamDecoder(tokenizer, prompt)
+    yield options.prompt
+    for token in tokens:
+        yield decoder.push(token)
+    yield decoder.flush()
+
+
+def tell(line: str | None) -> None:
+    """A line beside the text, not in it."""
+    if line is not None:
+        print(line, file=sys.stderr)
 
 
 def _read(path: str) -> str:

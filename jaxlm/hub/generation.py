@@ -1,0 +1,33 @@
+"""The settings for writing text that a Hugging Face folder holds."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.hub.convert import is_hugging_face, read_json
+
+GENERATION = "generation_config.json"
+
+
+def read_generation(folder: pathlib.Path) -> dict[str, Any]:
+    """`generation_config.json` of a folder without its nulls. ValueError for a file that is no JSON object.
+
+    Without one the whole `config.json`, which holds such settings in older folders, as transformers reads them; {} without either.
+    """
+    file = folder / GENERATION
+    values: Mapping[str, Any]
+    if file.is_file():
+        try:
+            values = json.loads(file.read_text(encoding="utf8"))
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} holds {str(values)[:60]!r}: expected an object")
+    else:
+        values = read_json(folder) if is_hugging_face(folder) else {}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def write_generation(folder: pathlib.Path, values: Mapping[str, Any]) -> None:
+    (folder / GENERATION).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf8")

@@ -1,0 +1,111 @@
+"""How a command writes text: its flags over the model's own generation settings."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxlm.devices import LoadOptions
+
+if TYPE_CHECKING:
+    from jaxlm.generate import DecodeConfig, GenerationSettings, LogitsRules, SampleConfig
+
+# What a flag overrides, by the names of generation_config.json.
+_OVERRIDES = {
+    "max_tokens": ("max_new_tokens", "max_length"), "temperature": ("temperature", "do_sample"), "top_k": ("top_k",),
+    "top_p": ("top_p",), "min_p": ("min_p",), "typical_p": ("typical_p",), "repetition_penalty": ("repetition_penalty",),
+    "beams": ("num_beams",), "length_penalty": ("length_penalty",), "early_stopping": ("early_stopping",),
+    "no_repeat_ngram_size": ("no_repeat_ngram_size",), "min_tokens": ("min_new_tokens", "min_length"),
+}  # fmt: skip
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Settings of drawing, which a search does not have."""
+BEAMS = ("num_beams", "length_penalty", "early_stopping")
+"""Settings of a search, which texts that are drawn do not have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions(LoadOptions):
+    """Flags of commands that write text. Empty ones are as the model's generation_config.json says."""
+
+    max_tokens: int | None = None
+    """Maximum number of new tokens; empty: the model's own setting, else a default of the command."""
+    temperature: float | None = None
+    """Sampling temperature; 0 selects the most likely token. Empty: the model's own setting, else 0.8, but 0 with beams and for an
+    encoder-decoder."""
+    top_k: int | None = None
+    """Sample from this many most likely tokens."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens that holds this probability."""
+    min_p: float | None = None
+    """Sample from tokens at least this fraction as likely as the most likely one."""
+    typical_p: float | None = None
+    """Sample from the tokens whose surprisal is nearest to the entropy, up to this probability."""
+    repetition_penalty: float | None = None
+    """Divides positive logits of tokens that occurred and multiplies negative ones; 1: off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the text contains."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time that the text contains it."""
+    seed: int = 0
+    """Random seed."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: the model's own generation_config.json gives the defaults of these options, and tokens that must or may not come;
+    none: it is not read."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What flags and settings amount to for one model."""
+
+    sampling: "SampleConfig"
+    decode: "DecodeConfig"
+    """Its `max_tokens` is not used: see `room`."""
+    rules: "LogitsRules"
+    """All constraints on tokens, those of `decode` among them."""
+    settings: "GenerationSettings"
+    max_tokens: int | None
+    default: int
+    given: frozenset[str]
+    """Names of the settings that flags override."""
+
+    def room(self, prompt: int) -> int:
+        """Maximum number of new tokens after `prompt` tokens of the decoder."""
+        return self.max_tokens or self.settings.room(prompt, self.default)
+
+    @property
+    def beams(self) -> bool:
+        return self.decode.beams > 1
+
+    def told(self, missing: Any = ()) -> str | None:
+        """One line that says which of the model's settings apply, None where it has none, but for those `missing` here."""
+        drawn = self.sampling.temperature > 0
+        idle = BEAMS if drawn else ("top_k", "top_p", "min_p", "typical_p")
+        told = dataclasses.replace(
+            self.settings, values={name: value for name, value in self.settings.values.items() if name not in idle}
+        )
+        return told.told(self.given, missing)
+
+
+def decoding_of(trained: Any, options: SamplingOptions, default: int) -> Decoding:
+    """How `options` have this model write; `default` is the maximum number of new tokens where nobody says another. ValueError for
+    settings or flags out of range."""
+    from jaxlm.generate import DecodeConfig, GenerationSettings, SampleConfig
+
+    def flags(kind: Any) -> dict[str, Any]:
+        return {f.name: getattr(options, f.name, None) for f in dataclasses.fields(kind) if f.name != "max_tokens"}
+
+    settings = trained.generation() if options.generation_config == "auto" else GenerationSettings()
+    drawn = flags(SampleConfig)
+    if options.temperature is None and (getattr(options, "beams", None) or 1) > 1:
+        drawn["temperature"] = 0.0
+    sampling = settings.sampling(drawn, trained.model.config.architecture == "encoder_decoder")
+    decode = settings.decode(flags(DecodeConfig))
+    if sampling.temperature > 0 and getattr(options, "beams", None) is None:
+        decode = dataclasses.replace(decode, beams=1, n_best=1)
+    rules = settings.rules()
+    if getattr(options, "min_tokens", None) is not None:
+        rules = dataclasses.replace(rules, min_length=0)
+    given = {name for flag, names in _OVERRIDES.items() if getattr(options, flag, None) is not None for name in names}
+    return Decoding(sampling, decode, decode.rules(rules), settings, options.max_tokens, default, frozenset(given))
