@@ -31,7 +31,7 @@ from jaxlm.hub import (
 from jaxlm.metrics import lower_is_better
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, mesh_of, stored_shardings
-from jaxlm.report import say
+from jaxlm.report import command, say
 from jaxlm.tasks import TASKS, Task, TaskConfig, label_order
 from jaxlm.train import Checkpoints, TuneConfig, Tuning, init_frozen
 
@@ -308,7 +308,9 @@ def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
     checkpoints = Checkpoints(folder / "checkpoints", metric=metric, higher=not lower_is_better(metric))
     step = checkpoints.best()
     if step is None:
-        raise ValueError(f"{folder} has no checkpoint yet: train it first with `jaxlm train {folder / 'config.yaml'}`")
+        raise ValueError(
+            f"{folder} has no checkpoint yet: train it first with: {command('jaxlm', 'train', folder / 'config.yaml')}"
+        )
     trained = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
     labels = read_card(folder).labels
     return Tuned(config, model, trained, tree["model"].get("init_from"), tree["seed"], task.kind, labels, bool(task.labels))

@@ -24,7 +24,7 @@ from jaxlm.models import (
     with_vocabulary,
 )
 from jaxlm.parallel import speaks
-from jaxlm.report import bar, say
+from jaxlm.report import bar, command, option, say
 from jaxlm.tasks import (
     BASELINE,
     TASKS,
@@ -139,6 +139,10 @@ class Finetuning(Job):
     @property
     def unit(self) -> str:  # type: ignore[override]
         return self.task.unit
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        return self.task.generates
 
     @property
     def shown(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -268,8 +272,11 @@ class Finetuning(Job):
 
     def commands(self) -> list[str]:
         folder, role = self.config.folder, self.task.given[0]
-        text = str(self.tables[1].rows[0].get(role, ""))[:60].replace('"', "'").replace("\n", " ")
-        given = (
-            f'--text "{text}"' if len(self.task.given) == 1 and isinstance(self.tables[1].rows[0].get(role), str) else "--file FILE"
-        )
-        return [f"jaxlm predict {folder} {given}", f"jaxlm evaluate {folder} --data FILE", f"jaxlm export {folder} exported"]
+        text = self.tables[1].rows[0].get(role)
+        alone = len(self.task.given) == 1 and isinstance(text, str)
+        given = option("text", str(text)[:60]) if alone else ("--file", "FILE")
+        return [
+            command("jaxlm", "predict", folder, *given),
+            command("jaxlm", "evaluate", folder, "--data", "FILE"),
+            command("jaxlm", "export", folder, "exported"),
+        ]

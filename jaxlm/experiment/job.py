@@ -35,6 +35,8 @@ class Job:
     unit: ClassVar[str] = "tokens"
     stochastic: ClassVar[bool] = False
     """The objective draws random numbers, with dropout or without."""
+    writes: bool = True
+    """Its samples are texts that the model writes, not predictions."""
     labels: tuple[str, ...] = ()
     start_id: int | None = None
     """What a decoder that reads an encoder begins with."""

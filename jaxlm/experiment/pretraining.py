@@ -23,6 +23,7 @@ from jaxlm.metrics import perplexity
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.models import with_vocabulary
 from jaxlm.parallel import batch_ways, place_batch, settle
+from jaxlm.report import command, option
 from jaxlm.train import Objective, make_eval_step, objectives
 
 SAMPLING = SampleConfig(temperature=0.7, top_p=0.95)
@@ -183,11 +184,17 @@ class Pretraining(Job):
         }
 
     def commands(self) -> list[str]:
-        folder = self.config.folder
-        if self.kind == "causal":
-            return [f'jaxlm generate {folder} --prompt "{self.config.train.sample_prompt}"']
-        file = "answer-squad" if self.config.model.architecture == "encoder_decoder" else "finetune-stdlib"
-        return [f"jaxlm train configs/{file}.yaml --model.init-from {folder}", f"jaxlm export {folder} exported"]
+        folder, model = self.config.folder, self.config.model
+        if model.architecture == "decoder":
+            return [command("jaxlm", "generate", folder, *option("prompt", self.config.train.sample_prompt))]
+        # A task that such a model is made for, over rows of the user's own; only Python's documentation has rows beside it.
+        file, length, rows = ("answer-squad", 128, ("--data.train", "FILE"))
+        if model.architecture == "encoder":
+            embedded = all(source.kind == "embedded" for source in self.config.data.sources)
+            file, length, rows = ("finetune-stdlib", 128, ()) if embedded else ("finetune-sst2", 64, rows)
+        shorter = ("--data.length", model.positions) if model.positions < length else ()
+        words = ("jaxlm", "train", f"configs/{file}.yaml", "--model.init-from", folder, *rows, *shorter)
+        return [command(*words), command("jaxlm", "export", folder, "exported")]
 
 
 # xz reads about 2 MB a second: beyond this size its figure is not worth the wait.

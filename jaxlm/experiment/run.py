@@ -17,7 +17,7 @@ from jaxlm.metrics import lower_is_better
 from jaxlm.model import Params
 from jaxlm.models import Card, start_parameters, write_card
 from jaxlm.parallel import make_mesh, peak_flops, place_batch, speaks, stored_shardings
-from jaxlm.report import Page, Record, count, read_rows, say, seconds, write_page
+from jaxlm.report import Page, Record, command, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
     BestScore,
     Checkpoints,
@@ -210,7 +210,7 @@ class Run:
         }
         if not speaks():
             return
-        page = Page(c.name, summary, verdict, baselines, commands, configs.dump(c), self.shown, self.job.unit)
+        page = Page(c.name, summary, verdict, baselines, commands, configs.dump(c), self.shown, self.job.unit, self.job.writes)
         write_page(self.folder, page, rows)
         say()
         if ended == "exhausted" and c.data.epochs:
@@ -220,16 +220,17 @@ class Run:
         if verdict:
             say(verdict)
         say(f"look at {self.folder}/report.html, curves.png{' and samples.md' if self._samples else ''}; next:")
-        for command in commands:
-            say(f"  {command}")
+        for line in commands:
+            say(f"  {line}")
 
     def next_commands(self, step: int) -> list[str]:
         """What a person may type after a run."""
         c, file = self.config, self.folder / "config.yaml"
-        longer = f"--data.epochs {2 * c.data.epochs:g}" if c.data.epochs else f"--train.steps {2 * max(step, self.steps)}"
+        longer = ("--data.epochs", f"{2 * c.data.epochs:g}") if c.data.epochs else ("--train.steps", 2 * max(step, self.steps))
+        rate = f"{c.optim.learning_rate / 2:g}"
         return [
             *self.job.commands(),
-            f"jaxlm train {file} {longer}",
-            f"jaxlm train {file} --name {c.name}-2 --optim.learning-rate {c.optim.learning_rate / 2:g}",
-            f"tensorboard --logdir {c.runs}",
+            command("jaxlm", "train", file, *longer),
+            command("jaxlm", "train", file, "--name", f"{c.name}-2", "--optim.learning-rate", rate),
+            command("tensorboard", "--logdir", c.runs),
         ]

@@ -252,8 +252,8 @@ class DecodeConfig:
 
     def rules(self, others: LogitsRules) -> LogitsRules:
         """`others` with the rules that stand here."""
-        own = {"no_repeat_ngram_size": self.no_repeat_ngram_size, "min_new_tokens": self.min_tokens}
-        return dataclasses.replace(others, **{name: value for name, value in own.items() if value})
+        ngram, least = self.no_repeat_ngram_size or others.no_repeat_ngram_size, self.min_tokens or others.min_new_tokens
+        return dataclasses.replace(others, no_repeat_ngram_size=ngram, min_new_tokens=least)
 
 
 class Scored(NamedTuple):
@@ -406,7 +406,7 @@ class BatchGenerator:
 
         # Of the decoder: a prompt's tokens before the forced ones, or the start token.
         prompt_B = jnp.ones(B, jnp.int32) if self.reads else length_B - F
-        before_BL = jnp.full((B, 1), self.start_id, jnp.int32) if self.reads else _before(tokens_BL, length_B, F)
+        before_BL = jnp.full((B, 1), self.start_id or 0, jnp.int32) if self.reads else _before(tokens_BL, length_B, F)
         source_BS = None
         if self.reads and rules.encoder_no_repeat_ngram_size:
             source_BS = jnp.where(batch["encoder"]["segments_BL"] > 0, tokens_BL, -1)

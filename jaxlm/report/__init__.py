@@ -1,8 +1,22 @@
 """What a person sees: lines and bars while it runs, a record of what happened, a page to read afterwards."""
 
-from jaxlm.report.console import Bar, bar, count, say, seconds, table
+from jaxlm.report.console import Bar, bar, command, count, option, say, seconds, table
 from jaxlm.report.page import Page, write_page
 from jaxlm.report.record import Record, read_rows
 from jaxlm.report.scores import write_scores
 
-__all__ = ["Bar", "Page", "Record", "bar", "count", "read_rows", "say", "seconds", "table", "write_page", "write_scores"]
+__all__ = [
+    "Bar",
+    "Page",
+    "Record",
+    "bar",
+    "command",
+    "count",
+    "option",
+    "read_rows",
+    "say",
+    "seconds",
+    "table",
+    "write_page",
+    "write_scores",
+]

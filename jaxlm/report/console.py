@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -29,23 +30,31 @@ class Bar(Protocol):
 
 
 class _Plain:
-    """Lines for a log file: at most one each `every` seconds, and one at the end."""
+    """Lines for a log file: at most one each `every` seconds, and one at the end.
+
+    The time left follows from the steps after the first one, which compiles.
+    """
 
     def __init__(self, title: str, total: int, unit: str, start: int, every: float = 5.0):
         self.title, self.total, self.unit, self.every = title, total, unit, every
-        self.done, self.began, self.last = start, time.monotonic(), time.monotonic()
-        self.start, self.shown = start, ""
+        self.done, self.last, self.shown = start, time.monotonic(), ""
+        self.first: tuple[float, int] | None = None
+        """When the first step was done, and how many were done then."""
 
     def advance(self, by: int = 1, **fields: str) -> None:
         self.done += by
         if fields:
             self.shown = "".join(f" · {name} {value}" for name, value in fields.items())
         now = time.monotonic()
+        first, before = self.first = self.first or (now, self.done)
         if now - self.last < self.every and self.done < self.total:
             return
         self.last = now
-        left = (now - self.began) / max(1, self.done - self.start) * (self.total - self.done)
-        say(f"{self.title} {self.done:,}/{self.total:,} {self.unit}{self.shown} · {seconds(left)} left")
+        line = f"{self.title} {self.done:,}/{self.total:,} {self.unit}{self.shown}"
+        if self.done > before or self.done >= self.total:
+            left = (now - first) / max(1, self.done - before) * (self.total - self.done)
+            line += f" · {seconds(left)} left"
+        say(line)
 
 
 class _Live:
@@ -80,6 +89,17 @@ def bar(title: str, total: int, unit: str = "", start: int = 0) -> Iterator[Bar]
     with progress.Progress(*columns, console=console(), transient=True) as live:
         task = live.add_task(title, total=total, completed=start, unit=unit, figures="")
         yield _Live(live, task)
+
+
+def command(*words: object) -> str:
+    """A command that a person may paste into a shell: every word quoted where it has to be, whatever text it holds."""
+    shown = ("".join(c if c.isprintable() else " " for c in str(word)) for word in words)  # no line ends, no control sequences
+    return shlex.join(shown)
+
+
+def option(name: str, value: object) -> tuple[str, ...]:
+    """The words of an option for `command`: one word where the value would itself be read as an option."""
+    return (f"--{name}={value}",) if str(value).startswith("--") else (f"--{name}", str(value))
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:

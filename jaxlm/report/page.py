@@ -25,13 +25,15 @@ class Page:
     """Names of the held-out scores to show; the last one is drawn by itself."""
     unit: str = "tokens"
     """What the loss is a mean over and the speed counts."""
+    writes: bool = True
+    """The samples are texts that the model writes, not predictions."""
 
 
 def write_page(folder: pathlib.Path, page: Page, rows: Rows) -> None:
     """Write `curves.png`, `samples.md` and `report.html` (self-contained) into the run's folder."""
     draw_curves(folder / "curves.png", page, rows)
     samples = [row for row in rows if row["kind"] == "sample"]
-    (folder / "samples.md").write_text(_samples(page.title, samples), encoding="utf8", errors="replace")
+    (folder / "samples.md").write_text(_samples(page, samples), encoding="utf8", errors="replace")
     body = _body(page, folder / "curves.png", rows, samples)
     (folder / "report.html").write_text(document(page.title, body), encoding="utf8", errors="replace")
 
@@ -85,8 +87,8 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _samples(title: str, samples: Rows) -> str:
-    parts = [f"# What {title} writes as it learns\n"]
+def _samples(page: Page, samples: Rows) -> str:
+    parts = [f"# What {page.title} {'writes' if page.writes else 'predicts'} as it learns\n"]
     parts += [f"## Step {row['step']}\n\n{_fenced(row['text'])}\n" for row in samples]
     return "\n".join(parts)
 
@@ -151,7 +153,10 @@ def _body(page: Page, curves: pathlib.Path, rows: Rows, samples: Rows) -> str:
         table_of(page.summary.items()),
         section("Curves", picture(curves, "Loss, score, learning rate and speed over the steps")),
         section("Held-out evaluation", table_of(evals, ["step", *(name.replace("_", " ") for name in names)])),
-        section("What it writes", "".join(f"<p>Step {row['step']}</p>{preformatted(row['text'])}" for row in shown)),
+        section(
+            "What it writes" if page.writes else "What it predicts",
+            "".join(f"<p>Step {row['step']}</p>{preformatted(row['text'])}" for row in shown),
+        ),
         section("Next", preformatted("\n".join(page.commands))),
         section("Configuration", preformatted(page.config)),
     ]

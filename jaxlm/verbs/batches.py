@@ -103,12 +103,7 @@ def generate_file(argument: str, file: str, out: str, options: SamplingOptions) 
     with bar("generating", len(lines), "texts", start=len(answers.done)) as shown:
         # The engine fills a slot as soon as it is free; what it cannot do is done in batches.
         if trained.reads or decoding.beams or decoding.rules:
-            batched = Batched(trained, decoding, lines, options.seed, left)
-
-            def start(answers: Answers, advance: Callable[[int], None]) -> None:
-                for i, answer in batched.write(left):
-                    answers.write(i, *answer)
-                    advance(1)
+            start = _batched(trained, lines, left, decoding, options.seed)
         else:
             start = _sampled(trained, lines, left, decoding, options.seed)
         with answers:
@@ -178,6 +173,18 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding:
             engine.run()
             if failed:
                 raise RuntimeError(f"the model failed, and {len(failed)} answers are missing; {failed[0]}")
+
+    return start
+
+
+def _batched(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding: Decoding, seed: int) -> Start:
+    """In batches, each done before the next begins."""
+    batched = Batched(trained, decoding, lines, seed, left)
+
+    def start(answers: Answers, advance: Callable[[int], None]) -> None:
+        for i, answer in batched.write(left):
+            answers.write(i, *answer)
+            advance(1)
 
     return start
 

@@ -14,6 +14,7 @@ from fake_engine import FakeEngine
 
 from jaxlm import cli
 from jaxlm.data import Chat, TokenizerConfig, train_tokenizer
+from jaxlm.generate import GenerationSettings
 
 LINES = [{"prompt": f"text {i}", "id": f"row-{i}"} for i in range(5)] + [{"messages": [{"role": "user", "content": "Hi"}]}]
 
@@ -27,10 +28,12 @@ def engine(monkeypatch):
     tokenizer = train_tokenizer(TokenizerConfig("bytes"), [])
     config = types.SimpleNamespace(architecture="decoder", positions=64)
     model = types.SimpleNamespace(config=config)
-    trained = types.SimpleNamespace(model=model, tokenizer=tokenizer, name="parrot", stop_ids=list)
+    trained = types.SimpleNamespace(
+        model=model, tokenizer=tokenizer, name="parrot", stop_ids=list, reads=False, generation=GenerationSettings
+    )
     made = FakeEngine(context=64)
     trained.for_writing = lambda: trained
-    monkeypatch.setattr(models, "load_model", lambda argument: trained)
+    monkeypatch.setattr(models, "load_model", lambda argument, **options: trained)
     monkeypatch.setattr(speaking, "open_engine", lambda *_, **__: made)
     monkeypatch.setattr(speaking, "chat_of", lambda _: (Chat(tokenizer), False))
     yield made
@@ -143,7 +146,7 @@ def test_an_encoder_decoder_answers_a_file_by_search(tmp_path, monkeypatch, caps
     from jaxlm import models
 
     made = trained(tmp_path, "encoder_decoder", {"kind": "language_model"})
-    monkeypatch.setattr(models, "load_model", lambda argument: made)
+    monkeypatch.setattr(models, "load_model", lambda argument, **options: made)
     texts = [f"a text of {i}" + " words" * (i % 3) for i in range(20)]
     file, out = write(tmp_path / "in.jsonl", [{"prompt": text} for text in texts]), tmp_path / "out.jsonl"
     assert generate(file, out) == 1 and "give --temperature 0" in capsys.readouterr().err
