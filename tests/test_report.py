@@ -2,10 +2,12 @@
 
 import json
 import math
+import subprocess
+import time
 
 import pytest
 
-from jaxlm.report import Page, Record, bar, count, seconds, write_page
+from jaxlm.report import Page, Record, bar, command, count, option, seconds, write_page
 from jaxlm.report.console import _Plain, console
 from jaxlm.report.record import read_rows
 
@@ -72,6 +74,45 @@ def test_durations(value, text):
 @pytest.mark.parametrize("value, text", [(950, "950"), (12_345, "12.3k"), (4_500_000, "4.5M"), (70.6e9, "70.6B")])
 def test_counts(value, text):
     assert count(value) == text
+
+
+def test_the_time_left_is_not_that_of_compiling(capsys, monkeypatch):
+    """The first of 1,001 steps takes a minute, each after it a tenth of a second: 99 s are left after eleven, not an hour and a
+    half."""
+    monkeypatch.setattr(_Plain.__init__, "__defaults__", (0.0,))
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with bar("training", 1001, "steps") as shown:
+        for took in (60.0, *[0.1] * 10):
+            now += took
+            shown.advance()
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "training 1/1,001 steps", "one step says nothing of the others"
+    assert last == "training 11/1,001 steps · 1 m 39 s left"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$(touch here)", "`touch here`", "it's \"fine\"; touch here", "a\ntouch here", "--file x & touch here", "!!touch here",
+        "\x1b[2J$(touch here)",
+    ],
+)  # fmt: skip
+def test_a_command_may_be_pasted_whatever_text_it_holds(text, tmp_path):
+    """Pasted into bash nothing of the text is executed, and the program gets the text, control characters as spaces."""
+    line = command("printf", "%s\\n", *option("text", text))
+    assert "\n" not in line
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not list(tmp_path.iterdir()), "something of it was executed"
+    shown = text.replace("\n", " ").replace("\x1b", " ")
+    assert done.stdout == (f"--text={shown}\n" if text.startswith("--") else f"--text\n{shown}\n")
+
+
+def test_a_page_heads_only_texts_as_writing(tmp_path):
+    rows = [{"kind": "sample", "step": 1, "text": "a film → good"}]
+    for writes, head in ((True, "What it writes"), (False, "What it predicts")):
+        write_page(tmp_path, Page("run", {}, writes=writes), rows)
+        assert f"<h2>{head}</h2>" in (tmp_path / "report.html").read_text()
 
 
 def test_a_bar_is_plain_lines_off_a_terminal_and_keeps_its_figures(capsys, monkeypatch):

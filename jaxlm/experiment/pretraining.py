@@ -185,11 +185,12 @@ class Pretraining(Job):
 
     def commands(self) -> list[str]:
         folder, model = self.config.folder, self.config.model
-        if model.architecture == "decoder":
+        if self.kind == "causal":
             return [command("jaxlm", "generate", folder, *option("prompt", self.config.train.sample_prompt))]
         # A task that such a model is made for, over rows of the user's own; only Python's documentation has rows beside it.
-        file, length, rows = ("answer-squad", 128, ("--data.train", "FILE"))
-        if model.architecture == "encoder":
+        file, length = "answer-squad", 128
+        rows: tuple[str, ...] = ("--data.train", "FILE")
+        if model.architecture != "encoder_decoder":
             embedded = all(source.kind == "embedded" for source in self.config.data.sources)
             file, length, rows = ("finetune-stdlib", 128, ()) if embedded else ("finetune-sst2", 64, rows)
         shorter = ("--data.length", model.positions) if model.positions < length else ()

@@ -166,7 +166,7 @@ def _completed(history: History, tokens_RH: jax.Array, size: int, V: int) -> jax
 def _bad(words: Sequence[Sequence[int]], history: History, length_R1: jax.Array, stop_RV: jax.Array, V: int) -> jax.Array:
     """(R, V): tokens that would complete one of the sequences. What ends a text is no bad word."""
     R, alone = stop_RV.shape[0], [word[0] for word in words if len(word) == 1]
-    banned_RV: jax.Array = _some(alone, V) & ~stop_RV
+    banned_RV = jnp.asarray(_some(alone, V)) & ~stop_RV
     longer = [word for word in words if len(word) > 1]
     if not longer:
         return banned_RV

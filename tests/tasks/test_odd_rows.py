@@ -1,12 +1,16 @@
 """What tasks make of odd rows: long prompts, labels like numbers, contexts without an answer."""
 
+import json
+import subprocess
 import types
 
 import jax
 import numpy as np
 import pytest
 
+from jaxlm.config import parse_flags
 from jaxlm.data import TokenizerConfig, train_tokenizer
+from jaxlm.experiment import Run, load_config
 from jaxlm.generate import DecodeConfig
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh
@@ -192,3 +196,21 @@ def test_prompts_and_chats_that_are_cut_are_counted():
     talks = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}] for text in ("yes", "yes " * 30)]
     task.examples([{"messages": talk} for talk in talks])
     assert task.framer.truncated == 1
+
+
+def test_the_command_that_a_run_suggests_executes_nothing_of_its_rows(tmp_path):
+    """The first held-out text is shell code; pasted into bash it is a text, in every command that the run names."""
+    rows = [{"text": f"$(touch {tmp_path}/a) `touch {tmp_path}/b` it's; touch {tmp_path}/c", "label": str(i % 2)} for i in range(8)]
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    words = [
+        "--task.kind", "classification", "--data.train", f"{tmp_path}/train.jsonl", "--data.validation", f"{tmp_path}/held.jsonl",
+        "--runs", f"{tmp_path}/my runs; touch {tmp_path}/d", "--model.architecture", "encoder", "--data.tokenizer.kind", "bytes",
+    ]  # fmt: skip
+    (tmp_path / "plain.yaml").write_text("{}")
+    commands = Run(load_config(tmp_path / "plain.yaml", parse_flags(words)).value).next_commands(1)
+    assert "touch" in commands[0] and len(commands) >= 5
+    script = 'jaxlm() { printf \'%s\\n\' "$@"; }; tensorboard() { jaxlm "$@"; }\n' + "\n".join(commands)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert not {file.name for file in tmp_path.iterdir()} & set("abcd"), "something of a row or a name was executed"
+    assert rows[0]["text"][:60] in done.stdout.splitlines()

@@ -1,5 +1,6 @@
 """Each objective over text: it learns, padding has no say, evaluations ask the same, and what was learned goes on elsewhere."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.config import parse_flags, read_yaml
+from jaxlm.data import SourceConfig
 from jaxlm.data.packing import stack
 from jaxlm.experiment import Run, load_config
 from jaxlm.experiment.pretraining import Pretraining
@@ -259,9 +261,16 @@ def test_a_pretrained_model_is_fine_tuned(kind, trained, tmp_path):
 
 
 def test_the_commands_that_a_run_names_fit_it(make):
-    """Encoders and decoders are fine-tuned on what every Python carries; an encoder-decoder cannot classify."""
+    """Each is fine-tuned on rows of the user's own, those read from Python's documentation on what every Python carries; an
+    encoder-decoder cannot classify."""
     for kind in LEARNED:
-        first, *_ = Run(make(kind)).job.commands()
+        config = make(kind)
+        first, *_ = Run(config).job.commands()
+        embedded = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(SourceConfig(),)))
+        if kind != "fim":
+            own = config.model.architecture == "encoder_decoder"
+            assert "--data.train FILE" in first and "finetune-stdlib" not in first, "the run learned another text"
+            assert own or "finetune-stdlib" in Run(embedded).job.commands()[0]
         name = next((word for word in first.split() if word.startswith("configs/")), None)
         if name is None:
             assert kind == "fim" and "jaxlm generate" in first
