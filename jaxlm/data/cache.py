@@ -70,7 +70,7 @@ def build_corpora(config: DataConfig) -> Corpora:
     One tokenizer is trained on the train parts of all sources. Exact duplicates within a source are
     dropped first, so none of its held-out documents is also trained on; in a mixture the hash holds a
     text out of every source that has it (unless a source has too few documents for the hash to decide).
-    Of a streaming source only the first documents are read: the first `fraction` of STREAM_HEAD is held
+    Of a streaming source only the first STREAM_HEAD documents are read: the first `fraction` of them is held
     out, the rest trains the tokenizer and is the train corpus.
     Raises ValueError, in one line, where the data is not there or is no longer what the cache was built from.
     """
@@ -205,7 +205,7 @@ def _split(
         if len(spans) < 2:
             raise ValueError(f"source {name!r} has one document, none to hold out: use holdout by 'tail'")
         if source.streaming:  # the first ones: what comes later in a stream is not known yet
-            chosen = np.arange(len(spans)) < min(math.ceil(holdout.fraction * STREAM_HEAD), len(spans) - 1)
+            chosen = np.arange(len(spans)) < min(math.ceil(holdout.fraction * len(spans)), len(spans) - 1)
         else:
             chosen = scores < np.uint64(int(holdout.fraction * 2**64))
             chosen[scores.argmin()], chosen[scores.argmax()] = True, False  # at least one each, whatever the order

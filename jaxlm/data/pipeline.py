@@ -13,11 +13,12 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import numpy as np
 
+import jaxlm.data.cache as cache
 from jaxlm.data.corpus import Corpora, Corpus, DataConfig, digest
 from jaxlm.data.corrupt import Chunks, CorruptedRows, Corruption, corrupted
 from jaxlm.data.packing import Batch, Packed, Row, Rows, Windows, stack
@@ -123,7 +124,7 @@ class StreamBatches:
     corruption also the number of the next row, which seeds it.
     """
 
-    total = None
+    per_epoch: int | None = None
 
     def __init__(
         self,
@@ -139,6 +140,24 @@ class StreamBatches:
         self.seed, self.corruption = seed, corruption
         self.mine = rows_of(config.batch_size, process_index, process_count)
         self._heldout = {digest(text.encode()) for corpus in corpora.heldout for text in corpus.texts()}
+
+    @functools.cached_property
+    def total(self) -> int | None:
+        """Global batches of all epochs; None: without end, or a stream of more than STREAM_HEAD documents, whose length is
+        not known before it has been read."""
+        if self.config.epochs is None:
+            return None
+        read = list(itertools.islice(stream(self.source), cache.STREAM_HEAD + 1))
+        if len(read) > cache.STREAM_HEAD:
+            return None
+        kept = self._kept(text_of(row, self.source) for row in read)
+        tokens = int(self.config.epochs) * sum(len(ids) + 1 for ids in self.tokenizer.encode_batch(kept))
+        rows = tokens // self.corruption.raw if self.corruption is not None else -(-tokens // self.config.length)
+        return -(-rows // self.config.batch_size)
+
+    def _kept(self, texts: Iterable[str]) -> list[str]:
+        """Those that are not empty and not held out."""
+        return [text for text in texts if text and digest(text.encode("utf8", "replace")) not in self._heldout]
 
     def iterate(self, start: State | None = None) -> Iterator[tuple[Batch, State]]:
         """As `TrainBatches.iterate`; a batch that the last epoch cannot fill is padded, with weights 0."""
@@ -184,8 +203,7 @@ class StreamBatches:
             found = place is not None
             here = place  # None: the beginning
             while chunk := [text_of(row, self.source) for row in itertools.islice(texts, STREAM_CHUNK)]:
-                kept = [text for text in chunk if text and digest(text.encode("utf8", "replace")) not in self._heldout]
-                if kept:
+                if kept := self._kept(chunk):
                     found = True
                     ends = [np.array([self.tokenizer.eos_id], np.int32)] * len(kept)
                     both = itertools.chain.from_iterable(zip(self.tokenizer.encode_batch(kept), ends, strict=True))

@@ -87,8 +87,14 @@ class Run:
 
     @functools.cached_property
     def steps(self) -> int:
-        """Steps of the whole run."""
-        return self.config.train.steps or self.batches.total or 1000
+        """Steps of the whole run. Raises ValueError where they are neither given nor to be had from `data.epochs`."""
+        train, data = self.config.train, self.config.data
+        if train.steps is None and data.epochs is not None and self.batches.total is None:
+            raise ValueError(
+                f"data.epochs {data.epochs:g} of a long stream, whose length is not known before it is read: give --train.steps "
+                "too, and training ends with whichever comes first"
+            )
+        return train.steps or self.batches.total or 1000
 
     @property
     def eval_every(self) -> int:
@@ -109,6 +115,9 @@ class Run:
         c, mesh, job = self.config, self.mesh, self.job
         model = job.model()
         card = Card(job.labels, self.metric, job.start_id)  # every process makes the data: a mistake in it is found by all
+        tuning, steps = Tuning(c.tune, model), self.steps
+        schedule = make_schedule(c.optim, steps)
+        optimizer = make_optimizer(c.optim, schedule, tuning)
         if speaks():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(configs.dump(c), encoding="utf8")
@@ -116,12 +125,7 @@ class Run:
             if job.generation:
                 write_generation(self.folder, job.generation)
             job.tokenizer.save(self.folder / "tokenizer")
-        tuning = Tuning(c.tune, model)
         self._introduce(model, tuning)
-
-        steps = self.steps
-        schedule = make_schedule(c.optim, steps)
-        optimizer = make_optimizer(c.optim, schedule, tuning)
 
         @functools.cache
         def begin() -> Params:

@@ -3,7 +3,20 @@
 import dataclasses
 from typing import Any
 
-from jaxlm.hub.family import Family, Head, Json, Tensors, attention, linear, norm, read_layers, table, write_layers
+from jaxlm.hub.family import (
+    Family,
+    Head,
+    Json,
+    Tensors,
+    attention,
+    linear,
+    norm,
+    read_layers,
+    read_rope,
+    table,
+    write_layers,
+    write_rope,
+)
 from jaxlm.model import TransformerConfig
 
 _STACK = "transformer/encoder"
@@ -237,23 +250,24 @@ ALBERT = Family(
 
 def _read_modernbert(theirs: Json, names: Any) -> dict[str, Any]:
     ropes = theirs.get("rope_parameters") or {}
-    for kind, given in ropes.items():
-        if given.get("rope_type", "default") != "default":
-            raise ValueError(f"modernbert config: rope_type {given['rope_type']!r} of {kind} is not supported: only 'default' is")
-    theta = ropes.get("full_attention", {}).get("rope_theta") or theirs.get("global_rope_theta", 160_000.0)
-    local = ropes.get("sliding_attention", {}).get("rope_theta") or theirs.get("local_rope_theta", 10_000.0)
+    sliding = ropes.get("sliding_attention", {})
+    if sliding.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"modernbert config: rope_type {sliding['rope_type']!r} of sliding_attention is not supported: only 'default' is"
+        )
+    full = {"rope_theta": theirs.get("global_rope_theta", 160_000.0), **ropes.get("full_attention", {})}
+    local = sliding.get("rope_theta") or theirs.get("local_rope_theta", 10_000.0)
     every = theirs.get("global_attn_every_n_layers", 3)
     pattern = "".join("L" if i % every else "G" for i in range(theirs["num_hidden_layers"]))
     return {
         **read_layers(theirs, pattern),
         "head.dense_bias": bool(theirs.get("classifier_bias", False)),
-        "rope": {"theta": theta, "local_theta": local},
+        "rope": {**read_rope({"rope_parameters": full})["rope"], "local_theta": local},
         "head.pool": {"cls": "first", "mean": "mean"}[theirs.get("classifier_pooling", "cls")],
     }
 
 
 def _write_modernbert(config: TransformerConfig) -> dict[str, Any]:
-    rope, local = config.rope, config.rope.local_theta or config.rope.theta
     return {
         "attention_dropout": config.dropout, "embedding_dropout": config.dropout, "local_attention": config.window,
         "layer_types": write_layers(config), "classifier_pooling": "mean" if config.head.pool == "mean" else "cls",
@@ -261,8 +275,8 @@ def _write_modernbert(config: TransformerConfig) -> dict[str, Any]:
         "attention_bias": False, "mlp_bias": False,
         "norm_bias": False,
         "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": rope.theta},
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            "full_attention": write_rope(config)["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": config.rope.local.theta},
         },
     }  # fmt: skip
 

@@ -181,7 +181,8 @@ def _flat(config: TransformerConfig) -> dict[str, Any]:
     }
     tree["attention_scale"] = config.attention_scale or config.H**-0.5
     tree["rope"]["original_positions"] = config.rope.original_positions or config.positions
-    tree["rope"]["local_theta"] = config.rope.local_theta or config.rope.theta
+    # Without scaling, leaving it out means theta; with it, that layers which see a window are scaled too.
+    tree["rope"]["local_theta"] = config.rope.local_theta or (config.rope.theta if config.rope.scaling == "none" else None)
     tree["layer_pattern"] = "".join("L" if local else "G" for local in config.local(max(config.stacks.values())))
     if config.head.kind not in ("sequence", "token"):
         tree["head"]["labels"] = None

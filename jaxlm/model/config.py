@@ -18,7 +18,8 @@ class RotaryConfig:
     theta: float = 10_000.0
     """Base of the frequencies."""
     local_theta: float | None = None
-    """Base in layers that see a window only; empty: theta."""
+    """Base in layers that see a window only, whose positions are then never scaled (as in Gemma 3 and ModernBERT); empty:
+    these layers have the angles of all others."""
     fraction: float = 1.0
     """Share of each head's width that is turned."""
     scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
@@ -48,6 +49,13 @@ class RotaryConfig:
         for low, high in (("low_frequency", "high_frequency"), ("beta_slow", "beta_fast")):
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(f"{low} {getattr(self, low)} must be below {high} {getattr(self, high)}")
+
+    @property
+    def local(self) -> "RotaryConfig":
+        """Rotary positions of layers that see a window only."""
+        if self.local_theta is None:
+            return self
+        return dataclasses.replace(self, theta=self.local_theta, local_theta=None, scaling="none")
 
 
 @dataclasses.dataclass(frozen=True)

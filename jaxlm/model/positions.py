@@ -14,22 +14,19 @@ from jaxlm.model.config import RotaryConfig, TransformerConfig
 from jaxlm.model.layers import Angles, parameter
 
 
-def rotary_angles(positions_BL: jax.Array, config: TransformerConfig, theta: float, segments_BL: jax.Array | None = None) -> Angles:
+def rotary_angles(positions_BL: jax.Array, config: TransformerConfig, theta: float) -> Angles:
     """cos and sin of the rotary angles, (B, L, 1, rotary_width/2) each, float32 (Su et al. 2021, "RoFormer", eq. 34).
 
-    Dynamic scaling goes by the length of each text, told apart by `segments_BL`: unlike in `transformers`, where the
-    longest of a batch decides for all, a text is then computed the same whatever stands beside it.
+    Under dynamic scaling (NTK-aware, by bloc97 2023) the base grows with a token's own position beyond the trained context:
+    the angles with which `transformers` decodes token by token. A token's angles then hang on its text up to itself alone,
+    not on padding, on other rows or on the pieces in which the text is read, and a cache's keys stay valid. `transformers`
+    reads a whole prompt beyond the trained context with the base of the batch's longest row instead, so that what it
+    computes for a text changes with where the prompt ended.
     """
     rope, width = config.rope, config.rotary_width
     trained = rope.original_positions or config.positions
     if rope.scaling == "dynamic":
-        # The base grows with the text at hand (NTK-aware, by bloc97 2023; the form of `transformers`).
-        if segments_BL is None:
-            last_BL = jnp.max(positions_BL, axis=1, keepdims=True)
-        else:
-            same_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
-            last_BL = jnp.max(jnp.where(same_BLS, positions_BL[:, None, :], 0), axis=2)
-        length_BL = jnp.maximum(last_BL + 1, trained).astype(jnp.float32)
+        length_BL = jnp.maximum(positions_BL + 1, trained).astype(jnp.float32)
         base_BL = theta * (rope.factor * length_BL / trained - (rope.factor - 1)) ** (width / (width - 2))
         frequencies = base_BL[:, :, None, None] ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)[None, None, None, :]
     else:

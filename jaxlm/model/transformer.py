@@ -214,8 +214,9 @@ class Stack(nn.Module):
             query, key = ((p >= cache.start_B[:, None]).astype(jnp.int32) for p in (place_BL, places(size, None)))
             context = dataclasses.replace(context, mask=Mask(query, key, seen, causal=self.causal))
         if c.position == "rotary":
-            angles = rotary_angles(positions_BL, c, c.rope.theta, segments_BL)
-            local = rotary_angles(positions_BL, c, c.rope.local_theta, segments_BL) if c.rope.local_theta else angles
+            angles = local = rotary_angles(positions_BL, c, c.rope.theta)
+            if c.rope.local_theta:
+                local = rotary_angles(positions_BL, dataclasses.replace(c, rope=c.rope.local), c.rope.local.theta)
             context = dataclasses.replace(context, angles=(angles, local))
         elif bias is not None:
             context = dataclasses.replace(context, bias_BNLS=bias(distances(length, size, seen)))

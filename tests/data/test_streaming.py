@@ -66,6 +66,28 @@ def test_the_first_documents_are_held_out_and_only_the_head_is_read(config):
         build_corpora(other(config, holdout=HoldoutConfig("tail", 0.1)))
 
 
+def test_a_stream_shorter_than_its_head_keeps_most_of_it(config, monkeypatch):
+    """The share is of the documents that there are, not of those that a longer stream would have had."""
+    monkeypatch.setattr(cache, "STREAM_HEAD", 10_000)
+    corpora = build_corpora(config)
+    assert list(corpora.heldout[0].texts()) == TEXTS[:13], "a quarter of 50, rounded up"
+    assert list(corpora.train[0].texts()) == TEXTS[13:]
+
+
+@pytest.mark.parametrize("epochs", [1.0, 3.0])
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_the_number_of_batches_is_known_where_the_head_is_the_whole_stream(config, monkeypatch, epochs, corrupt):
+    monkeypatch.setattr(cache, "STREAM_HEAD", 50)
+    config = other(config, epochs=epochs, tokenizer=TokenizerConfig("bytes", special=("mask",)))
+    corpora = build_corpora(config)
+    corruption = make_corruption("masked", CorruptConfig(), corpora.tokenizer, 8, "encoder") if corrupt else None
+    batches = train_batches(config, corpora, seed=0, corruption=corruption, **ALONE)
+    assert batches.total == len(list(batches.iterate()))
+    assert train_batches(other(config, epochs=None), corpora, seed=0, **ALONE).total is None
+    monkeypatch.setattr(cache, "STREAM_HEAD", 49)
+    assert train_batches(config, corpora, seed=0, **ALONE).total is None
+
+
 def test_an_epoch_is_every_token_that_is_not_held_out_once(config):
     corpora = build_corpora(config)
     expected = np.concatenate([[*text.encode(), 256] for text in TEXTS[5:]])

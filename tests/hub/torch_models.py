@@ -29,6 +29,10 @@ CASES = {
                         "max_position_embeddings": 32, "dropout": 0.0, "attention_dropout": 0.0, "activation": "relu"}),
     "modernbert": ("ModernBertForMaskedLM", {**BASE, "num_hidden_layers": 5, "local_attention": 8, "pad_token_id": 0,
                    "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}),
+    # Layers that see a window keep their own base, unscaled.
+    "modernbert-yarn": ("ModernBertForMaskedLM", {**BASE, "num_hidden_layers": 5, "local_attention": 8, "pad_token_id": 0,
+                        "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "rope_parameters": {
+                            "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}}),
     # The generator's head is GELU whatever the blocks are; the discriminator's is as they are.
     "electra": ("ElectraForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16, "hidden_act": "relu"}),
     "albert": ("AlbertForMaskedLM", {**BASE, **NO_DROPOUT, "embedding_size": 16}),

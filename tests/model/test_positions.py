@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import RotaryConfig, TransformerConfig
+from jaxlm.model import Model, RotaryConfig, TransformerConfig, empty_cache
 from jaxlm.model.mask import distances
 from jaxlm.model.positions import alibi, relative_buckets, rotary_angles, rotary_frequencies, rotate, sinusoids
 
@@ -83,18 +83,55 @@ def test_dynamic_stretches_only_beyond_the_trained_context():
     assert not np.allclose(angles_of(range(33), dynamic)[1], angles_of(range(33), RotaryConfig())[1], atol=1e-3)
 
 
-def test_dynamic_stretches_each_row_by_itself():
-    """A text within the trained context beside one beyond it, padded beyond it, or packed before one beyond it."""
-    rope = SCALINGS["dynamic"]
-    config = dataclasses.replace(CONFIG, rope=rope)
-    positions_BL = jnp.stack([jnp.minimum(jnp.arange(48), 20), jnp.arange(48)]).astype(jnp.int32)
-    together = rotary_angles(positions_BL, config, rope.theta)
-    np.testing.assert_allclose(together[1][0], angles_of(positions_BL[0], rope)[1][0], atol=1e-5)
-    positions_BL = jnp.asarray([[*range(20), *range(48), *range(12)]], jnp.int32)
-    segments_BL = jnp.asarray([[1] * 20 + [2] * 48 + [0] * 12], jnp.int32)
-    packed = rotary_angles(positions_BL, config, rope.theta, segments_BL)[1][0]
-    for n, start in ((20, 0), (48, 20)):
-        np.testing.assert_allclose(packed[start : start + n], angles_of(range(n), rope)[1][0], atol=1e-5)
+def test_dynamic_reads_a_text_the_same_padded_in_pieces_and_whole():
+    """A text three times beyond the trained context: its last logits, and of a packed row those of each document."""
+    config = TransformerConfig(
+        vocab_size=64, positions=128, layers=2, width=32, heads=2, position="rotary",
+        rope=RotaryConfig(scaling="dynamic", factor=2.0, original_positions=16),
+    )  # fmt: skip
+    model = Model(config)
+    params = jax.tree.map(lambda leaf: leaf * 3, model.init(jax.random.key(0)))
+    tokens = jax.random.randint(jax.random.key(1), (1, 50), 0, 64)
+    apply = jax.jit(lambda params, batch, cache=None: model.apply(params, batch, cache))
+    whole = apply(params, {"tokens_BL": tokens})[0][0]
+    padded = apply(params, {"tokens_BL": jnp.pad(tokens, ((0, 0), (0, 14)))}, empty_cache(config, 1, 64))[0][0, :50]
+    np.testing.assert_allclose(padded, whole, atol=1e-4)
+    cache, parts = empty_cache(config, 1, 64), []
+    for start in range(0, 50, 10):
+        logits, cache = apply(params, {"tokens_BL": tokens[:, start : start + 10]}, cache)
+        parts.append(logits[0])
+    np.testing.assert_allclose(jnp.concatenate(parts), whole, atol=1e-4)
+    packed = {
+        "tokens_BL": jnp.concatenate([tokens[:, :14], tokens], axis=1),
+        "positions_BL": jnp.asarray([[*range(14), *range(50)]], jnp.int32),
+        "segments_BL": jnp.asarray([[1] * 14 + [2] * 50], jnp.int32),
+    }
+    np.testing.assert_allclose(apply(params, packed)[0][0, 14:], whole, atol=1e-4)
+    np.testing.assert_allclose(apply(params, packed)[0][0, :14], whole[:14], atol=1e-4)
+
+
+def test_dynamic_angles_take_memory_in_proportion_to_the_row():
+    """A packed row of 8,192 tokens: nothing of its square."""
+    config = dataclasses.replace(CONFIG, rope=SCALINGS["dynamic"])
+    lowered = jax.jit(lambda positions_BL: rotary_angles(positions_BL, config, 10_000.0)).lower(
+        jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+    )
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 8192 * 8192
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "yarn"])
+def test_layers_that_see_a_window_with_a_base_of_their_own_are_not_scaled(scaling):
+    rope = dataclasses.replace(SCALINGS[scaling], local_theta=5_000.0)
+    config = dataclasses.replace(CONFIG, rope=rope, layer_pattern="LG", window=8)
+    model, kinds = Model(config), {}
+    for pattern, of in (("L", RotaryConfig(theta=5_000.0)), ("G", dataclasses.replace(rope, local_theta=None))):
+        one = dataclasses.replace(config, layer_pattern=pattern, layers=1)
+        alone = dataclasses.replace(one, rope=of)
+        params = Model(one).init(jax.random.key(0))
+        batch = {"tokens_BL": jnp.arange(64, dtype=jnp.int32)[None] % 8}
+        kinds[pattern] = np.asarray(Model(one).apply(params, batch)[0])
+        np.testing.assert_allclose(kinds[pattern], Model(alone).apply(params, batch)[0], atol=1e-5)
+    assert not np.allclose(kinds["L"], kinds["G"], atol=1e-2) and model.config.rope.local.scaling == "none"
 
 
 def test_dynamic_needs_more_than_one_pair():
@@ -224,9 +261,10 @@ def test_stretched_frequencies_are_transformers(case):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("length", [16, 64, 65, 200])
-def test_dynamic_frequencies_are_transformers(length):
-    """Read off the angles of place 1; the longest place of the row decides."""
-    frequencies, _ = huggingface("dynamic", CONFIG.H, 10_000.0, 64, factor=2.0, seq_len=length)
-    cos, sin = angles_of(range(length), RotaryConfig(scaling="dynamic", factor=2.0))
-    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 1, 0], frequencies, rtol=1e-5)
+@pytest.mark.parametrize("position", [15, 63, 64, 199])
+def test_dynamic_angles_are_those_with_which_transformers_decodes(position):
+    """The frequencies that they compute once this position is read: at a length of one more."""
+    frequencies, _ = huggingface("dynamic", CONFIG.H, 10_000.0, 64, factor=2.0, seq_len=position + 1)
+    cos, sin = angles_of(range(position + 1), RotaryConfig(scaling="dynamic", factor=2.0))
+    np.testing.assert_allclose(cos[0, position, 0], np.cos(position * frequencies), atol=1e-4)
+    np.testing.assert_allclose(sin[0, position, 0], np.sin(position * frequencies), atol=1e-4)
