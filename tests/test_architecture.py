@@ -65,6 +65,7 @@ ROOMS = {
     "hub": [
         "tensors",
         "files",
+        "tied",
         "loading",
         "saving",
         "family",

@@ -16,11 +16,12 @@ from jaxlm.config import unknown
 from jaxlm.hub.decoders import DECODERS
 from jaxlm.hub.encoders import ENCODERS
 from jaxlm.hub.family import Family, complete
-from jaxlm.hub.files import Tensors, find, tensor_names
+from jaxlm.hub.files import Tensors, find, has_weights, tensor_names
 from jaxlm.hub.loading import load
 from jaxlm.hub.saving import Carried, save
 from jaxlm.hub.seq2seq import SEQ2SEQ
 from jaxlm.hub.tensors import Table
+from jaxlm.hub.tied import read_copies
 from jaxlm.model import Model, Params, TransformerConfig
 from jaxlm.parallel import stored_shardings
 
@@ -63,7 +64,10 @@ def family_of(theirs: Mapping[str, Any]) -> Family:
 def table_of(family: Family, config: TransformerConfig) -> Table:
     """The family's tensors, as `load` and `save` take them."""
     ignored = (*family.ignored, r"^lm_head\.weight$")  # a copy of a tied table
-    return Table(family.table(config), prefix=family.prefix, ignored=ignored, renames=family.renames, absent=family.missing)
+    return Table(
+        family.table(config), prefix=family.prefix, ignored=ignored, renames=family.renames, copies=family.copies,
+        write_copies=family.unties_copies and not config.tie_embeddings, absent=family.missing,
+    )  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -95,7 +99,12 @@ def load_folder(
 def read_config(folder: pathlib.Path, head: str | None = None, labels: int | None = None) -> TransformerConfig:
     """Our config of the model in a folder, with another head on request."""
     theirs = read_json(folder)
-    config = family_of(theirs).config(theirs, tensor_names(folder), head, labels)
+    family = family_of(theirs)
+    config = family.config(theirs, tensor_names(folder), head, labels)
+    if config.head.kind in ("language_model", "masked_lm") and has_weights(folder):
+        # Of T5's names alone say that the head may not be tied; its config always ties it where both tables are equal.
+        tied = read_copies(Tensors(folder), table_of(family, config), theirs.get("tie_word_embeddings", config.tie_embeddings))
+        config = dataclasses.replace(config, tie_embeddings=tied)
     if config.head.kind == "embedding":
         config = dataclasses.replace(config, head=dataclasses.replace(config.head, pool=_pooling(folder) or config.head.pool))
     return config
@@ -107,6 +116,9 @@ def load_parameters(
     """The parameters of `model` from a folder's files; a head that those do not hold is initialised anew from `seed`."""
     theirs, tensors = read_json(folder), Tensors(folder)
     family, config = family_of(theirs), model.config
+    tied = read_copies(tensors, table_of(family, config), config.tie_embeddings)
+    if config.tie_embeddings and not tied:
+        raise ValueError(f"{str(folder)!r} holds a head that is not tied to the embeddings: give model.tie_embeddings false")
     shardings = stored_shardings(model.axes, model.shapes, mesh)
     held = family.config(theirs, tensors.index)
     optional: tuple[str, ...] = ()

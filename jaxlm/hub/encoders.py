@@ -57,8 +57,10 @@ def _bert_like(prefix: str) -> Tensors:
     }
 
 
-def _masked(dense: str, layer_norm: str, bias: str) -> Tensors:
-    return {**linear(dense, "head/dense", "W D"), **norm(layer_norm, "head/norm", "W"), bias: {"head/bias": "V"}}
+def _masked(dense: str, layer_norm: str, bias: str, table: str) -> Tensors:
+    """A masked language model's head; `table` is the matrix over the vocabulary where it is not tied to the embeddings."""
+    rows = {**linear(dense, "head/dense", "W D"), **norm(layer_norm, "head/norm", "W")}
+    return {**rows, bias: {"head/bias": "V"}, table: {"head/table": "V W"}}
 
 
 def _labels(out: str, dense: str | None = None) -> Tensors:
@@ -93,13 +95,14 @@ BERT = Family(
     activation="hidden_act",
     read=_positions,
     write=_same_dropout,
-    require={"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    require={"is_decoder": False, "position_embedding_type": "absolute"},
     cannot=_untyped,
     tensors=_bert_like("bert."),
     heads={
         "masked_lm": Head(
             "BertForMaskedLM", _masked_fields(None),
-            _masked("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+            _masked("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias",
+                    "cls.predictions.decoder.weight"),
         ),
         "sequence": Head("BertForSequenceClassification", _CLS, _labels("classifier", "bert.pooler.dense")),
         "choice": Head("BertForMultipleChoice", _CLS, _labels("classifier", "bert.pooler.dense")),
@@ -108,6 +111,7 @@ BERT = Family(
         "embedding": Head("BertModel", _MEAN, carried=(r"(^|\.)pooler\.",)),
     },
     ignored=(r"embeddings\.position_ids", r"cls\.predictions\.decoder\.", r"cls\.seq_relationship\.", r"pooler\."),
+    copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     renames=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )  # fmt: skip
 
@@ -120,12 +124,14 @@ ROBERTA = Family(
     activation="hidden_act",
     read=lambda theirs, names: {"positions": theirs["max_position_embeddings"] - 2},
     write=lambda config: {**_same_dropout(config), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    require={"is_decoder": False, "position_embedding_type": "absolute", "pad_token_id": 1, "tie_word_embeddings": True},
+    require={"is_decoder": False, "position_embedding_type": "absolute", "pad_token_id": 1},
     cannot=_untyped,
     tensors=_bert_like("roberta."),
     heads={
         "masked_lm": Head(
-            "RobertaForMaskedLM", _masked_fields("gelu"), _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
+            "RobertaForMaskedLM",
+            _masked_fields("gelu"),
+            _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight"),
         ),
         "sequence": Head("RobertaForSequenceClassification", _CLS, _labels("classifier.out_proj", "classifier.dense")),
         "choice": Head("RobertaForMultipleChoice", _CLS, _labels("classifier", "roberta.pooler.dense")),
@@ -134,6 +140,7 @@ ROBERTA = Family(
         "embedding": Head("RobertaModel", _MEAN, carried=(r"(^|\.)pooler\.",)),
     },
     ignored=(r"embeddings\.position_ids", r"lm_head\.decoder\.", r"pooler\."),
+    copies={"lm_head.decoder.bias": "lm_head.bias"},
 )
 
 # Conneau et al. 2020: RoBERTa on a hundred languages.
@@ -160,7 +167,6 @@ DISTILBERT = Family(
     },
     activation="activation",
     write=lambda config: {"attention_dropout": config.dropout, "sinusoidal_pos_embds": False},
-    require={"tie_word_embeddings": True},
     tensors={
         **_embeddings("distilbert.embeddings."),
         **attention(f"{_DISTIL_LAYER}attention.", f"{_LAYER}/attention", "q_lin", "k_lin", "v_lin", "out_lin"),
@@ -171,7 +177,7 @@ DISTILBERT = Family(
     },
     heads={
         "masked_lm": Head("DistilBertForMaskedLM", _masked_fields(None),
-                          _masked("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")),
+                          _masked("vocab_transform", "vocab_layer_norm", "vocab_projector.bias", "vocab_projector.weight")),
         "sequence": Head("DistilBertForSequenceClassification", {**_CLS, "activation": "relu"},
                          _labels("classifier", "pre_classifier")),
         "choice": Head("DistilBertForMultipleChoice", {**_CLS, "activation": "relu"}, _labels("classifier", "pre_classifier")),
@@ -191,7 +197,7 @@ ELECTRA = Family(
     activation="hidden_act",
     read=_positions,
     write=lambda config: {**_same_dropout(config), "embedding_size": config.W},
-    require={"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    require={"is_decoder": False, "position_embedding_type": "absolute"},
     cannot=_untyped,
     tensors={**_bert_like("electra."), **linear("electra.embeddings_project", f"{_STACK}/embed_project", "D W")},
     heads={
@@ -201,7 +207,8 @@ ELECTRA = Family(
         ),
         "masked_lm": Head(
             "ElectraForMaskedLM", _masked_fields("gelu"),
-            _masked("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"),
+            _masked("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias",
+                    "generator_lm_head.weight"),
         ),
         "sequence": Head("ElectraForSequenceClassification", {**_CLS, "activation": "gelu"},
                          _labels("classifier.out_proj", "classifier.dense")),
@@ -223,7 +230,7 @@ ALBERT = Family(
     activation="hidden_act",
     read=_positions,
     write=lambda config: {**_same_dropout(config), "embedding_size": config.W, "num_hidden_groups": 1, "inner_group_num": 1},
-    require={"num_hidden_groups": 1, "inner_group_num": 1, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    require={"num_hidden_groups": 1, "inner_group_num": 1, "position_embedding_type": "absolute"},
     # Its embeddings are always projected.
     cannot=lambda config: [*_untyped(config), *([] if config.factored else [f"embedding_width {config.W}, that of the model"])],
     tensors={
@@ -237,7 +244,7 @@ ALBERT = Family(
     },
     heads={
         "masked_lm": Head("AlbertForMaskedLM", _masked_fields(None),
-                          _masked("predictions.dense", "predictions.LayerNorm", "predictions.bias")),
+                          _masked("predictions.dense", "predictions.LayerNorm", "predictions.bias", "predictions.decoder.weight")),
         "sequence": Head("AlbertForSequenceClassification", _CLS, _labels("classifier", "albert.pooler")),
         "choice": Head("AlbertForMultipleChoice", _CLS, _labels("classifier", "albert.pooler")),
         "token": Head("AlbertForTokenClassification", _PLAIN, _labels("classifier")),
@@ -245,6 +252,7 @@ ALBERT = Family(
         "embedding": Head("AlbertModel", _MEAN, carried=(r"(^|\.)pooler\.",)),
     },
     ignored=(r"embeddings\.position_ids", r"predictions\.decoder\.", r"pooler\.", r"sop_classifier\."),
+    copies={"predictions.decoder.bias": "predictions.bias"},
 )  # fmt: skip
 
 
@@ -304,7 +312,6 @@ MODERNBERT = Family(
     write=_write_modernbert,
     require={
         "attention_bias": False, "mlp_bias": False, "norm_bias": False, "decoder_bias": True, "classifier_activation": "gelu",
-        "tie_word_embeddings": True,
     },
     tensors={
         **table("model.embeddings.tok_embeddings", "transformer/embed"),
@@ -323,7 +330,7 @@ MODERNBERT = Family(
     heads={
         "masked_lm": Head(
             "ModernBertForMaskedLM", _MODERN_HEAD,
-            _masked("head.dense", "head.norm", "decoder.bias"),
+            _masked("head.dense", "head.norm", "decoder.bias", "decoder.weight"),
         ),
         "sequence": Head("ModernBertForSequenceClassification", _MODERN_HEAD, _MODERN_LABELS),
         "choice": Head("ModernBertForMultipleChoice", _MODERN_HEAD, _MODERN_LABELS),

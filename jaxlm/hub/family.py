@@ -64,6 +64,10 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     cannot: Callable[[TransformerConfig], Collection[str]] = lambda config: ()
     """Fields that its `config.json` can say but its class in `transformers` cannot be."""
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Full name of a tensor that some files hold beside the one that it is tied to → full name of that one."""
+    unties_copies: bool = True
+    """Without tied embeddings its class in transformers takes the copies for tensors of their own, so files need them."""
     missing: tuple[str, ...] = ()
     """Regular expressions of tensors that its files lack though our parameters have a place for them."""
     activation: str = ""

@@ -99,6 +99,11 @@ class Tensors:
         return out
 
 
+def has_weights(folder: pathlib.Path) -> bool:
+    """Whether a folder has safetensors, and not a config alone."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
 def tensor_names(folder: pathlib.Path) -> list[str]:
     """Names of the tensors, as far as they can be told: of a folder that is all config, none."""
     index = folder / INDEX

@@ -93,9 +93,38 @@ def _match(
             new += paths
     found = {"missing": [name for name in wanted if name in missing], "extra": extra, "misshapen": list(misshapen.values())}
     if any(found.values()):
+        _refuse_wrapped(tensors, [*wanted, *(name.removeprefix(table.prefix) for name in wanted)], extra)
         text = "; ".join(f"{what}: {some(items)}" for what, items in found.items() if items)
         raise ValueError(f"the checkpoint in {str(tensors.folder)!r} does not fit the model: {text}")
     return names, new
+
+
+# Modules of torch that wrap a model, and put their own name before (or between) those of its tensors.
+_WRAPPERS = {
+    "module": "DataParallel", "_orig_mod": "torch.compile", "_fsdp_wrapped_module": "FSDP", "_forward_module": "Lightning",
+    "base_model": "PEFT",
+}  # fmt: skip
+
+
+def _refuse_wrapped(tensors: Tensors, wanted: Sequence[str], extra: Sequence[str]) -> None:
+    """Raise ValueError where most names of a file fit once what a wrapper put into them is taken out."""
+    bare = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
+    known, prefixes = set(wanted), collections.Counter[str]()
+    for name in extra:
+        inner = bare.sub("", name)
+        tails = [inner, *(inner[place.end() :] for place in re.finditer(r"\.", inner))]
+        tail = next((tail for tail in tails if tail in known), None)
+        if tail is not None and tail != name:
+            lead = name.removesuffix(tail)
+            prefixes[lead if lead != name else next(iter(bare.findall(name)), "")] += 1
+    if not prefixes or 2 * prefixes.total() < len(extra):
+        return
+    prefix, count = prefixes.most_common(1)[0]
+    by = next((f", which {wrapper} put there" for part, wrapper in _WRAPPERS.items() if part in prefix), "")
+    raise ValueError(
+        f"{count:,} names of the tensors in {str(tensors.folder)!r} hold {prefix!r}{by}: take it out, with safetensors.torch: "
+        f'save_file({{name.replace("{prefix}", "", 1): x for name, x in load_file(FILE).items()}}, FILE, {{"format": "pt"}})'
+    )
 
 
 def _place(row: Tensor, part: Part, sharding: jax.sharding.Sharding, read: Any, dtype: np.dtype) -> jax.Array:

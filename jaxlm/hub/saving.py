@@ -45,6 +45,8 @@ def save(
     rows = resolve(table, {path: leaf.shape for path, leaf in fetch.leaves.items()}, flatten(axes))
     kind = DTYPES[codes[dtype]]
     items = [*_in_layer_order(rows, table), *((tensor.name, tensor, {}) for tensor in carried)]
+    if table.write_copies:
+        items += [(copy, row, at) for copy, original in table.copies.items() for name, row, at in items if name == original]
     files = _split(items, kind.itemsize, max_shard_bytes)
     if jax.process_index() > 0:
         for _, row, at in (item for items in files.values() for item in items):

@@ -58,7 +58,7 @@ def _write_t5(config: TransformerConfig) -> dict[str, Any]:
     names = {"geglu_tanh": "gated-gelu", "swiglu": "gated-silu", "relu": "relu", "gelu": "gelu", "silu": "silu"}
     return {
         "feed_forward_proj": names.get(config.activation, config.activation), "num_decoder_layers": config.stacks["decoder"],
-        "tie_word_embeddings": config.tie_embeddings and config.logit_scale, "is_encoder_decoder": True, "use_cache": True,
+        "tie_word_embeddings": config.logit_scale, "is_encoder_decoder": True, "use_cache": True,
         "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "classifier_dropout": config.dropout,
     }  # fmt: skip
 
@@ -90,6 +90,8 @@ T5 = Family(  # Raffel et al. 2020; v1.1: Shazeer 2020
     },
     # The first files hold a bias of the attention to the encoder, which nothing ever read.
     ignored=(r"(encoder|decoder)\.embed_tokens\.weight", r"EncDecAttention\.relative_attention_bias"),
+    copies={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
+    unties_copies=False,
 )  # fmt: skip
 
 MT5 = Family(  # Xue et al. 2021
@@ -101,7 +103,7 @@ MT5 = Family(  # Xue et al. 2021
         "sequence": Head("MT5ForSequenceClassification", _SEQUENCE, _CLASSIFIER, prefix="transformer."),
         "embedding": Head("MT5Model", {"dense": False, "pool": "mean"}),
     },
-    ignored=T5.ignored,
+    ignored=T5.ignored, copies=T5.copies, unties_copies=False,
 )  # fmt: skip
 
 
@@ -156,6 +158,7 @@ _BART_TENSORS: Tensors = {
     **_bart_layers("decoder", _DECODER),
 }
 _BART_LM: Tensors = {"final_logits_bias": {"head/bias": "1 V"}, **_LM}
+_BART_COPIES = {f"model.{stack}.embed_tokens.weight": "model.shared.weight" for stack in ("encoder", "decoder")}
 _BART_IGNORED = (r"(encoder|decoder)\.embed_tokens\.weight", r"(encoder|decoder)\.version$")
 
 BART = Family(  # Lewis et al. 2020
@@ -173,7 +176,7 @@ BART = Family(  # Lewis et al. 2020
         "span": Head("BartForQuestionAnswering", {"dense": False, "bias": True}, linear("qa_outputs", "head/out", "C U")),
         "embedding": Head("BartModel", {"dense": False, "pool": "mean"}),
     },
-    ignored=_BART_IGNORED,
+    ignored=_BART_IGNORED, copies=_BART_COPIES,
 )  # fmt: skip
 
 MARIAN = Family(  # Junczys-Dowmunt et al. 2018: the Transformer of Vaswani et al. 2017
@@ -190,7 +193,7 @@ MARIAN = Family(  # Junczys-Dowmunt et al. 2018: the Transformer of Vaswani et a
         "language_model": Head("MarianMTModel", {}, _BART_LM),
         "embedding": Head("MarianModel", {"dense": False, "pool": "mean"}),
     },
-    ignored=(*_BART_IGNORED, r"embed_positions\.weight"),
+    ignored=(*_BART_IGNORED, r"embed_positions\.weight"), copies=_BART_COPIES,
 )  # fmt: skip
 
 SEQ2SEQ = (T5, MT5, BART, MARIAN)

@@ -48,6 +48,10 @@ class Table:
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Full name of a tensor that some files hold beside the one that it is tied to → full name of that one; a head tied to
+    the embeddings needs no entry."""
+    write_copies: bool = False
     absent: tuple[str, ...] = ()
     """Regexes of full names that no file has although our leaf has a place for them: it is filled with ones there."""
 

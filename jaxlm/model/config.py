@@ -205,7 +205,7 @@ class TransformerConfig:
     dropout: float = 0.0
     """Probability of dropping embeddings, attention weights and sub-layer outputs in training."""
     logit_scale: bool = False
-    """Multiply the last hidden states with 1/√width before a tied head (T5 v1.0)."""
+    """Multiply the last hidden states with 1/√width before the head (T5 v1.0)."""
     logit_bias: bool = False
     """The language-model head has a bias (BART, Marian)."""
     logit_softcap: float | None = None

@@ -174,7 +174,7 @@ class VocabularyHead(nn.Module):
         if self.transforms:
             x = activate(c.head.activation, self.dense(x))
             x = self.norm(x) if c.head.norm else x
-        if c.logit_scale and c.tie_embeddings:
+        if c.logit_scale:
             x = x * jnp.asarray(c.width**-0.5, x.dtype)
         return x, embed_VW if c.tie_embeddings else self.table, self.bias
 
