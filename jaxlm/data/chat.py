@@ -120,11 +120,21 @@ class Chat:
             raise ValueError("chat template: marks no token of this conversation as the assistant's, so there is nothing to train")
         return np.array(ids, np.int32), trained
 
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """The conversation for generation: ids int32 (n,) that end with the header of the assistant's next turn."""
+    def prompt(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> np.ndarray:
+        """The conversation for generation: ids int32 (n,) that end with the header of the assistant's next turn.
+
+        Without `add_generation_prompt` they end with the last turn. With `continue_final_message` they end within the last turn,
+        behind its content, so that it is gone on with; the two exclude each other. Both as in `apply_chat_template`.
+        """
+        assert not (add_generation_prompt and continue_final_message), "a turn is begun or gone on with"
         messages = check_messages(messages, "messages", training=False)
-        text = self._text(messages, generate=True)
-        return np.array(self._tokens(messages, text, self._marks(messages, text, generate=True))[0], np.int32)
+        text = self._text(messages, generate=add_generation_prompt)
+        marks = self._marks(messages, text, generate=add_generation_prompt)
+        if continue_final_message:
+            text = _behind_content(text, messages[-1]["content"])
+        return np.array(self._tokens(messages, text, marks)[0], np.int32)
 
     # --- rendering ---------------------------------------------------------------------------
 
@@ -366,6 +376,16 @@ def _own_template(hf: Any) -> str | None:
             )
         return own["default"]
     return own
+
+
+def _behind_content(text: str, content: str) -> str:
+    """A rendered text up to the end of the last turn's content, as transformers' `continue_final_message` ends it."""
+    core = content.strip()
+    at = text.rfind(core)
+    if at < 0:
+        raise ValueError("chat template: it rewrites the last message, which therefore cannot be continued")
+    whole = content.lstrip()
+    return text[: at + len(whole if text.startswith(whole, at) else core)]
 
 
 def _unused_characters(texts: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Texts that match a regular expression, a JSON schema or a list of choices: which tokens may come next.
+"""Texts that match a regular expression, a JSON schema, a grammar or a list of choices: which tokens may come next.
 
 The matching is llguidance's (the `constrain` extra). It runs on the host, between two tokens: a constrained token costs a
 look at the device and a mask sent there.
@@ -16,27 +16,48 @@ import numpy as np
 
 from jaxlm.data.tokenizer import Characters, Tokenizer
 
+LIMITS = {
+    "max_items_in_row": 2000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000,
+    "max_lexer_states": 100_000, "max_grammar_size": 500_000, "verbose_errors": False,
+}  # fmt: skip
+"""What llguidance may spend on a grammar and on a token, in its own units: about a second to compile and 20 ms a token."""
+LENGTH = 1 << 18
+"""Most characters of a constraint's source."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What a text must match from its first to its last character: one of the three."""
+    """What a text must match from its first to its last character: one of regex, json_schema, grammar and choices."""
 
     regex: str | None = None
     """In the syntax of Rust's `regex`, without look-around and back references."""
     json_schema: str | None = None
     """The text of a JSON schema. What matches is written compactly, so that no model loses itself in blanks."""
     choices: tuple[str, ...] | None = None
+    grammar: str | None = None
+    """A context-free grammar: in the Lark syntax of llguidance, or in GBNF as llama.cpp reads it."""
+    whitespace: str | None = None
+    """Of json_schema: a regular expression for the white space between JSON's tokens; None: none."""
 
     def __post_init__(self) -> None:
-        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        kinds = ("regex", "json_schema", "choices", "grammar")
+        given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a constraint is one of regex, json_schema and choices, not {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"a constraint is a grammar or one of regex, json_schema and choices, not {' and '.join(given) or 'none'}"
+            )
+        for name in (*kinds, "whitespace"):
+            size = len((self.choices and "".join(self.choices)) or "") if name == "choices" else len(getattr(self, name) or "")
+            if size > LENGTH:
+                raise ValueError(f"{name} has {size:,} characters: at most {LENGTH:,} may be")
+        if self.whitespace is not None and self.json_schema is None:
+            raise ValueError("whitespace is for a json_schema alone")
         if self.choices is not None and not (self.choices and all(self.choices)):
             raise ValueError(f"choices are {list(self.choices)}: there must be at least one, and none may be empty")
         if self.json_schema is not None:
             try:
                 json.loads(self.json_schema)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"json_schema is no JSON: {error}") from None
 
 
@@ -49,21 +70,22 @@ class Grammar:
     """
 
     def __init__(self, tokenizer: Tokenizer, constraint: Constraint, stop: Collection[int] = ()):
-        from_ = _llguidance().LLMatcher
+        library = _llguidance()
         self._tokenizer = tokenizer
         known = _known(tokenizer, tuple(sorted({tokenizer.eos_id, *stop})))
-        if constraint.regex is not None:
-            name, grammar = f"regex {constraint.regex!r}", from_.grammar_from_regex(constraint.regex)
-        elif constraint.json_schema is not None:
-            compact = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
-            name, grammar = "json_schema", from_.grammar_from_json_schema(constraint.json_schema, defaults=compact)
-        else:
-            assert constraint.choices is not None, "Constraint holds one of the three"
-            name = "choices"
-            grammar = from_.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in constraint.choices))
-        self._matcher = from_(known, grammar, log_level=0)
+        try:
+            name, grammar = _source(library, constraint)
+            self._matcher = library.LLMatcher(known, grammar, log_level=0, limits=library.LLParserLimits(**LIMITS))
+        except Exception as error:  # of Python's part of the library, for a source that it cannot read
+            raise ValueError(f"the constraint cannot be used: {_line(error)}") from None
         if self._matcher.is_error():
             raise ValueError(f"{name} cannot be used: {_line(self._matcher.get_error())}")
+
+    def copy(self) -> "Grammar":
+        """The state of another text, as far as this one is: cheaper than compiling the constraint again."""
+        made: Grammar = object.__new__(Grammar)
+        made._tokenizer, made._matcher = self._tokenizer, self._matcher.deep_copy()
+        return made
 
     @property
     def ended(self) -> bool:
@@ -91,6 +113,22 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ValueError(f"the constraint cannot be followed: {_line(self._matcher.get_error())}")
+
+
+def _source(library: Any, constraint: Constraint) -> tuple[str, str]:
+    """What a constraint is called in an error, and its grammar in llguidance's form."""
+    matcher = library.LLMatcher
+    if constraint.regex is not None:
+        return f"regex {constraint.regex!r:.60}", matcher.grammar_from_regex(constraint.regex)
+    if constraint.json_schema is not None:
+        options = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+        if constraint.whitespace is not None:
+            options = {"whitespace_pattern": constraint.whitespace}
+        return "json_schema", matcher.grammar_from_json_schema(constraint.json_schema, defaults=options)
+    if constraint.grammar is not None:
+        return "grammar", library.grammar_from("grammar", constraint.grammar)
+    assert constraint.choices is not None, "Constraint holds one of the four"
+    return "choices", matcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in constraint.choices))
 
 
 @functools.lru_cache(maxsize=8)

@@ -20,16 +20,20 @@ class TextStream:
     shown: int = 0
     """Characters that were given out."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, trim: bool = False, prompt: Sequence[int] = ()):
-        """`prompt` is the ids that the text continues. Raises ValueError for a stop string that is empty."""
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, trim: bool = False, prompt: Sequence[int] = (),
+        keep_stop: bool = False,
+    ):  # fmt: skip
+        """`prompt` is the ids that the text continues. With `keep_stop` the text ends behind its stop string, not before it.
+        Raises ValueError for a stop string that is empty."""
         if "" in stop:
             raise ValueError("a stop string is empty: give at least one character")
         self._decoder, self._stop, self._trim = StreamDecoder(tokenizer, prompt), tuple(stop), trim
-        self._held = ""
+        self._held, self._keep_stop = "", keep_stop
 
-    def push(self, token: int) -> str:
-        """The text that this token makes safe to show, often empty."""
-        return "" if self.stopped is not None else self._take(self._decoder.push(token))
+    def push(self, token: int, *, watch: bool = True) -> str:
+        """The text that this token makes safe to show, often empty. Stop strings that it completes end the text if `watch`."""
+        return "" if self.stopped is not None else self._take(self._decoder.push(token), watch)
 
     def flush(self) -> str:
         """The text still held back, at the end of the tokens."""
@@ -40,15 +44,17 @@ class TextStream:
         self.shown += len(rest)
         return text + rest
 
-    def _take(self, text: str) -> str:
+    def _take(self, text: str, watch: bool = True) -> str:
         if self._trim:
             text = text.lstrip()
             self._trim = not text
         self.seen += len(text)
-        text = self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        before, text = len(self._held), self._held + text
+        places = ((text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in (self._stop if watch else ()))
+        found = [(at + len(stop), at, stop) for at, stop in places if at >= 0]  # completed by what is new
         if found:
-            _, end, self.stopped = min(found)
+            behind, end, self.stopped = min(found)
+            end = behind if self._keep_stop else end
             self._held = ""
         else:
             end = len(text) - self._beginning(text)

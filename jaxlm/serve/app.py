@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxlm.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from jaxlm.serve.asks import Ask
 from jaxlm.serve.choices import Choices
-from jaxlm.serve.errors import ApiError, json_response
+from jaxlm.serve.errors import INTERNAL, ApiError, json_response
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.guard import Guard, gone, read_json
 from jaxlm.serve.page import Page
+from jaxlm.serve.protocol import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, check_fields
 from jaxlm.serve.rows import Rows
 from jaxlm.serve.service import Service
 
@@ -30,12 +31,13 @@ def make_app(service: Service) -> ASGIApp:
     table: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
         "/": ("GET", routes.page),
         "/healthz": ("GET", routes.healthz),
+        "/health": ("GET", routes.healthz),
         "/metrics": ("GET", routes.metrics),
         "/v1/models": ("GET", routes.models),
-        "/v1/completions": ("POST", routes.completions),
-        "/v1/chat/completions": ("POST", routes.chat),
-        "/v1/embeddings": ("POST", routes.embeddings),
-        "/classify": ("POST", routes.classify),
+        COMPLETIONS: ("POST", routes.completions),
+        CHAT: ("POST", routes.chat),
+        EMBEDDINGS: ("POST", routes.embeddings),
+        CLASSIFY: ("POST", routes.classify),
     }
     made = [Route(path, function, methods=[method]) for path, (method, function) in table.items()]
     made.append(Route("/v1/models/{name:path}", routes.model, methods=["GET"]))
@@ -59,7 +61,7 @@ def _refused(request: Request, error: Exception) -> Response:
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    return ApiError(500, "this is a fault of the server, not of yours").response()
+    return ApiError(500, INTERNAL).response()
 
 
 class _Stream(StreamingResponse):
@@ -119,6 +121,8 @@ class _Routes:
             raise ApiError(404, f"{self._service.name} cannot answer {path}: it is for {there}", code="unsupported_route")
         body = await read_json(request, self._service.options.max_body)
         self._check_model(body.get("model"))
+        if path in (EMBEDDINGS, CLASSIFY):
+            check_fields(path, body)
         return body
 
     # --- text --------------------------------------------------------------------------------
@@ -137,9 +141,11 @@ class _Routes:
         self, request: Request, body: dict[str, Any], read: Callable[[dict[str, Any], str], Ask], kind: type[Answer]
     ) -> Response:
         s = self._service
-        ask = await asyncio.to_thread(read, body, _owner(request, body))  # long texts take long to tokenise
+        owner = _owner(request, body)
+        ask = await s.readers.run(owner, read, body, owner)
         answer = kind(s.name, ask, s.texts)
-        choices = Choices(s.engine, s.tokenizer, ask, s.metrics, s.options.timeout)
+        shown = s.texts.spelled if ask.special else s.tokenizer
+        choices = Choices(s.engine, shown, ask, s.metrics, s.options.timeout)
         if ask.stream:
             return _Stream(answer, choices)
         try:
@@ -153,12 +159,10 @@ class _Routes:
         body = await self._body(request)
         fields, s = Fields(body), self._service
         assert s.vectors is not None, "_body has seen that there is"
-        fields.refuse({"dimensions": ()}, "a vector is as long as the model is wide")
         coding = fields.text("encoding_format") or "float"
         if coding not in ("float", "base64"):
             raise bad(f"encoding_format is {coding!r:.40}: it must be float or base64", "encoding_format")
-        texts = self._inputs(fields.get("input"), "input")
-        found, tokens = await self._rows(request, s.vectors, [{"text": text} for text in texts], "input")
+        found, tokens = await self._rows(request, body, s.vectors, self._inputs(fields.get("input"), "input"), "input")
         data = [
             {"object": "embedding", "index": i, "embedding": _coded(prediction["anchor"], coding)}
             for i, prediction in enumerate(found)
@@ -166,35 +170,41 @@ class _Routes:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": s.name, "usage": usage})
 
-    def _inputs(self, given: Any, name: str) -> list[str]:
-        tokenizer, made = self._service.tokenizer, []
+    def _inputs(self, given: Any, name: str) -> list[dict[str, Any]]:
+        """Rows of texts, or of token ids, which are read as they are: nothing is added to them."""
+        made: list[dict[str, Any]] = []
         for item in texts_or_ids(given, name, self._service.options.max_texts):
-            if not isinstance(item, str):
-                check_ids(item, tokenizer.vocab_size, name)
-                item = tokenizer.decode(item)
             if not item:
-                raise bad(f"{name} holds an empty text", name)
-            made.append(item)
+                raise bad(f"{name} holds an empty {'text' if isinstance(item, str) else 'list of token ids'}", name)
+            if not isinstance(item, str):
+                check_ids(item, self._service.tokenizer.vocab_size, name)
+            made.append({"text": item} if isinstance(item, str) else {"ids": item})
         return made
 
     async def classify(self, request: Request) -> Response:
         body = await self._body(request)
         fields, s = Fields(body), self._service
         assert s.labels is not None, "_body has seen that there is"
-        texts = fields.texts("text", s.options.max_texts)
-        pairs = fields.texts("pair", s.options.max_texts)
-        if not texts:
+        if fields.get("text") is not None and fields.get("input") is not None:
+            raise bad("text and input are given: they are two names of one field", "input")
+        name = "input" if fields.get("input") is not None else "text"
+        if fields.get(name) is None or fields.get(name) == []:
             raise bad("text is missing: give a text, or a list of texts", "text")
-        if pairs and len(pairs) != len(texts):
-            raise bad(f"pair holds {len(pairs)} texts, and text {len(texts)}: there must be one for each", "pair")
+        rows, pairs = self._inputs(fields.get(name), name), fields.texts("pair", s.options.max_texts)
+        if pairs and len(pairs) != len(rows):
+            raise bad(f"pair holds {len(pairs)} texts, and {name} {len(rows)}: there must be one for each", "pair")
         if pairs and "pair" not in s.labels.task.optional:
             raise bad(f"{s.name} reads single texts: leave out pair", "pair")
-        rows = [{"text": text, **({"pair": pairs[i]} if pairs else {})} for i, text in enumerate(texts)]
-        found, tokens = await self._rows(request, s.labels, rows, "text")
+        if pairs and "ids" in rows[0]:
+            raise bad(f"pair is for texts: {name} holds token ids, which may be those of a pair", "pair")
+        rows = [{**row, "pair": pair} for row, pair in zip(rows, pairs, strict=True)] if pairs else rows
+        found, tokens = await self._rows(request, body, s.labels, rows, name)
         return json_response({"model": s.name, "results": found, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
-    async def _rows(self, request: Request, rows: Rows, given: list[Any], param: str) -> tuple[list[dict[str, Any]], int]:
-        job = await asyncio.to_thread(rows.submit, given, param)
+    async def _rows(
+        self, request: Request, body: dict[str, Any], rows: Rows, given: list[Any], param: str
+    ) -> tuple[list[dict[str, Any]], int]:
+        job = await self._service.readers.run(_owner(request, body), rows.submit, given, param)
         self._service.metrics.rows.labels(request.url.path).inc(len(given))
         return await asyncio.wrap_future(job.answer), job.tokens
 

@@ -8,27 +8,19 @@ from typing import Any
 
 from jaxlm.data import Chat, Tokenizer
 from jaxlm.generate import SampleConfig
-from jaxlm.generate.request import Request
-from jaxlm.generate.slots import BIASES, TOP
+from jaxlm.generate.request import BAD, BAD_LENGTH, BIASES, TOP, Request
+from jaxlm.generate.request import STOPS as STOP_IDS
 from jaxlm.serve.errors import ApiError
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.guided import Guided
+from jaxlm.serve.messages import read_messages
+from jaxlm.serve.protocol import CHAT, COMPLETIONS, check_fields
 from jaxlm.serve.speaking import turns_of
 
 STOPS = 16
-MESSAGES = 4096
-# What would change the answer and is not there: refused, so that nobody takes an answer for what it is not.
-_NEVER: Mapping[str, Sequence[Any]] = {
-    "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
-}  # fmt: skip
-_TOOLS: Mapping[str, Sequence[Any]] = {
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-}
-_TEMPLATES: Mapping[str, Sequence[Any]] = {"chat_template": (), "chat_template_kwargs": ({},)}
-_MEDIA: Mapping[str, Sequence[Any]] = {"modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": ()}
+STOP_LENGTH = 1024
+"""Most characters of a stop string: every new piece of text is compared with it."""
+_PROMPT_FIELD = {COMPLETIONS: "prompt", CHAT: "messages"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +32,22 @@ class Ask:
     prompt_tokens: int
     """Tokens of the prompts, each counted once however many texts it has."""
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    """Of the tokens that end a text those that the client named: they are told as `stop_reason`."""
+    keep_stop: bool = False
+    """The stop string, or the text of the stop token, is shown at the end of a text."""
+    special: bool = False
+    """Special tokens are shown by their names."""
+    logprobs: int | None = None
+    """Likeliest tokens told with each one; None: no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, in vLLM's form."""
+    token_ids: bool = False
+    """Ids are told with the text."""
+    names: bool = True
+    """Tokens are told by their texts; False: as `token_id:5`."""
+    id: str | None = None
+    """Of the answer, as the client wants it."""
     stream: bool = False
     usage: bool = False
     """The stream ends with how many tokens there were."""
@@ -48,7 +56,9 @@ class Ask:
     trim: bool = False
     """White space at the beginning of a text is left out."""
     echoes: tuple[str, ...] | None = None
-    """What is shown before each text: its prompt."""
+    """What is shown before each text: its prompt, or what the last message of a conversation says."""
+    echo_scored: bool = False
+    """Log-probabilities of that prompt are told with it."""
     unseen: int = 0
     """Tokens at the beginning of each prompt that the client did not send."""
 
@@ -73,76 +83,163 @@ class Asker:
 
     def completion(self, body: Mapping[str, Any], owner: str) -> Ask:
         """Of `/v1/completions`. ApiError for what cannot be answered."""
+        check_fields(COMPLETIONS, body)
         fields = Fields(body)
-        fields.refuse(_NEVER, "this server has no such way to write")
-        fields.refuse({"suffix": ("",)}, "this server writes behind a prompt, not into it")
-        n = fields.whole("n", 1, self.limits.max_n) or 1
-        fields.refuse({"best_of": (n,)}, "ask for n texts and choose among them")
+        n = self._n(fields)
         given = fields.get("prompt")
         prompts = texts_or_ids("" if given is None else given, "prompt", self.limits.max_texts // n)
         echo, logprobs = fields.flag("echo"), fields.whole("logprobs", 0, TOP)
+        prompt_logprobs = self._prompt_logprobs(fields)
+        scored = prompt_logprobs is not None or (echo and logprobs is not None)
+        wanted = self._max_tokens(fields, "max_tokens", 0 if echo or scored else 1)
+        special, cut = fields.flag("add_special_tokens", True), self._cut(fields, wanted or 0)
         tokens, echoes, unseen = [], [], 0
         for prompt in prompts:
-            if isinstance(prompt, str):  # what every document of the training text began with comes first
-                tokens.append((self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()))
-                echoes.append(prompt)
-                unseen = 1
+            if isinstance(prompt, str):
+                ids, unseen = self._encode(prompt, special)
+                shown = prompt
+                if cut is not None and len(ids) > cut.size:
+                    ids, unseen = cut(ids, unseen), min(unseen, cut.size)
+                    shown = self.tokenizer.decode(ids[unseen:])
             else:
                 if not prompt:
                     raise bad("prompt holds an empty list of token ids: give at least one", "prompt")
                 check_ids(prompt, self.tokenizer.vocab_size, "prompt")
-                tokens.append(tuple(prompt))
-                echoes.append(self.tokenizer.decode(prompt) if echo else "")
-        wanted = fields.whole("max_tokens", 0 if echo else 1, self.limits.max_tokens)
-        requests = self._requests(fields, tokens, n, wanted, 16, logprobs, echo and logprobs is not None, self._stop_ids, owner)
-        shown = tuple(text for text in echoes for _ in range(n)) if echo else None
-        return self._ask(fields, requests, tokens, fields.texts("stop", STOPS), echoes=shown, unseen=unseen)
+                ids = tuple(prompt) if cut is None else cut(tuple(prompt))
+                shown = self.tokenizer.decode(ids) if echo else ""
+            tokens.append(ids)
+            echoes.append(shown)
+        how = _Scores(logprobs, prompt_logprobs, scored)
+        requests = self._requests(fields, tokens, n, wanted, 16, how, self._stop_ids, owner, COMPLETIONS)
+        repeated = tuple(text for text in echoes for _ in range(n)) if echo else None
+        scored_echo = echo and logprobs is not None
+        return self._ask(fields, requests, tokens, how, (), echoes=repeated, echo_scored=scored_echo, unseen=unseen)
 
     def conversation(self, body: Mapping[str, Any], owner: str) -> Ask:
         """Of `/v1/chat/completions`. ApiError for what cannot be answered."""
         assert self.chat is not None, "the route says so before"
+        check_fields(CHAT, body)
         fields = Fields(body)
-        fields.refuse(_NEVER, "this server has no such way to write")
-        fields.refuse(_TOOLS, "this server's models call no tools")
-        fields.refuse(_TEMPLATES, "the model's own chat template is used, never one from a request")
-        fields.refuse(_MEDIA, "this server reads and writes text")
-        n = fields.whole("n", 1, self.limits.max_n) or 1
+        _refuse_tools(fields)
+        n = self._n(fields)
+        header = fields.flag("add_generation_prompt", not fields.flag("continue_final_message"))
+        go_on = fields.flag("continue_final_message")
+        if header and go_on:
+            raise bad("continue_final_message needs add_generation_prompt: false, or none", "continue_final_message")
+        messages = read_messages(fields.get("messages"))
         try:
-            prompt = tuple(self.chat.prompt(_messages(fields.get("messages"))).tolist())
+            ids = self.chat.prompt(messages, add_generation_prompt=header, continue_final_message=go_on)
         except ValueError as error:
             raise bad(str(error), "messages") from None
-        top = fields.whole("top_logprobs", 0, TOP)
-        asked = fields.flag("logprobs")
+        prompt = tuple(ids.tolist())
+        if fields.flag("add_special_tokens"):
+            prompt = (*self._encode("", True)[0], *prompt)
+        top, asked = fields.whole("top_logprobs", 0, TOP), fields.flag("logprobs")
         if top is not None and not asked:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-        most = self.limits.max_tokens
-        wanted, older = fields.whole("max_completion_tokens", 1, most), fields.whole("max_tokens", 1, most)
-        logprobs = (top or 0) if asked else None
-        stop_ids = self._stop_ids | self.chat.stop_ids
-        requests = self._requests(fields, [prompt], n, older if wanted is None else wanted, most, logprobs, False, stop_ids, owner)
-        return self._ask(fields, requests, [prompt], (*fields.texts("stop", STOPS), *turns_of(self.chat)), trim=True)
+        newer, older = self._max_tokens(fields, "max_completion_tokens", 1), self._max_tokens(fields, "max_tokens", 1)
+        wanted = older if newer is None else newer
+        if (cut := self._cut(fields, wanted or 1)) is not None:
+            prompt = cut(prompt)
+        prompt_logprobs = self._prompt_logprobs(fields)
+        how = _Scores((top or 0) if asked else None, prompt_logprobs, prompt_logprobs is not None)
+        stop_ids, most = self._stop_ids | self.chat.stop_ids, self.limits.max_tokens
+        requests = self._requests(fields, [prompt], n, wanted, most, how, stop_ids, owner, CHAT)
+        echoes = None
+        if fields.flag("echo"):  # as vLLM: the last message stands before the text where it is the same speaker's
+            last = messages[-1]
+            echoes = (last["content"] if last["role"] == "assistant" else "",) * n
+        return self._ask(fields, requests, [prompt], how, turns_of(self.chat), echoes=echoes, trim=not go_on)
+
+    def _n(self, fields: Fields) -> int:
+        n = fields.whole("n", 1, self.limits.max_n) or 1
+        if fields.whole("best_of", 1, 1 << 31) not in (None, n):
+            raise bad("best_of is not supported: ask for n texts and choose among them", "best_of", "unsupported_parameter")
+        return n
+
+    def _max_tokens(self, fields: Fields, name: str, least: int) -> int | None:
+        limit, context = self.limits.max_tokens, self.limits.context
+        wanted = fields.whole(name, least, 1 << 63)
+        if wanted is not None and wanted > limit:
+            why = f"{name} is {wanted}: it must be a whole number from {least} to {limit}"
+            if limit < context:
+                raise bad(why, name)
+            raise bad(f"This model's maximum context length is {context} tokens. However, {why}.", name, "context_length_exceeded")
+        return wanted
+
+    def _prompt_logprobs(self, fields: Fields) -> int | None:
+        wanted = fields.whole("prompt_logprobs", 0, TOP)
+        if wanted is not None and fields.flag("stream"):
+            raise bad("prompt_logprobs are not told in a stream: leave out stream", "prompt_logprobs")
+        return wanted
+
+    def _encode(self, text: str, special: bool) -> tuple[tuple[int, ...], int]:
+        """The ids of a text, and how many special tokens stand before it."""
+        ids = tuple(self.tokenizer.encode(text).tolist())
+        if not special:
+            return ids, 0
+        return (self.tokenizer.bos_id, *ids), 1
+
+    def _cut(self, fields: Fields, new: int) -> "_Cut | None":
+        """How prompts are cut; None: not at all."""
+        size, side = fields.whole("truncate_prompt_tokens", -1, self.limits.context), fields.text("truncation_side")
+        if side not in (None, "left", "right"):
+            raise bad(f"truncation_side is {side!r:.40}: it must be left or right", "truncation_side")
+        if size is None:
+            if side is not None:
+                raise bad("truncation_side needs truncate_prompt_tokens", "truncation_side")
+            return None
+        if size == 0:
+            raise bad("truncate_prompt_tokens is 0: it must be at least 1, or -1 for as many as fit", "truncate_prompt_tokens")
+        return _Cut(max(1, self.limits.context - new) if size == -1 else size, side or "left")
 
     def _requests(
-        self, fields: Fields, prompts: Sequence[tuple[int, ...]], n: int, wanted: int | None, default: int,
-        logprobs: int | None, prompt_logprobs: bool, stop: frozenset[int], owner: str,
+        self, fields: Fields, prompts: Sequence[tuple[int, ...]], n: int, wanted: int | None, default: int, how: "_Scores",
+        ends: frozenset[int], owner: str, route: str,
     ) -> tuple[Request, ...]:  # fmt: skip
-        sample, context = self._sample(fields), self.limits.context
+        stop = (frozenset() if fields.flag("ignore_eos") else ends) | frozenset(self._stop_token_ids(fields))
+        if len(stop) > STOP_IDS:
+            most = STOP_IDS - len(stop) + len(self._stop_token_ids(fields))
+            raise bad(f"stop_token_ids may hold up to {most} tokens beside those that end the model's texts", "stop_token_ids")
+        context = self.limits.context
         seed = fields.whole("seed", -(1 << 63), (1 << 64) - 1)
         seed = random.getrandbits(31) if seed is None else seed
-        guided, bias = Guided(fields, self.tokenizer, stop), self._bias(fields)
-        made = []
+        common: dict[str, Any] = {
+            "sample": self._sample(fields), "stop": stop, "logprobs": how.asked, "prompt_logprobs": how.prompt, "owner": owner,
+            "bias": self._bias(fields), "allowed": self._allowed(fields), "bad": self._bad_words(fields),
+            "cache_salt": fields.text("cache_salt") or "", "min_tokens": fields.whole("min_tokens", 0, 1 << 31) or 0,
+        }  # fmt: skip
+        guided = Guided(fields, self.tokenizer, stop)
+        made: list[Request] = []
         for prompt in prompts:
-            room = context - len(prompt)
-            if room < (1 if wanted is None else wanted):
-                raise bad(
-                    f"the prompt has {len(prompt)} tokens" + (f" and max_tokens is {wanted}" if wanted else "")
-                    + f": together they must not be more than the context of {context} tokens",
-                    "prompt" if room < 1 else "max_tokens", "context_length_exceeded",
-                )  # fmt: skip
-            size = min(default, room) if wanted is None else wanted
-            for i in range(n):
-                seed_i = (seed + i) & 0x7FFFFFFF
-                made.append(Request(prompt, size, sample, seed_i, stop, logprobs, prompt_logprobs, owner, guided.text(), bias))
+            if not prompt:
+                raise bad("the prompt is empty: without special tokens it must hold at least one character", _PROMPT_FIELD[route])
+            size = min(default, context - len(prompt)) if wanted is None else wanted
+            if size < (wanted is None) or len(prompt) + size > context:
+                raise too_long(context, len(prompt), wanted, route)
+            if common["min_tokens"] > size:
+                raise bad(f"min_tokens is {common['min_tokens']}: the text may have {size} tokens", "min_tokens")
+            made += [Request(prompt, size, seed=(seed + i) & 0x7FFFFFFF, guide=guided.text(), **common) for i in range(n)]
+        return tuple(made)
+
+    def _stop_token_ids(self, fields: Fields) -> tuple[int, ...]:
+        return fields.ids("stop_token_ids", self.tokenizer.vocab_size) or ()
+
+    def _allowed(self, fields: Fields) -> tuple[int, ...] | None:
+        allowed = fields.ids("allowed_token_ids", self.tokenizer.vocab_size)
+        if allowed == ():
+            raise bad("allowed_token_ids is empty: name at least one token", "allowed_token_ids")
+        return allowed
+
+    def _bad_words(self, fields: Fields) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of vLLM's `bad_words`: each word as it begins a text, and behind a space where that is another token."""
+        name, made = "bad_words", []
+        for word in fields.texts(name, BAD, 1000):
+            alone, behind = (tuple(self.tokenizer.encode(space + word.lstrip()).tolist()) for space in ("", " "))
+            made += [alone] if alone else []
+            made += [behind] if alone and behind[0] != alone[0] and len(behind) == len(alone) else []
+        if len(made) > BAD or any(len(ids) > BAD_LENGTH for ids in made):
+            raise bad(f"{name} may be up to {BAD} sequences of up to {BAD_LENGTH} tokens", name)
         return tuple(made)
 
     def _sample(self, fields: Fields) -> SampleConfig:
@@ -172,38 +269,94 @@ class Asker:
             raise bad(f"{name} of token {error.message}", name) from None
 
     def _ask(
-        self, fields: Fields, requests: tuple[Request, ...], prompts: Sequence[Sequence[int]], stop: tuple[str, ...], **more: Any
-    ) -> Ask:
+        self, fields: Fields, requests: tuple[Request, ...], prompts: Sequence[Sequence[int]], how: "_Scores",
+        stop: tuple[str, ...], **more: Any,
+    ) -> Ask:  # fmt: skip
         stream, options = fields.flag("stream"), fields.get("stream_options")
         if options is not None and not stream:
             raise bad("stream_options needs stream: true", "stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad('stream_options must be an object such as {"include_usage": true}', "stream_options")
-        usage, each = (Fields(options or {}).flag(name) for name in ("include_usage", "continuous_usage_stats"))
-        return Ask(requests, sum(map(len, prompts)), stop, stream, usage, usage and each, **more)
+        for name in options or {}:
+            if name not in ("include_usage", "continuous_usage_stats", "include_obfuscation"):
+                raise bad(
+                    f"stream_options has no field {name[:60]!r}: there are include_usage and continuous_usage_stats",
+                    "stream_options",
+                )
+        usage, each, padded = (
+            Fields(options or {}).flag(name) for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")
+        )
+        if padded:
+            raise bad("stream_options.include_obfuscation is not supported", "stream_options", "unsupported_parameter")
+        special = not fields.flag("skip_special_tokens", True)
+        if special and not fields.flag("spaces_between_special_tokens", True):
+            raise bad(
+                "spaces_between_special_tokens: false is not supported", "spaces_between_special_tokens", "unsupported_parameter"
+            )
+        wanted_id = fields.text("request_id")
+        if wanted_id is not None and not re.fullmatch(r"[!-~]{1,200}", wanted_id):
+            raise bad("request_id must be of up to 200 printable characters of ASCII, without spaces", "request_id")
+        return Ask(
+            requests, sum(map(len, prompts)), (*fields.texts("stop", STOPS, STOP_LENGTH), *stop),
+            frozenset(self._stop_token_ids(fields)), fields.flag("include_stop_str_in_output"), special, how.logprobs,
+            how.prompt_logprobs, fields.flag("return_token_ids"), not fields.flag("return_tokens_as_token_ids"), wanted_id, stream,
+            usage, usage and each, **more,
+        )  # fmt: skip
 
 
-def _messages(given: Any) -> list[dict[str, str]]:
-    """OpenAI's messages as those of `Chat`: parts of text joined, `developer` for `system`. ApiError for what it is not."""
-    if not isinstance(given, list) or not given or len(given) > MESSAGES:
-        raise bad(f"messages must be a list of 1 to {MESSAGES} objects with role and content", "messages")
-    made = []
-    for i, message in enumerate(given):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise bad(f"{where} must be an object with role and content", "messages")
-        Fields(message).refuse({"tool_calls": ([],), "function_call": (), "audio": ()}, "this server's models call no tools")
-        role = message.get("role")
-        if role in ("tool", "function"):
-            raise bad(f"{where} has role {role!r}: this server's models call no tools", "messages", "unsupported_parameter")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_part(part, where) for part in content)
-        made.append({**message, "role": "system" if role == "developer" else role, "content": content})
-    return made
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """Which log-probabilities are told, and which the engine has to compute for that."""
+
+    logprobs: int | None
+    prompt_logprobs: int | None
+    prompt: bool
+
+    @property
+    def asked(self) -> int | None:
+        counts = [count for count in (self.logprobs, self.prompt_logprobs) if count is not None]
+        return max(counts, default=None)
 
 
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    raise bad(f"{where} holds a part that is not text: this server's models read text alone", "messages")
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """Truncates a prompt to `size` tokens, as transformers does: special tokens before the text are kept."""
+
+    size: int
+    side: str
+
+    def __call__(self, ids: tuple[int, ...], special: int = 0) -> tuple[int, ...]:
+        room = self.size - min(special, self.size)
+        before, text = ids[: self.size - room], ids[special:]
+        return (*before, *(text[:room] if self.side == "right" else text[len(text) - min(room, len(text)) :]))
+
+
+def too_long(context: int, prompt: int, new: int | None, route: str) -> ApiError:
+    """The error by which clients recognise that a prompt does not fit, in OpenAI's words."""
+    where = _PROMPT_FIELD[route]
+    alone = not new or prompt >= context
+    said = f"your {where} resulted in {prompt} tokens" if alone else (
+        f"you requested {prompt + (new or 0)} tokens ({prompt} in the {where}, {new} in the completion)"
+    )  # fmt: skip
+    what = where if alone else f"{where} or completion"
+    return bad(
+        f"This model's maximum context length is {context} tokens. However, {said}. Please reduce the length of the {what}.",
+        "prompt" if prompt >= context else "max_tokens",
+        "context_length_exceeded",
+    )  # fmt: skip
+
+
+def _refuse_tools(fields: Fields) -> None:
+    """Let tools through where none may be called."""
+    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        given, wanted = fields.get(tools), fields.get(choice)
+        if given is not None and not isinstance(given, list):
+            raise bad(f"{tools} must be a list", tools)
+        if wanted == "none" or (not given and wanted in (None, "auto")):
+            continue
+        name = tools if given else choice
+        raise bad(
+            f'{name} is not supported: this server\'s models call no tools; {choice} "none" lets them through',
+            name,
+            "unsupported_parameter",
+        )

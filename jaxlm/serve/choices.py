@@ -37,6 +37,12 @@ class Piece:
     """Tokens whose text is shown now or was before."""
     finish: str | None = None
     """stop or length, with the last piece of a text."""
+    stop_reason: str | int | None = None
+    """The stop string, or the id of the client's stop token, that ended the text."""
+    ids: tuple[int, ...] = ()
+    """All tokens that came, with the one that ended the text."""
+    prompt: tuple[Token, ...] = ()
+    """The prompt's tokens with their scores, where they are asked for."""
 
 
 class Choices:
@@ -101,7 +107,7 @@ class Choices:
                 ticket = self._tickets.pop(index)
                 if event.ended is None:  # a stop string: the engine knows nothing of it
                     self._engine.cancel(ticket)
-            if piece.text or piece.tokens or piece.finish:
+            if piece.text or piece.tokens or piece.finish or piece.prompt or piece.ids:
                 yield piece
 
     async def _late(self) -> AsyncIterator[Piece]:
@@ -142,18 +148,18 @@ class _Text:
         """When its last token came."""
         prompt = ask.requests[index].prompt
         self._tokenizer, self._unseen = tokenizer, ask.unseen
-        self._stream = TextStream(tokenizer, ask.stop, trim=ask.trim, prompt=prompt)
-        self._begins = ask.requests[index].logprobs is not None and not tokenizer.decode(prompt)
+        self._stream = TextStream(tokenizer, ask.stop, trim=ask.trim, prompt=prompt, keep_stop=ask.keep_stop)
+        self._begins = ask.logprobs is not None and not tokenizer.decode(prompt)
         """No text has come yet, the prompt's included."""
         self._waiting: collections.deque[Placed] = collections.deque()
-        self._tells = ask.requests[index].logprobs is not None
+        self._tells, self._ask = ask.logprobs is not None, ask
+        self._least = ask.requests[index].min_tokens
         self._echo = None if ask.echoes is None else ask.echoes[index]
-        self._scored = ask.requests[index].prompt_logprobs
         self._offset = len(self._echo or "")
 
     def opening(self) -> Piece | None:
         """The prompt, where it is shown and its scores are not waited for."""
-        return None if self._echo is None or self._scored else Piece(self.index, self._echo)
+        return None if self._echo is None or self._ask.echo_scored else Piece(self.index, self._echo)
 
     def take(self, event: Event) -> Piece:
         """ApiError where the engine says that it failed."""
@@ -163,25 +169,36 @@ class _Text:
             raise bad(event.reason, code="constraint_failed")
         if event.ended == "cancelled":
             raise unavailable("the server is stopping and ended this text")
-        text, tokens = "", []
-        if event.prompt and self._echo is not None:
+        text, tokens, ids = "", [], []
+        if event.prompt and self._echo is not None and self._ask.echo_scored:
             text = self._echo
             tokens += self._placed(event.prompt[self._unseen :])
         for token in event.tokens:
             if self._stream.stopped is None:
                 self.new += 1
+                ids.append(token.id)
                 at = self._stream.seen
-                text += self._stream.push(token.id)
+                text += self._stream.push(token.id, watch=self.new > self._least)
                 if self._tells:
                     self._waiting.append(Placed(token, at, self._stream.seen, self._begins))
                     self._begins = self._begins and not self._stream.seen
+        if event.stop is not None and self._stream.stopped is None:
+            ids.append(event.stop.id)
+            if self._ask.keep_stop:
+                text += self._stream.push(event.stop.id, watch=False)
         if event.ended is not None:
             text += self._stream.flush()
         finish = "stop" if self._stream.stopped is not None else event.ended
         while self._waiting and self._may_be_shown(self._waiting[0], finish):
             placed = self._waiting.popleft()
             tokens.append(placed._replace(at=placed.at + self._offset, end=placed.end + self._offset))
-        return Piece(self.index, text, tuple(tokens), finish)
+        prompt = event.prompt if self._ask.prompt_logprobs is not None else ()
+        return Piece(self.index, text, tuple(tokens), finish, self._stop_reason(event), tuple(ids), prompt)
+
+    def _stop_reason(self, event: Event) -> str | int | None:
+        if self._stream.stopped is not None:
+            return self._stream.stopped
+        return event.stop.id if event.stop is not None and event.stop.id in self._ask.stop_ids else None
 
     def _may_be_shown(self, placed: Placed, finish: str | None) -> bool:
         """A token is told with the last of its text, at the end of the text at any rate, of a stop string never."""

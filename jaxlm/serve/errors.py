@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+INTERNAL = "Internal error: this is a bug in the server"
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 

@@ -12,7 +12,7 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
 
 
 class Fields:
-    """A request's fields; one that is null counts as left out, one that nothing reads is ignored."""
+    """A request's fields; one that is null counts as left out. `protocol.check_fields` says which may be there at all."""
 
     def __init__(self, body: Mapping[str, Any]):
         self._body = body
@@ -38,11 +38,11 @@ class Fields:
             raise bad(f"{name} is {_shown(value)}: it must be a whole number from {least} to {most}", name)
         return int(value)
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             raise bad(f"{name} is {_shown(value)}: it must be true or false", name)
-        return bool(value)
+        return default if value is None else value
 
     def text(self, name: str) -> str | None:
         value = self.get(name)
@@ -50,26 +50,33 @@ class Fields:
             raise bad(f"{name} is {_shown(value)}: it must be a text", name)
         return value
 
-    def texts(self, name: str, most: int) -> tuple[str, ...]:
-        """A text or a list of up to `most`; none may be empty."""
+    def texts(self, name: str, most: int, longest: int | None = None) -> tuple[str, ...]:
+        """A text or a list of up to `most`, each of up to `longest` characters; none may be empty."""
         value = self.get(name)
         value = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(value, list) or len(value) > most or not all(isinstance(text, str) and text for text in value):
             raise bad(f"{name} must be a text or a list of up to {most}, none of them empty", name)
+        if longest is not None and any(len(text) > longest for text in value):
+            raise bad(f"{name} holds a text of more than {longest:,} characters", name)
         return tuple(value)
 
-    def refuse(self, names: Mapping[str, Sequence[Any]], why: str) -> None:
-        """Raises ApiError for a field that would change the answer's meaning; name → values that say nothing."""
-        for name, harmless in names.items():
-            value = self.get(name)
-            if value is not None and not any(type(value) is type(plain) and value == plain for plain in harmless):
-                raise bad(f"{name} is not supported: {why}", name, "unsupported_parameter")
+    def ids(self, name: str, vocab_size: int, most: int | None = None) -> tuple[int, ...] | None:
+        """A list of token ids; None where it is left out."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(map(_is_id, value)):
+            raise bad(f"{name} must be a list of token ids", name)
+        if most is not None and len(value) > most:
+            raise bad(f"{name} holds {len(value)} token ids: at most {most} may be", name)
+        check_ids(value, vocab_size, name)
+        return tuple(value)
 
 
 def texts_or_ids(value: Any, name: str, most: int) -> list[str] | list[list[int]]:
     """What OpenAI takes as prompts and inputs: a text, a list of texts, a list of token ids, a list of such lists."""
     items = value if isinstance(value, list) else [value]
-    if items and all(_is_id(item) for item in items):
+    if isinstance(value, list) and value and all(_is_id(item) for item in items):
         return [items]
     if not items:
         raise bad(f"{name} is an empty list", name)

@@ -14,10 +14,12 @@ from jaxlm.serve.errors import ApiError, unavailable
 from jaxlm.serve.fields import bad
 from jaxlm.serve.service import Service
 
-OPEN = ("/", "/healthz")
+HEALTH = ("/healthz", "/health")
+OPEN = ("/", *HEALTH)
 """Routes that ask for no key."""
 _BODY_S = 30.0
 """Seconds that a client has to send its body."""
+_LARGE = 1 << 16
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -27,7 +29,7 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service, paths: tuple[str, ...]):
         self._app, self._service, self._paths = app, service, paths
         key = service.options.key
-        self._key = _digest(f"Bearer {key}".encode("utf8", "replace")) if key else None
+        self._key = _digest(key.encode("utf8", "replace")) if key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,9 +56,7 @@ class Guard:
 
     def _check(self, request: Request) -> None:
         if self._key is not None:
-            if request.url.path not in OPEN and not hmac.compare_digest(
-                _digest(request.headers.get("authorization", "").encode("latin-1")), self._key
-            ):
+            if request.url.path not in OPEN and not hmac.compare_digest(_digest(_bearer(request)), self._key):
                 raise ApiError(
                     401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`", code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
@@ -64,13 +64,19 @@ class Guard:
         elif self._service.options.loopback and _host(request) not in _LOCAL:
             # A page of another name that points here (DNS rebinding) would read answers with the browser's help.
             raise bad("this server answers to localhost and 127.0.0.1 alone: set an API key to serve other names")
-        if self._service.draining and request.url.path not in ("/healthz", "/metrics"):
+        if self._service.draining and request.url.path not in (*HEALTH, "/metrics"):
             raise unavailable("the server is stopping")
 
 
 def _digest(value: bytes) -> bytes:
     """Of one size whatever the value: comparing tells nothing of the key, not even how long it is."""
     return hashlib.sha256(value).digest()
+
+
+def _bearer(request: Request) -> bytes:
+    """The key that a request sends; the scheme's name may be in any case (RFC 9110, 11.1)."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def _host(request: Request) -> str:
@@ -98,7 +104,8 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
     except ClientDisconnect:
         raise bad("the client went away") from None
     try:
-        value = json.loads(bytes(body))
+        # A large body takes long to read: off the event loop, which streams to the others meanwhile.
+        value = await asyncio.to_thread(json.loads, bytes(body)) if len(body) > _LARGE else json.loads(bytes(body))
     except (ValueError, RecursionError):
         raise bad("the body is not valid JSON") from None
     if not isinstance(value, dict):

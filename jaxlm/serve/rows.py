@@ -1,6 +1,7 @@
 """Vectors and labels of texts: what several clients send at a time is computed together, in a thread of its own."""
 
 import concurrent.futures
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.data import Example
 from jaxlm.data.examples import length_of
 from jaxlm.model.heads import pool
 from jaxlm.models import Trained
@@ -79,6 +81,14 @@ class Job(NamedTuple):
         return sum(map(length_of, self.examples.items))
 
 
+def _with_ids(example: Example, ids: Sequence[int]) -> Example:
+    """An example of a single text with these tokens in the place of its own."""
+    made = {name: _with_ids(value, ids) if isinstance(value, dict) else value for name, value in example.items()}
+    if "tokens" in made:
+        made |= {"tokens": np.array(ids, np.int32), "segments": np.ones(len(ids), np.int32)}
+    return made
+
+
 class Rows:
     """Predictions for texts; those that wait share a batch."""
 
@@ -96,14 +106,16 @@ class Rows:
         return self._thread.is_alive()
 
     def submit(self, rows: list[Row], param: str) -> Job:
-        """Its `answer` comes in time. ApiError for a text that is longer than the model reads, which training would cut."""
+        """Its `answer` comes in time. A row has a text, with `pair` two, or its `ids`, which are read as they are. ApiError for
+        one that is longer than the model reads, which training would cut."""
         with self._framing:
             before = self.task.framer.truncated
-            job = Job(rows, self.task.examples(rows), concurrent.futures.Future())
-            if self.task.framer.truncated > before:
+            job = Job(rows, self._examples(rows), concurrent.futures.Future())
+            if self.task.framer.truncated > before or any(len(row.get("ids", ())) > self.task.length for row in rows):
                 raise bad(
-                    f"a text has more than {self.task.length} tokens: the model reads no more", param, "context_length_exceeded"
-                )
+                    f"This model's maximum context length is {self.task.length} tokens. However, a text of {param} has more than "
+                    f"{self.task.length} tokens. Please reduce its length.", param, "context_length_exceeded",
+                )  # fmt: skip
         if not self.alive:
             raise unavailable("the thread that computes vectors and labels has ended")
         try:
@@ -111,6 +123,12 @@ class Rows:
         except queue.Full:
             raise busy("the server is busy: its queue is full, try again in a moment") from None
         return job
+
+    def _examples(self, rows: Sequence[Row]) -> Examples:
+        """Of texts as the task makes them; of token ids the same with other tokens."""
+        made = self.task.examples([row if "ids" not in row else {"text": "a"} for row in rows])
+        items = [_with_ids(item, row["ids"]) if "ids" in row else item for item, row in zip(made.items, rows, strict=True)]
+        return dataclasses.replace(made, items=items)
 
     def close(self) -> None:
         """Finish what waits, and end."""

@@ -9,6 +9,7 @@ from jaxlm.models import Trained
 from jaxlm.serve.asks import Asker, Limits
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.options import ServeOptions
+from jaxlm.serve.readers import Readers
 from jaxlm.serve.rows import Rows, labels_of, vectors_of
 from jaxlm.serve.speaking import chat_of
 from jaxlm.serve.tokens import TokenTexts
@@ -37,6 +38,7 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine.stats if self.engine is not None else None)
         self.texts = TokenTexts(self.tokenizer)
+        self.readers = Readers()
         self.asker: Asker | None = None
         if self.engine is not None:
             context = self.engine.config.context
@@ -76,6 +78,7 @@ class Service:
         return stats.running + stats.waiting == 0
 
     def close(self, drain_s: float = 0.0) -> None:
+        self.readers.close()
         if self.engine is not None:
             self.engine.close(drain_s)
         for rows in (self.vectors, self.labels):

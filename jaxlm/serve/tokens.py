@@ -2,9 +2,21 @@
 
 import functools
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from jaxlm.data import Tokenizer
 from jaxlm.data.tokenizer import byte_characters
+
+
+class Spelled:
+    """A tokenizer whose texts show special tokens by their names."""
+
+    def __init__(self, rust: Any):
+        self._rust = rust
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._rust.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 class TokenTexts:
@@ -15,6 +27,8 @@ class TokenTexts:
 
         self._tokenizer = tokenizer
         self._names = tokenizers.Tokenizer.from_str(tokenizer.definition())
+        self.spelled: Any = Spelled(self._names)
+        """The tokenizer for texts that show special tokens."""
         self._bytes = {character: byte for byte, character in enumerate(byte_characters())}
         # Some decoders drop the space of a text's first token: a token is read behind another one.
         self._before = next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).isalpha()), 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data.tokenizer import Bytes, Characters, Rust, TokenizerConfig, load_tokenizer, train_tokenizer
-from jaxlm.generate import Constraint, Generator, Grammar, SampleConfig
+from jaxlm.generate import Constraint, Generator, Grammar, SampleConfig, constrain
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh
 
@@ -111,6 +111,9 @@ def test_what_a_random_model_writes_matches(tokenizer):
         ({"choices": ()}, "there must be at least one"),
         ({"choices": ("a", "")}, "none may be empty"),
         ({"json_schema": "{"}, "json_schema is no JSON"),
+        ({"regex": "a" * 300_000}, "regex has 300,000 characters: at most 262,144"),
+        ({"grammar": "?"}, "cannot be used"),
+        ({"regex": "a", "whitespace": " "}, "for a json_schema alone"),
         ({"regex": "(a"}, r"regex '\(a' cannot be used: unclosed group"),
         ({"regex": r"(a)\1"}, "cannot be used: backreferences are not supported"),
         ({"json_schema": '{"type": "objec"}'}, "json_schema cannot be used: .*objec"),
@@ -122,6 +125,53 @@ def test_mistakes_are_told_in_a_line(wrong, says):
     with pytest.raises(ValueError, match=says) as told:
         Grammar(Bytes(), Constraint(**wrong))
     assert "\n" not in str(told.value)
+
+
+def test_a_grammar_has_limits(monkeypatch):
+    """Compiling stops at the limit, and so does following: what is left is an error, not a thread that is busy for long."""
+    words = Constraint(regex="|".join(f"word{i}" for i in range(5000)))
+    Grammar(Bytes(), words)
+    with monkeypatch.context() as patch:
+        patch.setitem(constrain.LIMITS, "initial_lexer_fuel", 1000)
+        with pytest.raises(ValueError, match=r"cannot be used: .*too big"):
+            Grammar(Bytes(), words)
+    ambiguous = Constraint(grammar='start: ( "a" start | start "b" | "c" start start | /[a-z]+[0-9]{3,9}[xyz]*/ )*')
+    for limit in ("step_lexer_fuel", "step_max_items", "max_lexer_states", "max_items_in_row"):
+        with monkeypatch.context() as patch:
+            patch.setitem(constrain.LIMITS, limit, 1)
+            with pytest.raises(ValueError, match="cannot be followed"):
+                follow(Grammar(Bytes(), ambiguous), b"abcde")
+    follow(Grammar(Bytes(), ambiguous), b"abcde")
+
+
+def follow(grammar, text):
+    for character in text:
+        assert grammar.mask()[character]
+        grammar.take(character)
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "a" [bc]+ "d"', 'start: "a" /[bc]+/ "d"'], ids=["gbnf", "lark"])
+def test_grammars(grammar):
+    """In both syntaxes; a copy goes its own way from where it was taken."""
+    texts = set()
+    first = Grammar(Bytes(), Constraint(grammar=grammar))
+    first.take(ord("a"))
+    for seed in range(5):
+        rng, one, text = np.random.default_rng(seed), first.copy(), "a"
+        while not one.ended:
+            token = int(rng.choice(np.flatnonzero(one.mask())))
+            one.take(token)
+            text += chr(token) if token < 256 else ""
+        texts.add(text)
+    assert len(texts) > 1 and all(re.fullmatch("a[bc]+d", text) for text in texts)
+
+
+def test_white_space_between_json_tokens():
+    grammar = Grammar(Bytes(), Constraint(json_schema='{"type": "array", "items": {"type": "integer"}}', whitespace=" ?"))
+    for character in b"[ 1 , 2 ]":
+        assert grammar.mask()[character]
+        grammar.take(character)
+    assert grammar.ended
 
 
 def test_a_character_that_the_tokenizer_lacks_is_told():

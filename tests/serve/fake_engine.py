@@ -90,7 +90,7 @@ class FakeEngine:
                     if self.fails and following == 1 and at:
                         ended = Event(ended="error", reason="a made-up fault")
                     elif following in request.stop and at:
-                        ended = Event(ended="stop")
+                        ended = Event(ended="stop", stop=token(following, request.logprobs))
                     else:
                         self.counts["new_tokens"] += 1
                         new = () if following in request.stop else (token(following, request.logprobs),)
@@ -117,7 +117,7 @@ def token(i, logprobs):
     """Log-probabilities that tests can foresee: −i/100 of the token, then −1, −2, … of those after it."""
     if logprobs is None:
         return Token(i)
-    return Token(i, -i / 100, tuple((i + k, -i / 100 - k) for k in range(logprobs)))
+    return Token(i, -i / 100, tuple((i + k, -i / 100 - k) for k in range(logprobs)), 1)
 
 
 @dataclasses.dataclass

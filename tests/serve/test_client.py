@@ -80,7 +80,7 @@ def test_echo_and_logprobs(client):
     assert told.top_logprobs[0] == pytest.approx({"h": -1.04, "i": -2.04})
     ids = complete(client, prompt=[104, 105], echo=True, logprobs=0, max_tokens=0).choices[0]
     assert (ids.text, ids.finish_reason) == ("hi", "length")
-    assert ids.logprobs.token_logprobs == [None, -1.05] and ids.logprobs.top_logprobs == [None, {}]
+    assert ids.logprobs.token_logprobs == [None, -1.05] and ids.logprobs.top_logprobs == [None, {"i": -1.05}]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_parts_of_text_and_developers_are_understood(client, live):
         ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "up to 300"),
         ({"max_tokens": 0}, "max_tokens", "from 1"),
         ({"max_tokens": 500}, "max_tokens", "from 1 to 64"),
-        ({"max_tokens": 60}, "max_tokens", "context of 64"),
+        ({"max_tokens": 60}, "max_tokens", "maximum context length is 64 tokens.*requested 66 tokens .6 in the prompt, 60 in the"),
         ({"prompt": "x" * 100}, "prompt", "101 tokens"),
         ({"prompt": []}, "prompt", "empty"),
         ({"prompt": [[]]}, "prompt", "empty"),
@@ -161,7 +161,13 @@ def test_parts_of_text_and_developers_are_understood(client, live):
         ({"extra_body": {"guided_regex": "("}}, "guided_regex", "cannot be used"),
         ({"extra_body": {"guided_choice": []}}, "guided_choice", "at least one"),
         ({"extra_body": {"guided_choice": ["a"], "guided_regex": "a"}}, "guided_choice", "one of them"),
-        ({"extra_body": {"guided_grammar": "x"}}, "guided_grammar", "not supported"),
+        ({"extra_body": {"guided_grammar": "x"}}, "guided_grammar", "cannot be used"),
+        ({"extra_body": {"structured_outputs": {"regex": "a", "json": {}}}}, "structured_outputs", "must hold one of"),
+        ({"extra_body": {"structured_outputs": {"regexp": "a"}}}, "structured_outputs", "regex"),
+        ({"extra_body": {"guided_whitespace_pattern": " ?"}}, "guided_whitespace_pattern", "needs a JSON schema"),
+        ({"stop": "a" * 2000}, "stop", "more than 1,024"),
+        ({"extra_body": {"temprature": 0.5}}, "temprature", "did you mean 'temperature'"),
+        ({"extra_body": {"max_new_tokens": 5}}, "max_new_tokens", "did you mean 'max_tokens'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_its_name(client, options, param, says):
@@ -182,7 +188,7 @@ def test_what_cannot_be_done_is_refused_with_its_name(client, options, param, sa
         ({"messages": [{"role": "usr", "content": "x"}]}, "messages", "user"),
         ({"messages": [{"role": "user"}]}, "messages", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages", "not text"),
-        ({"messages": [{"role": "user", "content": "x" * 99}]}, "prompt", "context of 64"),
+        ({"messages": [{"role": "user", "content": "x" * 99}]}, "prompt", "maximum context length is 64"),
     ],
 )  # fmt: skip
 def test_what_a_conversation_cannot_hold(client, options, param, says):

@@ -50,10 +50,11 @@ def vectors(request, tmp_path_factory):
 
 
 def alone(made, text):
-    """The mean of the hidden states of one text without any padding, of length 1."""
-    tokenizer = made.tokenizer
-    ids = tokenizer.encode(text).tolist()
-    ids = [tokenizer.bos_id, *ids] if made.model.config.architecture == "decoder" else [*ids, tokenizer.eos_id]
+    """The mean of the hidden states of one text, or of token ids, without any padding, of length 1."""
+    tokenizer, ids = made.tokenizer, text
+    if isinstance(text, str):
+        ids = tokenizer.encode(text).tolist()
+        ids = [tokenizer.bos_id, *ids] if made.model.config.architecture == "decoder" else [*ids, tokenizer.eos_id]
     hidden = jax.jit(lambda *given: made.model.apply(*given, method="hidden"))(
         made.params, {"tokens_BL": np.array([ids], np.int32)}
     )
@@ -70,8 +71,11 @@ def test_vectors_are_those_of_each_text_alone(vectors):
     assert [item.index for item in found.data] == [0, 1, 2, 3] and found.usage.prompt_tokens > sum(map(len, TEXTS))
     plain = client.embeddings.create(model="tiny", input=TEXTS[1], encoding_format="float")
     np.testing.assert_allclose(plain.data[0].embedding, found.data[1].embedding, atol=2e-6)
-    ids = client.embeddings.create(model="tiny", input=[list(TEXTS[1].encode())])
-    np.testing.assert_allclose(ids.data[0].embedding, found.data[1].embedding, atol=2e-6)
+    given = [list(TEXTS[1].encode()), [101, 102], [made.tokenizer.eos_id]]
+    ids = client.embeddings.create(model="tiny", input=given)  # as they are: nothing is added, special tokens alone are a text too
+    for item, some in zip(ids.data, given, strict=True):
+        np.testing.assert_allclose(item.embedding, alone(made, some), atol=2e-6)
+    assert ids.usage.prompt_tokens == sum(map(len, given))
     raw = httpx.post(f"{url}/v1/embeddings", json={"input": "a", "encoding_format": "base64"}).json()["data"][0]["embedding"]
     np.testing.assert_allclose(np.frombuffer(base64.b64decode(raw), "<f4"), found.data[0].embedding, atol=2e-6)
 
@@ -80,7 +84,8 @@ def test_what_vectors_cannot_be_made_of(vectors):
     _, url = vectors
     for body, says in (
         ({}, "input must be"), ({"input": []}, "empty list"), ({"input": ""}, "empty text"), ({"input": ["a"] * 71}, "at most 70"),
-        ({"input": "x" * 97}, "more than 96 tokens"), ({"input": [999]}, "token 999"),
+        ({"input": "x" * 97}, "This model's maximum context length is 96 tokens"), ({"input": [65] * 97}, "more than 96 tokens"),
+        ({"input": [999]}, "token 999"), ({"input": [[]]}, "empty list of token ids"), ({"input": 3}, "input must be"),
         ({"input": "a", "dimensions": 8}, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, "float or base64"),
     ):  # fmt: skip
@@ -110,6 +115,9 @@ def test_labels_of_many_clients_at_once(tmp_path):
                 np.testing.assert_allclose(list(result["probabilities"].values()), expected(text), atol=2e-6)
                 assert result["label"] == ("bad", "good", "so-so")[int(np.argmax(expected(text)))]
                 assert result["probability"] == max(result["probabilities"].values())
+        for field in ("text", "input"):  # token ids are read as they are
+            ids = httpx.post(f"{url}/classify", json={field: [[*b"a", made.tokenizer.eos_id]]}).json()["results"][0]
+            np.testing.assert_allclose(list(ids["probabilities"].values()), expected("a"), atol=2e-6)
         one = httpx.post(f"{url}/classify", json={"text": "a", "pair": "b"}).json()["results"]
         assert len(one) == 1 and one[0]["probabilities"].keys() == {"bad", "good", "so-so"}
         for body in ({}, {"text": []}, {"text": 3}, {"text": ["a", ""]}, {"text": ["a", "b"], "pair": "c"}, {"text": "x" * 96}):
