@@ -15,10 +15,12 @@ import pathlib
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
+
+from jaxlm.spellings import advice, meant
 
 T = TypeVar("T")
 
@@ -142,6 +144,7 @@ def load(
     """
     tree, origins = read_yaml(pathlib.Path(file)) if file else ({}, {})
     override(tree, origins, flags or {})
+    _Builder(cls, origins).check_names(cls, tree, "")  # before anything is read or fetched that the values name
     complete(tree, origins)
     value = build(cls, tree, origins)
     return Loaded(value, {leaf: origins.get(leaf, "default") for leaf in flatten(to_dict(value))})
@@ -150,6 +153,16 @@ def load(
 def build(cls: type[T], tree: Mapping[str, Any], origins: dict[str, str] | None = None) -> T:
     """Build a config dataclass from a nested dict (the inverse of `to_dict`)."""
     return _Builder(cls, {} if origins is None else origins).dataclass(cls, tree, "")
+
+
+def build_parts(cls: type, tree: Mapping[str, Any], origins: dict[str, str], without: Collection[str]) -> dict[str, Any]:
+    """The fields of a config dataclass, but for those `without`, which are not known: nothing is checked across them."""
+    builder, hints = _Builder(cls, origins), fields_of(cls)
+    return {
+        field.name: builder.value(hints[field.name], tree[field.name], field.name) if field.name in tree else field.default
+        for field in dataclasses.fields(cls)
+        if field.name not in without
+    }
 
 
 class _Builder:
@@ -175,14 +188,38 @@ class _Builder:
         except ValueError as error:
             raise ValueError(f"{path}: {error}" if path else str(error)) from None
 
+    def check_names(self, cls: type, tree: Any, path: str) -> None:
+        """Raise for the first key, at any depth, that is no option."""
+        if not isinstance(tree, Mapping):
+            return  # building says what is wrong with a value
+        hints = fields_of(cls)
+        for key, value in tree.items():
+            name = str(key).replace("-", "_")
+            if name not in hints:
+                raise self.unknown_option(cls, path, name)
+            kind, inner = hints[name], read(value)
+            several = typing.get_origin(kind) is tuple
+            kind = typing.get_args(kind)[0] if several else kind
+            if dataclasses.is_dataclass(kind):
+                for item in inner if several and isinstance(inner, list) else [inner]:
+                    self.check_names(typing.cast(type, kind), item, join(path, name))
+
     def unknown_option(self, cls: type, path: str, key: str) -> ValueError:
         given = join(path, key)
         siblings = [join(path, name) for name in fields_of(cls)]
         everywhere = leaves_of(self.root)
         by_tail = [name for name in everywhere if name.rsplit(".", 1)[-1] == key]
-        hint = nearest(given, siblings) or next(iter(by_tail), None) or nearest(given, everywhere)
-        spell = (lambda name: f"--{name.replace('_', '-')}") if self.from_flag(given) else str
-        guess = f"did you mean {spell(hint)!r}? " if hint else ""
+        # What it means elsewhere, then where it belongs, and only then what it looks like.
+        hint = meant(given, everywhere) or next(iter(by_tail), None) or nearest(given, siblings) or nearest(given, everywhere)
+        flag = self.from_flag(given)
+
+        def spell(name: str) -> str:
+            option, has_value, value = name.partition("=")
+            shown = f"--{option.replace('_', '-')}" if flag else option
+            return f"{shown}{' ' if flag else ': '}{value}" if has_value else shown
+
+        sentence = advice(given)
+        guess = f"{sentence}; " if sentence else f"did you mean {spell(hint)!r}? " if hint else ""
         allowed = ", ".join(name.rsplit(".", 1)[-1] for name in siblings)
         return ValueError(
             f"unknown option {spell(given)}{self.where(given)}: {guess}allowed in {path or 'the top level'}: {allowed}"

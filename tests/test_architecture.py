@@ -11,6 +11,7 @@ ROOT = pathlib.Path(jaxlm.__file__).parent
 
 # A file imports only from rooms above its own and, inside a room, from files above it.
 ROOMS = {
+    "spellings": [],
     "config": [],
     "host": [],
     "devices": [],

@@ -190,3 +190,85 @@ def test_every_option_is_documented():
     for root in (ExperimentConfig, *OPTIONS.values()):
         undocumented = [name for name, _, _, text in configs.describe(root) if not text]
         assert not undocumented
+
+
+# --- names from elsewhere ---------------------------------------------------------------------
+
+
+def test_options_of_other_libraries_are_suggested_by_their_sense():
+    """The field's usual spellings, of which ours are no near relatives; each of our options in the table exists somewhere."""
+    from jaxlm.spellings import _ADVICE, _NAMES
+
+    def told(name: str, cls: type) -> str:
+        with pytest.raises(ValueError, match="unknown option") as caught:
+            configs.load(cls, None, configs.parse_flags([f"--{name}", "1"]))
+        return str(caught.value)
+
+    for name, ours in {
+        "lr": "--optim.learning-rate", "epochs": "--data.epochs", "num-train-epochs": "--data.epochs", "max-iters": "--train.steps",
+        "fp16": "--model.dtype bfloat16", "bf16": "--model.dtype bfloat16", "batch-size": "--data.batch-size",
+        "steps": "--train.steps",
+        "per-device-train-batch-size": "--data.batch-size", "max-length": "--data.length", "block-size": "--data.length",
+        "output-dir": "--runs", "out-dir": "--runs", "gpus": "--parallel.data", "n-embd": "--model.width",
+        "n_layer": "--model.layers",
+        "gradient-accumulation-steps": "--train.accumulate", "optim.lr": "--optim.learning-rate", "data-seed": "--seed",
+        "model-name-or-path": "--model.init-from", "eval-interval": "--train.eval-every", "warmup-ratio": "--optim.warmup",
+    }.items():  # fmt: skip
+        assert f"did you mean '{ours}'?" in told(name, ExperimentConfig), name
+    assert "JAX_PLATFORMS" in told("device", ExperimentConfig) and "did you mean" not in told("device", ExperimentConfig)
+    for verb, name, ours in (
+        ("predict", "max-length", "--length"), ("predict", "output-dir", "--out"), ("predict", "bf16", "--dtype bfloat16"),
+        ("generate", "max-new-tokens", "--max-tokens"), ("generate", "num-beams", "--beams"),
+        ("generate", "gpus", "--parallel.data"),
+        ("serve", "max-model-len", "--context"), ("serve", "tensor-parallel-size", "--parallel.tensor"),
+        ("chat", "temp", "--temperature"),
+    ):  # fmt: skip
+        assert f"did you mean '{ours}'?" in told(name, OPTIONS[verb]), (verb, name)
+
+    there = {leaf for cls in (ExperimentConfig, *OPTIONS.values()) for leaf in configs.leaves_of(cls)}
+    named = {option.partition("=")[0] for options in _NAMES for option in options.split()}
+    assert named <= there, "the table suggests what does not exist"
+    words = [name for names in (*_NAMES.values(), *_ADVICE.values()) for name in names.split()]
+    assert len(words) == len(set(words)), "one name has two meanings"
+
+
+def test_a_mistyped_option_is_told_before_a_model_is_looked_for(monkeypatch, tmp_path):
+    """In flags and in files, at any depth, for training and for `jaxlm config`; nothing is located, so nothing is fetched."""
+    from jaxlm import cli, models
+    from jaxlm.experiment import config as experiment
+
+    def located(*_, **__):
+        raise AssertionError("a model was looked for")
+
+    for module in (models, experiment):
+        monkeypatch.setattr(module, "locate", located)
+    (tmp_path / "good.yaml").write_text("model: {init_from: some/model}\n")
+    (tmp_path / "bad.yaml").write_text("model: {init_from: some/model}\ndata: {rows: {columns: {txt: a}}}\n")
+    for words in (
+        ["train", "good.yaml", "--lr", "1"], ["config", "good.yaml", "--data.lenght", "1"], ["train", "bad.yaml"],
+        ["predict", "some/model", "--batch", "1"], ["evaluate", "some/model", "--lr", "1"], ["generate", "some/model", "--lr", "1"],
+        ["chat", "some/model", "--lr", "1"], ["serve", "some/model", "--lr", "1"], ["export", "some/model", "d", "--lr", "1"],
+        ["show", "some/model", "--lr", "1"], ["diff", "some/model", "some/model", "--lr", "1"],
+    ):  # fmt: skip
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(words) == 1, words
+
+
+def test_a_config_is_printed_without_the_model_that_it_starts_from(tmp_path, monkeypatch, capsys):
+    """What the file, the flags and the defaults say, each with its origin, and one note of what could not be known."""
+    from jaxlm import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "task: {kind: classification}\nmodel: {init_from: runs/gone, dropout: 0.1}\ndata: {train: a.tsv, length: 64}\n"
+    )
+    assert cli.main(["config", "mine.yaml", "--optim.learning-rate", "3e-4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split(":")[0]: line for line in lines if not line.startswith("#")}
+    assert shown["model.init_from"].split() == ["model.init_from:", "runs/gone", "#", "mine.yaml:2"]
+    assert "0.0003" in shown["optim.learning_rate"] and shown["optim.learning_rate"].endswith("# --optim.learning-rate")
+    assert shown["name"].endswith("# the file's name") and shown["data.epochs"].endswith("# default")
+    assert "model.width" not in shown and "data.tokenizer.kind" not in shown, "these follow from the model"
+    assert [line for line in lines if "runs/gone" in line and "no model at" in line], "it says what is missing"
+    assert cli.main(["config", "mine.yaml", "--optim.learning-rate", "high"]) == 1, "mistakes are still told"
+    assert cli.main(["train", "mine.yaml"]) == 1 and "no model at 'runs/gone'" in capsys.readouterr().err

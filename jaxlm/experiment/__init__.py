@@ -1,7 +1,7 @@
 """One run: its config, what it learns from what, and the folder that it leaves."""
 
-from jaxlm.experiment.config import ExperimentConfig, load_config
+from jaxlm.experiment.config import ExperimentConfig, Unresolved, known_leaves, load_config
 from jaxlm.experiment.run import Run
 from jaxlm.experiment.seeds import train_seeds
 
-__all__ = ["ExperimentConfig", "Run", "load_config", "train_seeds"]
+__all__ = ["ExperimentConfig", "Run", "Unresolved", "known_leaves", "load_config", "train_seeds"]

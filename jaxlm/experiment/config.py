@@ -124,6 +124,31 @@ def load_config(file: str | pathlib.Path, flags: Mapping[str, configs.Text]) -> 
     return loaded
 
 
+class Unresolved(ValueError):  # noqa: N818 (a config without its model is no mistake of the config)
+    """The model that a run starts from cannot be read: what follows from it is not known."""
+
+
+def known_leaves(file: str | pathlib.Path, flags: Mapping[str, configs.Text]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Dotted leaf → value, and → origin, of all that a config says without the model that it starts from. ValueError as
+    `load_config`, but for that model and what must fit it."""
+    tree, origins = configs.read_yaml(pathlib.Path(file))
+    configs.override(tree, origins, flags)
+    origins.setdefault("name", "the file's name")
+    tree.setdefault("name", pathlib.Path(file).stem)
+    parts = configs.build_parts(ExperimentConfig, tree, origins, ("model",))
+    leaves: dict[str, Any] = {}
+    for name in configs.fields_of(ExperimentConfig):
+        if name == "model":
+            given = {leaf: configs.read(value) for leaf, value in configs.flatten(tree["model"], "model").items()}
+            leaves |= {leaf: None if value == {} else value for leaf, value in given.items()}
+        else:
+            value = parts[name]
+            leaves |= configs.flatten(configs.to_dict(value) if dataclasses.is_dataclass(value) else value, name)
+    if "tokenizer" not in (tree.get("data") or {}):  # the model's own
+        leaves = {name: value for name, value in leaves.items() if not name.startswith("data.tokenizer.")}
+    return leaves, origins
+
+
 def complete(tree: dict[str, Any], origins: dict[str, str]) -> None:
     """Fill in what follows: the head from the task; sizes and tokenizer from what the model starts from."""
     task, model, data = (tree.get(name) or {} for name in ("task", "model", "data"))
@@ -144,7 +169,10 @@ def complete(tree: dict[str, Any], origins: dict[str, str]) -> None:
     elif configs.fields_of(ModelConfig).keys() <= model.keys():
         return  # a run's own config.yaml, which is whole
     else:
-        start, folder = _start(source, head)
+        try:
+            start, folder = _start(source, head)
+        except ValueError as error:
+            raise Unresolved(f"model.init_from: {error}") from None
         origin = f"init_from {source}"
         if "tokenizer" not in data:
             tree["data"] = {**data, "tokenizer": {"kind": "huggingface", "path": str(folder)}}

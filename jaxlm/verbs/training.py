@@ -43,12 +43,20 @@ def _train(config: Any) -> str:
 def config(words: Sequence[str]) -> int:
     """jaxlm config [FILE] [--section.option VALUE …]: print the resolved config and where each value came from."""
     (file,), flags = split_words(words, "the config file", default=DEFAULT_CONFIG)
-    from jaxlm.experiment import load_config
+    from jaxlm.experiment import Unresolved, known_leaves, load_config
 
-    value, origins = load_config(file, flags)
-    leaves = configs.flatten(configs.to_dict(value))
+    missing = None
+    try:
+        value, origins = load_config(file, flags)
+        leaves = configs.flatten(configs.to_dict(value))
+    except Unresolved as error:
+        leaves, origins = known_leaves(file, flags)
+        missing = str(error)
     wide = max(len(f"{name}: {leaf}") for name, leaf in leaves.items() if len(str(leaf)) < 60)
     for name, leaf in leaves.items():
         shown = "null" if leaf is None else leaf
         say(f"{f'{name}: {shown}':<{min(wide, 80)}}  # {origins.get(name, 'default')}")
+    if missing is not None:
+        say("# not resolved: model's other options, and data.tokenizer where it is not given, follow from the model to start from")
+        say(f"# {missing}")
     return 0
