@@ -19,6 +19,7 @@ from jaxlm.hub import (
     ADAPTER,
     GENERATION,
     find,
+    fingerprint_files,
     is_hugging_face,
     load_adapter,
     load_parameters,
@@ -57,6 +58,8 @@ class Card:
     metric: str = "loss"
     start_id: int | None = None
     """What a decoder that reads an encoder begins with."""
+    base: str | None = None
+    """Fingerprint of the model that a run with frozen parameters started from: its checkpoints do not hold these."""
 
 
 def write_card(run: pathlib.Path, card: Card) -> None:
@@ -67,7 +70,7 @@ def read_card(run: pathlib.Path) -> Card:
     """The card of a run's folder; an empty one where there is none."""
     file = run / CARD
     said = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
-    return Card(tuple(said.get("labels", ())), said.get("metric", "loss"), said.get("start_id"))
+    return Card(tuple(said.get("labels", ())), said.get("metric", "loss"), said.get("start_id"), said.get("base"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +296,8 @@ class Tuned(NamedTuple):
     """Names of the run's labels."""
     ordered: bool = False
     """The user named the labels in their order."""
+    fingerprint: str | None = None
+    """Of `base`, as it was when the run began."""
 
 
 def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
@@ -304,16 +309,48 @@ def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
         model = Detection(model.config, task.generator)
     config = configs.build(TuneConfig, tree.get("tune", {}))
     tuning = Tuning(config, model)
-    metric = read_card(folder).metric
-    checkpoints = Checkpoints(folder / "checkpoints", metric=metric, higher=not lower_is_better(metric))
+    card, checkpoints = read_card(folder), best_checkpoints(folder)
     step = checkpoints.best()
     if step is None:
         raise ValueError(
             f"{folder} has no checkpoint yet: train it first with: {command('jaxlm', 'train', folder / 'config.yaml')}"
         )
     trained = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
-    labels = read_card(folder).labels
-    return Tuned(config, model, trained, tree["model"].get("init_from"), tree["seed"], task.kind, labels, bool(task.labels))
+    base, ordered = tree["model"].get("init_from"), bool(task.labels)
+    return Tuned(config, model, trained, base, tree["seed"], task.kind, card.labels, ordered, card.base)
+
+
+def best_checkpoints(folder: pathlib.Path) -> Checkpoints:
+    """The checkpoints of a run, ranked by the score that it named."""
+    metric = read_card(folder).metric
+    return Checkpoints(folder / "checkpoints", metric=metric, higher=not lower_is_better(metric))
+
+
+def source_fingerprint(argument: str) -> str:
+    """Fingerprint of the parameters that the MODEL argument means: of a Hugging Face folder its tensors, of an adapter its own
+    and those of its base, of a run its best checkpoint and the base of that."""
+    folder = locate(argument)
+    if (folder / ADAPTER).is_file():
+        base = read_adapter(folder)[2]
+        own = fingerprint_files(folder, [*folder.glob("*.safetensors"), folder / ADAPTER])
+        return own if base is None else f"{own} on {source_fingerprint(base)}"
+    if is_hugging_face(folder):
+        return fingerprint_files(folder, [*folder.glob("*.safetensors"), folder / "config.json"])
+    step = best_checkpoints(folder).best()
+    place = folder / "checkpoints" / str(step)
+    item = place / "average" if (place / "average").is_dir() else place / "params"
+    own = fingerprint_files(place, (file for file in item.rglob("*") if file.is_file()))
+    base = read_card(folder).base
+    return own if base is None else f"{own} on {base}"
+
+
+def check_base(name: str, base: str | None, fingerprint: str | None) -> None:
+    """Raises ValueError where the model `base`, of which the run `name` holds no copy, is not the one that it began with."""
+    if base is not None and fingerprint is not None and source_fingerprint(base) != fingerprint:
+        raise ValueError(
+            f"{base} has changed since {name} began from it, which keeps no copy of what it froze: restore it, or train anew "
+            "under another --name"
+        )
 
 
 def _merged(tuned: Tuned, mesh: jax.sharding.Mesh) -> Params:
@@ -321,6 +358,7 @@ def _merged(tuned: Tuned, mesh: jax.sharding.Mesh) -> Params:
     tuning, model = Tuning(tuned.config, tuned.model), tuned.model
     if not tuning.frozen_shapes:
         return tuned.trained
+    check_base("the run", tuned.base, tuned.fingerprint)
     start = start_parameters(tuned.base, model, mesh, tuned.seed, tuned.labels, tuned.ordered)
     frozen = init_frozen(model, tuned.seed, mesh, tuning, start)
     return jax.jit(tuning.merge, out_shardings=stored_shardings(model.axes, model.shapes, mesh))(tuned.trained, frozen)

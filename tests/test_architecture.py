@@ -66,6 +66,7 @@ ROOMS = {
     "hub": [
         "tensors",
         "files",
+        "fingerprint",
         "tied",
         "loading",
         "saving",

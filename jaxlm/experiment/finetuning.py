@@ -1,6 +1,7 @@
 """Learning a task from rows."""
 
 import functools
+import hashlib
 import json
 import math
 import shlex
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm import config as configs
 from jaxlm.data import ExampleBatches, Table, Tokenizer, read_rows, split_rows, train_tokenizer
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
@@ -17,6 +19,7 @@ from jaxlm.model import Model, Params, TransformerConfig
 from jaxlm.models import (
     locate,
     read_card,
+    source_fingerprint,
     source_labels,
     start_generation,
     start_id,
@@ -180,10 +183,13 @@ class Finetuning(Job):
             self._refer(start)
 
     def _refer(self, start: Callable[[], Params]) -> None:
-        """What the model at the start makes of each example, computed once and kept in the run's folder."""
+        """Compute the reference model's log-likelihoods of all examples once, and cache them in the run's folder together with
+        a fingerprint of what they were computed from."""
         file = self.folder / "reference.npz"
         names = ("chosen_B", "rejected_B")
-        if not file.is_file():
+        fingerprint = self._reference_fingerprint()
+        held: Mapping[str, np.ndarray] = dict(np.load(file)) if file.is_file() else {}
+        if str(held.get("fingerprint")) != fingerprint:
             kept: dict[str, np.ndarray] = {}
             params = start()
             for part, examples in zip(("train", "validation"), self.examples, strict=True):
@@ -193,14 +199,27 @@ class Finetuning(Job):
                 kept |= {f"{part}_{name}": np.array([output[name] for output in passed.outputs]) for name in names}
             if speaks():
                 partial = self.folder / "reference.partial.npz"
-                np.savez(partial, **kept)  # type: ignore[arg-type]
+                np.savez(partial, fingerprint=np.array(fingerprint), **kept)  # type: ignore[arg-type]
                 partial.rename(file)
-            held: Mapping[str, np.ndarray] = kept
-        else:
-            held = np.load(file)
+            held = kept
         for part, examples in zip(("train", "validation"), self.examples, strict=True):
             columns = [held[f"{part}_{name}"] for name in names]
             self.task.refer(examples, [dict(zip(names, pair, strict=True)) for pair in zip(*columns, strict=True)])
+
+    def _reference_fingerprint(self) -> str:
+        """Hash of everything that the reference log-likelihoods depend on: the model, what its parameters start from, and the
+        tokens of every example."""
+        c = self.config
+        source = None if c.model.init_from is None else source_fingerprint(c.model.init_from)
+        model = {k: v for k, v in configs.to_dict(c.model).items() if k != "init_from"}
+        known = [model, self.model().config.vocab_size, c.seed, source]
+        whole = hashlib.blake2b(json.dumps(known, default=str).encode(), digest_size=16)
+        for examples in self.examples:
+            for item in examples.items:
+                for answer in ("chosen", "rejected"):
+                    for name, array in sorted(item[answer].items()):
+                        whole.update(f"{answer} {name} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return whole.hexdigest()
 
     @functools.cached_property
     def predictor(self) -> Predictor:

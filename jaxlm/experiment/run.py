@@ -1,13 +1,14 @@
 """One run in its folder: a config → every built part, trained, saved and told. The only place that composes."""
 
 import functools
+import json
 import time
 from typing import Any
 
 import jax
 
 from jaxlm import config as configs
-from jaxlm.data import prefetch
+from jaxlm.data import load_tokenizer, prefetch
 from jaxlm.experiment.config import CHANGEABLE, ExperimentConfig
 from jaxlm.experiment.finetuning import Finetuning
 from jaxlm.experiment.job import Batches, Job
@@ -15,7 +16,7 @@ from jaxlm.experiment.pretraining import Pretraining
 from jaxlm.hub import write_generation
 from jaxlm.metrics import lower_is_better
 from jaxlm.model import Params
-from jaxlm.models import Card, start_parameters, write_card
+from jaxlm.models import Card, check_base, read_card, source_fingerprint, start_parameters, write_card
 from jaxlm.parallel import make_mesh, peak_flops, place_batch, speaks, stored_shardings
 from jaxlm.report import Page, Record, command, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
@@ -41,10 +42,10 @@ class Run:
     def __init__(self, config: ExperimentConfig):
         self.config, self.folder = config, config.folder
         self.start = Checkpoints(self.folder / "checkpoints").latest() or 0
-        if self.start:
-            self._check_same()
+        self._check_same()
 
     def _check_same(self) -> None:
+        """Raises ValueError where the folder holds a run with another config, also one without a checkpoint yet."""
         file = self.folder / "config.yaml"
         if not file.exists():
             return
@@ -56,6 +57,21 @@ class Run:
         if changed:
             shown = ", ".join(f"{leaf} {old} → {new}" for leaf, (old, new) in changed.items())
             raise ValueError(f"{self.folder} holds a run with another config ({shown}): give --name NEW, or delete the folder")
+
+    def _check_started(self, card: Card) -> None:
+        """Raises ValueError where what the config names is no longer what the run began with: its tokenizer's vocabulary, or
+        the model that its frozen parameters are read from."""
+        before = read_card(self.folder).base
+        if before != card.base:
+            check_base(str(self.folder), self.config.model.init_from, before)
+        folder = self.folder / "tokenizer"
+        if folder.is_dir():
+            old, new = (json.loads(tokenizer.definition())["model"] for tokenizer in (load_tokenizer(folder), self.job.tokenizer))
+            if old != new:
+                raise ValueError(
+                    f"{self.folder} began with another vocabulary than its tokenizer has now: the tokenizer, or the data that it "
+                    "is trained on, has changed; restore it, or give --name NEW"
+                )
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -114,8 +130,12 @@ class Run:
         """Train to the end, or until interrupted; returns how it ended (see `Outcome`)."""
         c, mesh, job = self.config, self.mesh, self.job
         model = job.model()
-        card = Card(job.labels, self.metric, job.start_id)  # every process makes the data: a mistake in it is found by all
         tuning, steps = Tuning(c.tune, model), self.steps
+        base = source_fingerprint(c.model.init_from) if c.model.init_from and tuning.frozen_shapes else None
+        # Every process makes the data: a mistake in it is found by all.
+        card = Card(job.labels, self.metric, job.start_id, base)
+        if self.start:
+            self._check_started(card)
         schedule = make_schedule(c.optim, steps)
         optimizer = make_optimizer(c.optim, schedule, tuning)
         if speaks():

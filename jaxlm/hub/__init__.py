@@ -15,6 +15,7 @@ from jaxlm.hub.convert import (
 )
 from jaxlm.hub.family import Family, Head
 from jaxlm.hub.files import Tensors, find, stored_dtype, tensor_names
+from jaxlm.hub.fingerprint import fingerprint_files
 from jaxlm.hub.generation import GENERATION, read_generation, write_generation
 from jaxlm.hub.loading import load
 from jaxlm.hub.saving import save
@@ -22,6 +23,7 @@ from jaxlm.hub.tensors import Table
 
 __all__ = [
     "ADAPTER", "FAMILIES", "GENERATION", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find",
+    "fingerprint_files",
     "is_hugging_face", "load", "load_adapter", "load_folder", "load_parameters", "read_adapter", "read_config",
     "read_generation", "read_json", "save", "save_adapter", "save_folder", "stored_dtype",
     "tensor_names", "write_generation",

@@ -29,7 +29,7 @@ from jaxlm.metrics.intervals import (
     paired,
 )
 from jaxlm.metrics.numbers import perplexity, regression
-from jaxlm.metrics.ranking import preference, retrieval, weighted_retrieval
+from jaxlm.metrics.ranking import preference, retrieval, weighted_pair_retrieval, weighted_retrieval
 from jaxlm.metrics.tags import Span, span_scores, spans, spans_of, weighted_spans
 from jaxlm.metrics.texts import Scored, summarisation, translation, weighted_summarisation, weighted_translation
 
@@ -38,6 +38,6 @@ __all__ = [
     "bootstrap", "calibration", "class_scores", "classification", "confusion", "declare", "fit_temperature",
     "lower_is_better", "mcnemar", "mean_interval", "multilabel", "paired", "perplexity", "preference", "regression", "reliability",
     "retrieval", "scaled", "softmax", "span_scores", "spans", "spans_of", "squad", "summarisation", "translation",
-    "weighted_calibration", "weighted_classification", "weighted_multilabel", "weighted_retrieval", "weighted_spans",
-    "weighted_squad", "weighted_summarisation", "weighted_translation",
+    "weighted_calibration", "weighted_classification", "weighted_multilabel", "weighted_pair_retrieval", "weighted_retrieval",
+    "weighted_spans", "weighted_squad", "weighted_summarisation", "weighted_translation",
 ]  # fmt: skip

@@ -48,6 +48,34 @@ def weighted_retrieval(recalls: Sequence[int] = (1, 5, 10)) -> Weighted:
     return averaged(values)
 
 
+def weighted_pair_retrieval(recalls: Sequence[int] = (1, 5, 10), block_bytes: int = 64 << 20) -> Weighted:
+    """`retrieval` of vectors where every query has one relevant document, for resampling: the examples are queries.
+
+    Takes queries_QX and their documents_QX (vectors, scored by their products), and names_Q, which are equal for queries of
+    the same document; each document counts once, with the vector of its first query. The products are computed for as many
+    queries at a time as fit into `block_bytes`, and of each only the rank is kept.
+    """
+
+    def values(queries_QX: Any, documents_QX: Any, names_Q: Any) -> dict[str, np.ndarray]:
+        size = check_sizes(queries_QX, documents_QX, names_Q)
+        one_QX, pair_QX = (
+            check_numbers(name, x, (None, None)) for name, x in (("queries", queries_QX), ("documents", documents_QX))
+        )
+        _, first_D, own_Q = np.unique(np.asarray(names_Q), return_index=True, return_inverse=True)
+        other_DX = pair_QX[first_D]
+        rank_Q = np.empty(size, np.int64)
+        step = max(1, block_bytes // (other_DX.itemsize * len(other_DX)))
+        for start in range(0, size, step):
+            scores_qD = one_QX[start : start + step] @ other_DX.T
+            own_q1 = np.take_along_axis(scores_qD, own_Q[start : start + step, None], axis=1)
+            rank_Q[start : start + step] = (scores_qD >= own_q1).sum(1)  # a tie counts against the system
+        found = {f"recall@{k}": rank_Q <= k for k in recalls}
+        found["mrr@10"] = np.where(rank_Q <= 10, 1 / rank_Q, 0.0)
+        return found | {"ndcg@10": np.where(rank_Q <= 10, 1 / np.log2(rank_Q + 1), 0.0)}
+
+    return averaged(values)
+
+
 def preference(chosen_B: Any, rejected_B: Any) -> dict[str, float]:
     """accuracy: how often the chosen answer has the higher score, a tie for half; margin: mean of chosen − rejected."""
     check_sizes(chosen_B, rejected_B)

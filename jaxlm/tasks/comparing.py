@@ -42,15 +42,11 @@ class Embedding(Task):
         """How well each text finds its own pair among those of all rows, each of which counts once."""
 
         def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
-            first: dict[str, int] = {}
-            for i, row in enumerate(rows):
-                first.setdefault(row["pair"], i)
-            anchors = np.array([p["anchor"] for p in predictions])
-            pairs = np.array([predictions[i]["positive"] for i in first.values()])
-            own = np.array([row["pair"] for row in rows])[:, None] == np.array(list(first))[None, :]
-            return anchors @ pairs.T, own.astype(float)
+            anchors, pairs = (np.array([p[name] for p in predictions]) for name in ("anchor", "positive"))
+            number = {pair: d for d, pair in enumerate(dict.fromkeys(row["pair"] for row in rows))}
+            return anchors, pairs, np.array([number[row["pair"]] for row in rows])
 
-        return of_columns(metrics.weighted_retrieval(), columns)
+        return of_columns(metrics.weighted_pair_retrieval(), columns)
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return " ".join(f"{x:.4f}" for x in prediction["anchor"])

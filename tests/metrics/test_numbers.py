@@ -1,6 +1,7 @@
 """Regression, perplexity and rankings: the libraries' scores, brute force over ties, and figures by hand."""
 
 import itertools
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -8,7 +9,15 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from jaxlm.metrics import bootstrap, perplexity, preference, regression, retrieval, weighted_retrieval
+from jaxlm.metrics import (
+    bootstrap,
+    perplexity,
+    preference,
+    regression,
+    retrieval,
+    weighted_pair_retrieval,
+    weighted_retrieval,
+)
 
 
 def test_regression_is_scipys_and_scikit_learns():
@@ -89,6 +98,35 @@ def test_resampled_queries():
     quick, slow = bootstrap(weighted_retrieval(), scores, gains, n=20), bootstrap(retrieval, scores, gains, n=20)
     for name in slow:
         assert quick[name] == pytest.approx(slow[name]), name
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1000, 1 << 20])
+def test_retrieval_by_blocks_is_retrieval(block_bytes):
+    """Coarse vectors, which give many ties, in blocks of one query, of a few and of all."""
+    rng = np.random.default_rng(0)
+    queries, documents, own = (
+        rng.integers(-2, 3, (60, 3)),
+        rng.integers(-2, 3, (25, 3)),
+        rng.permutation([*range(25), *range(25), *range(10)]),
+    )
+    blocks = weighted_pair_retrieval(block_bytes=block_bytes)
+    whole = weighted_retrieval(), queries @ documents.T, own[:, None] == np.arange(25)
+    documents_of = documents[own]
+    assert blocks(queries, documents_of, own) == pytest.approx(retrieval(*whole[1:]))
+    quick, slow = bootstrap(blocks, queries, documents_of, own, n=20), bootstrap(*whole, n=20)
+    assert {name: pytest.approx(tuple(value)) for name, value in slow.items()} == {k: tuple(v) for k, v in quick.items()}
+
+
+def test_retrieval_by_blocks_takes_no_table_of_all_scores():
+    rng = np.random.default_rng(0)
+    n = 4000
+    vectors = rng.standard_normal((n, 32))
+    tracemalloc.start()
+    found = weighted_pair_retrieval(block_bytes=1 << 20)(vectors, vectors, np.arange(n))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n * n / 2, "half a byte for each pair at most, where a table takes eight"
+    assert found["recall@10"] > 0.9
 
 
 def test_preference():
