@@ -155,8 +155,9 @@ class Trained:
         with jax.set_mesh(self.mesh):
             return dataclasses.replace(self, params=jax.jit(self.model.apart)(self.params))
 
-    def task(self, kind: str | None = None, length: int | None = None) -> Task:
-        """The task that it was trained for, or `kind` of a Hugging Face model, as far as its head is one's."""
+    def task(self, kind: str | None = None, length: int | None = None, split_special_tokens: bool = False) -> Task:
+        """The task that it was trained for, or `kind` of a Hugging Face model, as far as its head is one's.
+        `split_special_tokens`: as `TextEncoder`'s, where the run does not ask for it itself."""
         head, architecture = self.model.config.head.kind, self.model.config.architecture
         positions = self.model.config.positions
         if self.run is not None:
@@ -180,6 +181,8 @@ class Trained:
         if self.run is None and config.kind == "text_to_text":
             room = settings.room(1, DecodeConfig().max_tokens)
             config = dataclasses.replace(config, decode=settings.decode({"max_tokens": room}))
+        if split_special_tokens:
+            config = dataclasses.replace(config, split_special_tokens=True)
         task = TASKS[config.kind](
             config, self.tokenizer, min(length or positions, positions), labels=self.labels, architecture=architecture,
             start_id=start_id(self.run or self.source, self.tokenizer),

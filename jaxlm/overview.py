@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.data import SourceConfig, documents
+from jaxlm.data import SourceConfig, TextEncoder, documents
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.models import Trained
 from jaxlm.parallel import STORED, ParallelConfig, abstract_mesh, spec
@@ -129,7 +129,7 @@ def compare(a: Trained, b: Trained, text: str | None, tokens: int) -> Difference
     if (b.tokenizer_folder / "tokenizer.json").is_file() and b.tokenizer.definition() != tokenizer.definition():
         raise ValueError(f"{a.name} and {b.name} have different tokenizers: the same text is not the same tokens")
     words = text if text is not None else "\n\n".join(_head(documents(SourceConfig("embedded")), 8 * tokens))
-    ids = [tokenizer.bos_id, *tokenizer.encode(words).tolist()][:tokens]
+    ids = TextEncoder(tokenizer, tokens).ids(words)
     length = min(a.model.config.positions, b.model.config.positions, 256)
     # Whole rows, so that both models compile once; the last tokens of a long text that fill no row are left out.
     length = min(length, len(ids))

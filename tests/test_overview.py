@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.data import TokenizerConfig, train_tokenizer
+from jaxlm.data import TokenizerConfig, framed, train_tokenizer
 from jaxlm.model import HeadConfig, Model, TransformerConfig
 from jaxlm.models import Trained
 from jaxlm.overview import compare, size
@@ -20,7 +20,7 @@ CONFIG = TransformerConfig(vocab_size=257, positions=16, layers=1, width=16, hea
 @pytest.fixture
 def trained(tmp_path):
     """`trained(seed, **changes)`: a random model with a tokenizer of bytes."""
-    train_tokenizer(TokenizerConfig("bytes"), []).save(tmp_path / "tokenizer")
+    framed(train_tokenizer(TokenizerConfig("bytes"), []), "auto", architecture="decoder").save(tmp_path / "tokenizer")
     mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
 
     def make(seed: int, **changes) -> Trained:

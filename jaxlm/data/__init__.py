@@ -5,13 +5,15 @@ from jaxlm.data.chat import DEFAULT_TEMPLATE, Chat, ChatRows, Message, check_mes
 from jaxlm.data.corpus import Corpora, Corpus, DataConfig, HoldoutConfig, in_memory, xz_bits_per_byte
 from jaxlm.data.corrupt import CorruptConfig, Corruption, make_corruption
 from jaxlm.data.denoising import start_of
+from jaxlm.data.detokenizer import StreamDecoder
 from jaxlm.data.examples import Example, ExampleBatches, collate, in_order
-from jaxlm.data.frame import Framed, Framer
 from jaxlm.data.packing import Batch, Packed, Windows, best_fit_decreasing, stack
 from jaxlm.data.pipeline import EvalBatches, Prefetch, State, StreamBatches, TrainBatches, eval_batches, prefetch, train_batches
+from jaxlm.data.post_processor import framed, with_prefix_space
 from jaxlm.data.rows import ColumnsConfig, RowsConfig, Table, read_rows, split_rows
 from jaxlm.data.sources import SourceConfig, describe, documents
-from jaxlm.data.tokenizer import StreamDecoder, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from jaxlm.data.text_encoding import Encoding, TextEncoder
+from jaxlm.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -24,11 +26,10 @@ __all__ = [
     "CorruptConfig",
     "Corruption",
     "DataConfig",
+    "Encoding",
     "EvalBatches",
     "Example",
     "ExampleBatches",
-    "Framed",
-    "Framer",
     "HoldoutConfig",
     "Message",
     "Packed",
@@ -39,6 +40,7 @@ __all__ = [
     "StreamBatches",
     "StreamDecoder",
     "Table",
+    "TextEncoder",
     "Tokenizer",
     "TokenizerConfig",
     "TrainBatches",
@@ -51,6 +53,7 @@ __all__ = [
     "describe",
     "documents",
     "eval_batches",
+    "framed",
     "in_memory",
     "in_order",
     "load_tokenizer",
@@ -63,5 +66,6 @@ __all__ = [
     "start_of",
     "train_batches",
     "train_tokenizer",
+    "with_prefix_space",
     "xz_bits_per_byte",
 ]

@@ -1,7 +1,11 @@
 """Conversations → tokens, with the loss on the assistant's turns alone; rows of them for training.
 
 A chat template (Jinja, rendered in transformers' sandbox) writes a conversation as one text, which is
-tokenised in one go, so the ids are those of transformers' `apply_chat_template`. Which character
+tokenised in one go, so the ids are those of transformers' `apply_chat_template`: nothing is added that the template does
+not write, and a special token that a message spells is read as such. `split_special_tokens` reads those as ordinary text
+instead, as `apply_chat_template(sanitize_control_tokens=True)` does, so that a message cannot end its own turn.
+
+Which character
 came from whose content is found by rendering a second time with marks around every content: the
 rendering without its marks must be the first one again. So it does not matter that a template injects a
 system prompt, moves it, or trims contents; where it drops a part of an assistant's turn there is an
@@ -25,7 +29,7 @@ import numpy as np
 
 from jaxlm.config import unknown
 from jaxlm.data.packing import Row, best_fit_decreasing
-from jaxlm.data.tokenizer import END_OF_TEXT, Tokenizer
+from jaxlm.data.tokenizer import Tokenizer, own_names
 from jaxlm.text_files import well_formed
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -49,26 +53,28 @@ class Chat:
     stop_ids: frozenset[int]
     """The tokens that end an assistant's turn: those that the template writes after it, and the end of text."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None):
+    spelled: int
+    """Conversations so far that spell a special token in a message."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, *, split_special_tokens: bool = False):
         """`template` is a Jinja chat template; None: the tokenizer's own, else `DEFAULT_TEMPLATE`.
 
-        Raises ValueError where the template does not render a question and its answer.
+        `split_special_tokens` reads the special tokens that messages spell as ordinary text. Raises ValueError where the
+        template does not render a question and its answer.
         """
         import tokenizers
 
         hf = getattr(tokenizer, "hf", None)
-        self.tokenizer = tokenizer
-        self.template = template if template is not None else _own_template(hf) or DEFAULT_TEMPLATE
+        self.tokenizer, self.split_special_tokens, self.spelled = tokenizer, split_special_tokens, 0
+        self.template = template if template is not None else _own_template(tokenizer) or DEFAULT_TEMPLATE
         self._blocks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
         # A copy of our own: here the special tokens in a text count, in the tokenizer's they are ordinary text.
         self._rust: Any = tokenizers.Tokenizer.from_str(tokenizer.definition())
-        self._adds_bos = self._rust.encode("a", add_special_tokens=True).ids[:1] == [tokenizer.bos_id]
         self._rust.post_processor = None  # some move the offsets away from white space
         added = self._rust.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
-        self._names = dict(hf.special_tokens_map) if hf else {"bos_token": END_OF_TEXT}
-        self._names.setdefault("eos_token", self._rust.id_to_token(tokenizer.eos_id))
+        self._names = dict(hf.special_tokens_map) if hf else own_names(tokenizer)
 
         self._header = self._appended = ""
         question = [{"role": "user", "content": "Question"}]
@@ -92,6 +98,8 @@ class Chat:
         ends = re.findall(any_added, ending[1]) if ending else []
         self.stop_ids = frozenset([tokenizer.eos_id, *(i for i, name in self._added.items() if name in ends)])
         frame = {i for i in self._rust.encode(before, add_special_tokens=False).ids if i in added}
+        special = [token.content for token in added.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._reserved = {i for i, token in added.items() if token.special} | self.stop_ids | frame
 
     def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
@@ -108,9 +116,10 @@ class Chat:
         rewrites a part of such a turn or writes no special token after it.
         """
         messages = check_messages(messages, "messages")
-        text, blocks = self._jinja(messages, blocks=self._blocks)
-        marks = self._marks(messages, text)
-        regions = blocks if self._blocks else list(self._answers(messages, text, marks))
+        text, regions = self._jinja(messages, blocks=self._blocks)
+        marks = None if self._blocks and not self.split_special_tokens else self._marks(messages, text)
+        if not self._blocks and marks is not None:
+            regions = list(self._answers(messages, text, marks))
         ids, spans = self._tokens(messages, text, marks)
         starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
         trained = np.zeros(len(ids), bool)
@@ -131,7 +140,7 @@ class Chat:
         assert not (add_generation_prompt and continue_final_message), "a turn is begun or gone on with"
         messages = check_messages(messages, "messages", training=False)
         text = self._text(messages, generate=add_generation_prompt)
-        marks = self._marks(messages, text, generate=add_generation_prompt)
+        marks = self._marks(messages, text, generate=add_generation_prompt) if self.split_special_tokens else None
         if continue_final_message:
             text = _behind_content(text, messages[-1]["content"])
         return np.array(self._tokens(messages, text, marks)[0], np.int32)
@@ -232,21 +241,10 @@ class Chat:
 
     # --- tokens ------------------------------------------------------------------------------
 
-    def _tokens(self, messages: Sequence[Message], text: str, marks: Marks) -> tuple[list[int], list[Span]]:
-        """The ids of a rendered text and their spans; what a content spells is never a reserved token."""
-        contents: list[Span] = []
-        for turn, (starts, stops) in enumerate(marks):
-            if len(starts) == len(stops) and (starts or not messages[turn]["content"].strip()):
-                contents += zip(starts, stops, strict=True)
-            else:  # not located: harmless unless it spells one
-                content = messages[turn]["content"]
-                alone = self._rust.encode(content, add_special_tokens=False).ids
-                spelt = next((self._added[i] for i in alone if i in self._reserved), None)
-                if spelt is not None and spelt != self._names.get("unk_token"):
-                    raise ValueError(
-                        f"chat template: turn {turn + 1} ({messages[turn]['role']}) is left out or rewritten and holds {spelt!r}, "
-                        "which could not be told from the template's own: remove it"
-                    )
+    def _tokens(self, messages: Sequence[Message], text: str, marks: Marks | None) -> tuple[list[int], list[Span]]:
+        """The ids of a rendered text and their spans; where special tokens are split, what a content spells is never one."""
+        self.spelled += any(self._special.search(message["content"]) for message in messages)
+        contents = self._contents(messages, marks) if self.split_special_tokens and marks is not None else []
         found = self._rust.encode(text, add_special_tokens=False)
         ids: list[int] = []
         spans: list[Span] = []
@@ -259,11 +257,23 @@ class Chat:
             these = self._ordinary(piece, i) if inside else [i]
             ids += these
             spans += [(start, stop)] * len(these)
-        before = min((start for start, _ in contents), default=len(text))
-        bos = self.tokenizer.bos_id
-        if self._adds_bos and not any(i == bos and stop <= before for i, (_, stop) in zip(ids, spans, strict=True)):
-            ids, spans = [bos, *ids], [(0, 0), *spans]
         return ids, spans
+
+    def _contents(self, messages: Sequence[Message], marks: Marks) -> list[Span]:
+        """Where the contents stand; ValueError where one is not located and spells a special token."""
+        contents: list[Span] = []
+        for turn, (starts, stops) in enumerate(marks):
+            if len(starts) == len(stops) and (starts or not messages[turn]["content"].strip()):
+                contents += zip(starts, stops, strict=True)
+                continue
+            alone = self._rust.encode(messages[turn]["content"], add_special_tokens=False).ids
+            spelled = next((self._added[i] for i in alone if i in self._reserved), None)
+            if spelled is not None and spelled != self._names.get("unk_token"):
+                raise ValueError(
+                    f"chat template: turn {turn + 1} ({messages[turn]['role']}) is left out or rewritten and holds {spelled!r}, "
+                    "which cannot be told from the template's own: remove it"
+                )
+        return contents
 
     def _ordinary(self, piece: str, reserved: int) -> list[int]:
         """The ids of a text as ordinary text, without the reserved token that it spells."""
@@ -284,7 +294,7 @@ class Chat:
 
 
 def check_messages(messages: Sequence[Message], where: str, *, training: bool = True) -> list[dict]:
-    """Messages as plain dicts of role and content, other keys dropped; lone surrogates become `?`.
+    """Messages as plain dicts, keys without a value dropped as transformers drops them; lone surrogates become `?`.
 
     `where` names their place in errors, such as `chats.jsonl:12`. Raises a one-line ValueError where there
     are none, a role is not one of `ROLES`, a content is not text, or, for `training`, no turn is the
@@ -304,7 +314,8 @@ def check_messages(messages: Sequence[Message], where: str, *, training: bool = 
             raise unknown(f"role in {where}, turn {turn}:", role, ROLES)
         if not isinstance(content, str):
             raise ValueError(f"{where}, turn {turn} ({role}): content must be text, got {content!r:.80}")
-        checked.append({"role": role, "content": well_formed(content)})
+        more = {key: value for key, value in message.items() if value is not None}
+        checked.append({**more, "role": role, "content": well_formed(content)})
     if training and not any(message["role"] == "assistant" for message in checked):
         raise ValueError(f"{where}: no turn is the assistant's, so there is nothing to train")
     return checked
@@ -366,9 +377,9 @@ def pack_chats(encoded: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pa
     return ChatRows(encoded, length, pad_id, packed)
 
 
-def _own_template(hf: Any) -> str | None:
-    """The chat template that a Hugging Face tokenizer brings; of several, the one named `default`."""
-    own = getattr(hf, "chat_template", None)
+def _own_template(tokenizer: Tokenizer) -> str | None:
+    """The chat template that a tokenizer brings; of several, the one named `default`."""
+    own = tokenizer.chat_template
     if isinstance(own, Mapping):
         if "default" not in own:
             raise ValueError(

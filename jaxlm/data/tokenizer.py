@@ -3,8 +3,10 @@
 Whatever the kind, a corpus can never spell a special token: the literal text `<|endoftext|>` inside
 a document is encoded as ordinary text, and only the end of a document gives `eos_id`. Every kind can
 be written as a `tokenizer.json`, so an exported model opens elsewhere with nothing of ours installed.
+The special tokens around a text are that file's post-processor, which `jaxlm.data.text_encoding` applies.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +29,7 @@ from jaxlm.text_files import well_formed
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 CARD = "jaxlm_tokenizer.json"  # beside tokenizer.json: which of our kinds a folder holds
+CHAT_TEMPLATE = "chat_template.jinja"  # as transformers names it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,10 @@ class TokenizerConfig:
     """Special tokens beside the end of text, of pad, cls, sep, mask, prefix, middle, suffix; they come on top of vocab_size."""
     sentinels: int = 0
     """Tokens <extra_id_0>, <extra_id_1>, … that stand for spans, on top of vocab_size too."""
+    framing: Literal["auto", "none", "bos", "eos", "cls_sep"] = "auto"
+    """Special tokens around a text, written to tokenizer.json as its post-processor: <|endoftext|> before it (bos) or after it
+    (eos), or [CLS] before and [SEP] after it. auto: cls_sep for an encoder whose tokenizer has both, eos for an encoder-decoder,
+    else bos. A Hugging Face tokenizer keeps its own."""
 
     def __post_init__(self) -> None:
         # On the command line a list is spelt with commas.
@@ -57,6 +64,10 @@ class TokenizerConfig:
             raise ValueError(f"tokenizer sentinels {self.sentinels} must be at least 0")
         if self.kind == "huggingface" and (roles or self.sentinels):
             raise ValueError("tokenizer special and sentinels are for kinds that are made here: a Hugging Face one brings its own")
+        if self.kind == "huggingface" and self.framing != "auto":
+            raise ValueError(f"tokenizer framing {self.framing} is for kinds that are made here: a Hugging Face one brings its own")
+        if self.framing == "cls_sep" and not {"cls", "sep"} <= {*roles}:
+            raise ValueError("tokenizer framing cls_sep needs the tokens cls and sep: add both to tokenizer special")
         if self.kind == "huggingface" and not self.path:
             raise ValueError("tokenizer kind 'huggingface' needs a path: a tokenizer folder or a hub id such as 'gpt2'")
         if self.kind != "huggingface" and self.path:
@@ -78,6 +89,8 @@ class Tokenizer:
     """The special tokens that it has by role: pad, cls, sep, mask; prefix, middle, suffix of filling in the middle."""
     sentinels: Sequence[int] = ()
     """The ids of <extra_id_0>, <extra_id_1>, …"""
+    chat_template: str | Mapping[str, str] | None = None
+    """The Jinja template of conversations that its folder holds; several by name."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32, nothing added at either end. Lone surrogates become `?`."""
@@ -90,6 +103,16 @@ class Tokenizer:
     def definition(self) -> str:
         """The whole tokenizer as the text of a `tokenizer.json`."""
         raise NotImplementedError
+
+    def with_definition(self, definition: str) -> "Tokenizer":
+        """The same vocabulary with another `tokenizer.json`: other tokens around a text, or a space before it."""
+        raise NotImplementedError
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer with a chat template in its folder."""
+        made = copy.copy(self)
+        made.chat_template = template
+        return made
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of one text, int32."""
@@ -106,17 +129,47 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.definition(), encoding="utf8")
-        names: dict[str, Any] = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
-        names |= {f"{role}_token": SPECIAL[role] for role in self.special if role not in FILL_IN}
+        names: dict[str, Any] = own_names(self)
         extra = texts_of([role for role in self.special if role in FILL_IN], len(self.sentinels))
         if extra:
             names["extra_special_tokens"] = extra
+        definition = json.loads(self.definition())
+        types = ["token_type_ids"] if '"type_id": 1' in json.dumps(definition["post_processor"]) else []
+        names["model_input_names"] = ["input_ids", *types, "attention_mask"]
+        if (definition["pre_tokenizer"] or {}).get("add_prefix_space"):
+            names["add_prefix_space"] = True
         card = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        if isinstance(self.chat_template, str):
+            (folder / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf8")
         (folder / "tokenizer_config.json").write_text(json.dumps(card, indent=2), encoding="utf8")
         (folder / CARD).write_text(json.dumps({"kind": self.kind}), encoding="utf8")
 
 
-class Bytes(Tokenizer):
+def own_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """transformers' names of a tokenizer's special tokens, such as bos_token, for one that is made here."""
+    roles = {f"{role}_token": SPECIAL[role] for role in tokenizer.special if role not in FILL_IN}
+    return {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, **roles}
+
+
+class _Own(Tokenizer):
+    """A kind that encodes without the library; its `tokenizer.json` is written for others."""
+
+    _edited: str | None = None
+
+    def definition(self) -> str:
+        return self._plain() if self._edited is None else self._edited
+
+    def _plain(self) -> str:
+        raise NotImplementedError
+
+    def with_definition(self, definition: str) -> Tokenizer:
+        made = copy.copy(self)
+        made.__dict__.pop("fingerprint", None)
+        made._edited = definition
+        return made
+
+
+class Bytes(_Own):
     """The byte b is id b; 256 is the end of text."""
 
     kind = "bytes"
@@ -132,7 +185,7 @@ class Bytes(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in _ints(ids) if i < 256).decode("utf8", "replace")
 
-    def definition(self) -> str:
+    def _plain(self) -> str:
         from tokenizers import models
 
         vocabulary = {char: byte for byte, char in enumerate(byte_characters())}
@@ -141,7 +194,7 @@ class Bytes(Tokenizer):
         return rust.to_str()
 
 
-class Characters(Tokenizer):
+class Characters(_Own):
     """The sorted characters of the training text, then `<|unknown|>` for any other, then the end of text."""
 
     kind = "characters"
@@ -162,7 +215,7 @@ class Characters(Tokenizer):
         texts = [*self.characters, "\ufffd"]
         return "".join(texts[i] for i in _ints(ids) if i <= self.unknown_id)
 
-    def definition(self) -> str:
+    def _plain(self) -> str:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
@@ -199,6 +252,13 @@ class Rust(Tokenizer):
     def definition(self) -> str:
         return self._definition
 
+    def with_definition(self, definition: str) -> Tokenizer:
+        import tokenizers
+
+        made = Rust(tokenizers.Tokenizer.from_str(definition), self.kind, self.eos_id, self.bos_id)
+        made.chat_template = self.chat_template
+        return made
+
 
 class HuggingFace(Rust):
     """A fast tokenizer of `transformers`, kept whole so that saving it loses nothing (chat template, names)."""
@@ -215,56 +275,25 @@ class HuggingFace(Rust):
         named = {role: getattr(hf, f"{role}_token_id") for role in SPECIAL if role not in FILL_IN}  # what its files say counts
         self.special = {role: i for role, i in {**self.special, **named}.items() if i is not None}
         self.hf = hf
+        self.chat_template = getattr(hf, "chat_template", None)
+
+    def with_definition(self, definition: str) -> Tokenizer:
+        import tokenizers
+
+        hf = copy.deepcopy(self.hf)
+        hf._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        if (json.loads(definition)["pre_tokenizer"] or {}).get("add_prefix_space"):  # some of its classes build their own from it
+            hf.add_prefix_space = hf.init_kwargs["add_prefix_space"] = True
+        return HuggingFace(hf)
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        hf = copy.deepcopy(self.hf)
+        hf.chat_template = template
+        return HuggingFace(hf)
 
     def save(self, folder: pathlib.Path | str) -> None:
         self.hf.save_pretrained(str(folder))
         (pathlib.Path(folder) / CARD).write_text(json.dumps({"kind": self.kind}), encoding="utf8")
-
-
-class StreamDecoder:
-    """Decode token ids that arrive one at a time, as the continuation of a prompt.
-
-    The pushed texts and `flush()` joined are what `tokenizer.decode` of the prompt and all ids gives beyond the text of the
-    prompt: many decoders drop the space of a text's first token, and a continuation must keep it. Bytes are held back until
-    they are whole characters.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        self._tokenizer = tokenizer
-        self._shown = _tail(tokenizer, prompt)  # ids of the last text given out: some decoders look at what stands before
-        self._held: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that this id completes, often empty."""
-        self._held.append(int(token))
-        text, follows = self._pending()
-        if not text or text.endswith("\ufffd"):  # perhaps the first bytes of a longer character
-            return ""
-        self._shown, self._held = self._held if follows else self._shown + self._held, []
-        return text
-
-    def flush(self) -> str:
-        """The text still held back, at the end of the stream."""
-        (text, _), self._shown, self._held = self._pending(), [], []
-        return text
-
-    def _pending(self) -> tuple[str, bool]:
-        """The text of the ids held back, and whether it follows the text shown: a prompt of ids may end within a character,
-        which the continuation completes."""
-        before, whole = self._tokenizer.decode(self._shown), self._tokenizer.decode(self._shown + self._held)
-        follows = whole.startswith(before)
-        return whole[len(before if follows else before.rstrip("\ufffd")) :], follows
-
-
-def _tail(tokenizer: Tokenizer, prompt: Sequence[int], least: int = 16) -> list[int]:
-    """The last ids of a prompt, from the beginning of a character on, and enough of them to have a text."""
-    size = least
-    while size < len(prompt):
-        text = tokenizer.decode(prompt[-size:])
-        if text.strip() and not text.startswith("\ufffd"):
-            return list(prompt[-size:])
-        size *= 2
-    return list(prompt)
 
 
 # --- making them ------------------------------------------------------------------------------
@@ -315,19 +344,25 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
     kind = json.loads(card.read_text(encoding="utf8"))["kind"] if card.exists() else "huggingface"
     if kind == "huggingface":
         return _open_huggingface(str(folder))
-    text = (folder / "tokenizer.json").read_text(encoding="utf8")
-    if kind in ("bytes", "characters"):
-        definition = json.loads(text)
-        special, ids = present({token["content"]: token["id"] for token in definition["added_tokens"]})
-        sentinels = len(ids)
-        if kind == "bytes":
-            return Bytes(special, sentinels)
-        return Characters((c for c in definition["model"]["vocab"] if c not in (UNKNOWN, END_OF_TEXT)), special, sentinels)
+    tokenizer = _open_own(kind, (folder / "tokenizer.json").read_text(encoding="utf8"), str(card))
+    template = folder / CHAT_TEMPLATE
+    return tokenizer.with_chat_template(template.read_text(encoding="utf8")) if template.is_file() else tokenizer
+
+
+def _open_own(kind: str, text: str, card: str) -> Tokenizer:
     if kind == "bpe":
         import tokenizers
 
         return _bpe(tokenizers.Tokenizer.from_str(text))
-    raise unknown(f"tokenizer kind in {card}:", kind, ["bytes", "characters", "bpe", "huggingface"])
+    if kind not in ("bytes", "characters"):
+        raise unknown(f"tokenizer kind in {card}:", kind, ["bytes", "characters", "bpe", "huggingface"])
+    definition = json.loads(text)
+    special, ids = present({token["content"]: token["id"] for token in definition["added_tokens"]})
+    sentinels = len(ids)
+    if kind == "bytes":
+        return Bytes(special, sentinels).with_definition(text)
+    characters = (c for c in definition["model"]["vocab"] if c not in (UNKNOWN, END_OF_TEXT))
+    return Characters(characters, special, sentinels).with_definition(text)
 
 
 def expand(path: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm.data import ExampleBatches, Table, Tokenizer, read_rows, split_rows, train_tokenizer
+from jaxlm.data import ExampleBatches, Table, Tokenizer, framed, read_rows, split_rows, train_tokenizer
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.generate import GenerationSettings
@@ -68,7 +68,15 @@ class Finetuning(Job):
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:  # type: ignore[override]
         texts = (text for row in self.tables[0].rows for text in _texts(row))
-        return train_tokenizer(self.config.data.tokenizer, texts)
+        c = self.config
+        tokenizer = train_tokenizer(c.data.tokenizer, texts)
+        if c.data.tokenizer.kind == "huggingface":  # it brings its own frame
+            return tokenizer
+        return framed(tokenizer, c.data.tokenizer.framing, architecture=c.model.architecture)
+
+    @property
+    def saved_tokenizer(self) -> Tokenizer:
+        return self.task.saved_tokenizer
 
     @functools.cached_property
     def _roles(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -163,8 +171,14 @@ class Finetuning(Job):
     def examples(self) -> tuple[Examples, Examples]:
         """Those to train on, those held out; long texts that were cut are told."""
         made = tuple(self.task.examples(table.rows, table.where) for table in self.tables)
-        if self.task.framer.truncated:
-            say(f"{self.task.framer.truncated:,} texts are longer than data.length {self.config.data.length} tokens and were cut")
+        if truncated := self.task.text_encoder.truncated:
+            say(f"{truncated:,} texts are longer than data.length {self.config.data.length} tokens and were cut")
+        if self.task.spelled:
+            how = "ordinary text" if self.config.task.split_special_tokens else "that token"
+            say(
+                f"{self.task.spelled:,} texts spell a special token, which is read as {how} "
+                f"(--task.split-special-tokens {str(not self.config.task.split_special_tokens).lower()} changes that)"
+            )
         return made[0], made[1]
 
     def batches(self) -> Batches:

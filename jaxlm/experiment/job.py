@@ -44,6 +44,11 @@ class Job:
     """Settings for writing text that the model brought with it (see `models.start_generation`)."""
     tokenizer: Tokenizer
 
+    @property
+    def saved_tokenizer(self) -> Tokenizer:
+        """The tokenizer for the run's folder."""
+        return self.tokenizer
+
     def __init__(self, config: ExperimentConfig, mesh: jax.sharding.Mesh, folder: pathlib.Path):
         self.config, self.mesh, self.folder = config, mesh, folder
 

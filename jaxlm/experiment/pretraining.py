@@ -9,8 +9,11 @@ import jax
 
 from jaxlm.data import (
     Corpora,
+    StreamDecoder,
+    TextEncoder,
     build_corpora,
     eval_batches,
+    framed,
     make_corruption,
     start_of,
     train_batches,
@@ -36,9 +39,12 @@ class Pretraining(Job):
     def corpora(self) -> Corpora:
         return build_corpora(self.config.data)
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:  # type: ignore[override]
-        return self.corpora.tokenizer
+        c = self.config
+        if c.data.tokenizer.kind == "huggingface":  # it brings its own frame
+            return self.corpora.tokenizer
+        return framed(self.corpora.tokenizer, c.data.tokenizer.framing, architecture=c.model.architecture)
 
     @property
     def start_id(self) -> int | None:  # type: ignore[override]
@@ -139,9 +145,10 @@ class Pretraining(Job):
         c, tokenizer = self.config.train, self.tokenizer
         if self.kind != "causal":
             return None
-        prompt = [tokenizer.bos_id, *tokenizer.encode(c.sample_prompt).tolist()]
+        prompt = TextEncoder(tokenizer).ids(c.sample_prompt)
         new = self._generator.stream(params, prompt, c.sample_tokens, SAMPLING, seed=self.config.seed, stop={tokenizer.eos_id})
-        return c.sample_prompt + tokenizer.decode(list(new))
+        stream = StreamDecoder(tokenizer, prompt)
+        return c.sample_prompt + "".join(map(stream.push, new)) + stream.flush()
 
     def figures(self, values: Mapping[str, float]) -> dict[str, float]:
         if not self.causal:

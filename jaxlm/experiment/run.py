@@ -144,7 +144,7 @@ class Run:
             write_card(self.folder, card)
             if job.generation:
                 write_generation(self.folder, job.generation)
-            job.tokenizer.save(self.folder / "tokenizer")
+            job.saved_tokenizer.save(self.folder / "tokenizer")
         self._introduce(model, tuning)
 
         @functools.cache

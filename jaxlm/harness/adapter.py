@@ -77,7 +77,7 @@ class JaxLM(LM):
         scorer, tokenizer = self.scorer, self.scorer.tokenizer
         new = min(asked["max_gen_toks"], max(1, scorer.length // 2))  # half of the positions are the prompt's
         room = scorer.length - new - len(scorer.begin)
-        prompts = [[*scorer.begin, *ids[-room:].tolist()] or [tokenizer.bos_id] for ids in tokenizer.encode_batch(contexts)]
+        prompts = [[*scorer.begin, *ids[-room:].tolist()] or [tokenizer.bos_id] for ids in scorer.encoder.bare(contexts)]
         trained, stop = scorer.trained, {tokenizer.eos_id, *scorer.trained.stop_ids()}
         written = self.generator(
             trained.params, prompts, DecodeConfig(new), stop, batch_size=scorer.batch_size, advance=advance

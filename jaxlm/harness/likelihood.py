@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.data import Example, Tokenizer, in_order
-from jaxlm.data.tokenizer import HuggingFace
+from jaxlm.data import Example, TextEncoder, Tokenizer, in_order
 from jaxlm.models import Trained
 from jaxlm.parallel import batch_sharding, batch_ways, place_batch, settle, stored_shardings
 from jaxlm.report.console import bar
@@ -29,8 +28,9 @@ class Likelihood(NamedTuple):
 class Scorer:
     """Scores texts under one model, compiled once for each of a few lengths.
 
-    A text begins as the model's own tokenizer lets it: with `<s>` where a Hugging Face one puts that before a text; `bos`
-    says otherwise. Where nothing stands before the first token, it follows the tokenizer's beginning of text.
+    As lm-evaluation-harness does with Hugging Face models, a context is encoded as `tokenizer(text)` does: special tokens that
+    texts spell are read as such, and it begins with the special tokens that the tokenizer puts before a text, such as `<s>`;
+    `bos` says otherwise. A context without tokens is the tokenizer's begin token.
     """
 
     truncated: int
@@ -49,7 +49,8 @@ class Scorer:
             raise ValueError(f"length is {length}: it must be at least 1")
         self.trained, self.tokenizer, self.truncated, self.batch_size = trained, trained.tokenizer, 0, batch_size
         self.length = min(length or model.config.positions, model.config.positions)
-        self.begin = beginning(self.tokenizer) if bos is None else [self.tokenizer.bos_id] * bos
+        self.encoder = TextEncoder(self.tokenizer)
+        self.begin = self.encoder.prefix if bos is None else [self.tokenizer.bos_id] * bos
 
         def step(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             logp_BL, first_BL = model.apply(params, batch, chunk=chunk, method="scores")
@@ -67,11 +68,12 @@ class Scorer:
         ValueError: a continuation without tokens.
         """
         moved = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
-        wholes = self.tokenizer.encode_batch(["".join(pair) for pair in moved])
-        contexts = self.tokenizer.encode_batch([context for context, _ in moved])
+        wholes = self.encoder.bare(["".join(pair) for pair in moved])
+        contexts = self.encoder.bare([context for context, _ in moved])
         given = []
         for (context, continuation), whole, known in zip(pairs, wholes, contexts, strict=True):
-            before = [*self.begin, *known] or [self.tokenizer.bos_id]
+            begin = [] if known[:1].tolist() == self.begin[:1] else self.begin  # where the context spells it itself
+            before = [*begin, *known] or [self.tokenizer.bos_id]
             scored = len(whole) - len(known)
             if scored <= 0:
                 raise ValueError(f"the continuation {continuation!r:.60} adds no token to its context {context[-40:]!r}")
@@ -85,7 +87,7 @@ class Scorer:
         Each token is predicted once, in windows of `length` tokens. The last one is filled up with tokens before its own, so
         that it has a full context too.
         """
-        encoded = self.tokenizer.encode_batch(texts)
+        encoded = self.encoder.bare(texts)
         found = self._scored("reading", [(np.concatenate([[self.tokenizer.bos_id], ids]), len(ids)) for ids in encoded])
         return [(one.logprob, len(ids)) for one, ids in zip(found, encoded, strict=True)]
 
@@ -132,8 +134,5 @@ class Scorer:
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
-    """What a tokenizer itself puts before a text: the `<s>` of Llama, nothing for GPT-2 and for those made here."""
-    if not isinstance(tokenizer, HuggingFace):
-        return []
-    encoded = tokenizer.hf.backend_tokenizer.encode("a")
-    return [i for i, _ in itertools.takewhile(lambda pair: pair[1] is None, zip(encoded.ids, encoded.sequence_ids, strict=True))]
+    """The special tokens that a tokenizer puts before a text: Llama's `<s>`, nothing for GPT-2."""
+    return TextEncoder(tokenizer).prefix

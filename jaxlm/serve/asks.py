@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlm.data import Chat, Tokenizer
+import numpy as np
+
+from jaxlm.data import Chat, TextEncoder, Tokenizer
 from jaxlm.generate import SampleConfig
 from jaxlm.generate.request import BAD, BAD_LENGTH, BIASES, TOP, Request
 from jaxlm.generate.request import STOPS as STOP_IDS
@@ -77,8 +79,12 @@ class Limits:
 class Asker:
     """Reads requests for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat | None, stop_ids: Sequence[int], limits: Limits):
+    def __init__(
+        self, tokenizer: Tokenizer, chat: Chat | None, stop_ids: Sequence[int], limits: Limits, *,
+        split_special_tokens: bool = False,
+    ):  # fmt: skip
         self.tokenizer, self.chat, self.limits = tokenizer, chat, limits
+        self._encoder = TextEncoder(tokenizer, split_special_tokens=split_special_tokens)
         self._stop_ids = frozenset([tokenizer.eos_id, *stop_ids])
 
     def completion(self, body: Mapping[str, Any], owner: str) -> Ask:
@@ -133,7 +139,7 @@ class Asker:
             raise bad(str(error), "messages") from None
         prompt = tuple(ids.tolist())
         if fields.flag("add_special_tokens"):
-            prompt = (*self._encode("", True)[0], *prompt)
+            prompt = (*self._encoder.prefix, *prompt)
         top, asked = fields.whole("top_logprobs", 0, TOP), fields.flag("logprobs")
         if top is not None and not asked:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
@@ -175,10 +181,10 @@ class Asker:
 
     def _encode(self, text: str, special: bool) -> tuple[tuple[int, ...], int]:
         """The ids of a text, and how many special tokens stand before it."""
-        ids = tuple(self.tokenizer.encode(text).tolist())
         if not special:
-            return ids, 0
-        return (self.tokenizer.bos_id, *ids), 1
+            return tuple(self._encoder.bare([text])[0].tolist()), 0
+        encoding = self._encoder.encode([text])[0]
+        return tuple(encoding.ids.tolist()), int(np.argmax(np.append(encoding.sequence, 0) >= 0))
 
     def _cut(self, fields: Fields, new: int) -> "_Cut | None":
         """How prompts are cut; None: not at all."""

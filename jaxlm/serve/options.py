@@ -31,6 +31,9 @@ class ServeOptions(LoadOptions):
     exact: bool = True
     """A text is the same to the bit however many run beside it. false: faster on a CPU while few do, as only their slots are
     computed; log-probabilities then differ in their last digits with how many run."""
+    split_special_tokens: bool = False
+    """Read special tokens that prompts and messages spell, such as <|im_end|>, as ordinary text, so that what a user writes cannot
+    end a turn; false: as special tokens, as transformers and vLLM do."""
     queue: int = 256
     """Texts that may wait for a slot; beyond it the answer is 429."""
     max_tokens: int | None = None

@@ -27,13 +27,7 @@ class MeanOfStates(Task):
     """A text's vector from a model without a head for it: the mean of its last hidden states, of length 1."""
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
-        texts = [row["text"] for row in rows]
-        if self.architecture == "encoder":
-            return Examples(self.framed(texts), np.arange(len(rows)))
-        whole = [np.array([self.tokenizer.bos_id, *ids], np.int32) for ids in self.tokenizer.encode_batch(texts)]
-        self.framer.truncated += sum(len(ids) > self.length for ids in whole)
-        made = [{"tokens": ids[: self.length], "segments": np.ones(len(ids[: self.length]), np.int32)} for ids in whole]
-        return Examples(made, np.arange(len(rows)))
+        return Examples(self.encoded([row["text"] for row in rows]), np.arange(len(rows)))
 
     def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
         return objectives.contrast(self.config.temperature)  # of vectors; nothing is learned here
@@ -109,9 +103,9 @@ class Rows:
         """Its `answer` comes in time. A row has a text, with `pair` two, or its `ids`, which are read as they are. ApiError for
         one that is longer than the model reads, which training would cut."""
         with self._framing:
-            before = self.task.framer.truncated
+            before = self.task.text_encoder.truncated
             job = Job(rows, self._examples(rows), concurrent.futures.Future())
-            if self.task.framer.truncated > before or any(len(row.get("ids", ())) > self.task.length for row in rows):
+            if self.task.text_encoder.truncated > before or any(len(row.get("ids", ())) > self.task.length for row in rows):
                 raise bad(
                     f"This model's maximum context length is {self.task.length} tokens. However, a text of {param} has more than "
                     f"{self.task.length} tokens. Please reduce its length.", param, "context_length_exceeded",

@@ -43,7 +43,8 @@ class Service:
         if self.engine is not None:
             context = self.engine.config.context
             limits = Limits(context, min(self.options.max_tokens or context, context), self.options.max_n, self.options.max_texts)
-            self.asker = Asker(self.tokenizer, self.chat, self.stop_ids, limits)
+            split = self.options.split_special_tokens
+            self.asker = Asker(self.tokenizer, self.chat, self.stop_ids, limits, split_special_tokens=split)
 
     @property
     def mode(self) -> Literal["chat", "completion", "none"]:
@@ -88,7 +89,7 @@ class Service:
 
 def serve_what(trained: Trained, options: ServeOptions, engine: Any = None) -> Service:
     """All that a model can do. ValueError for one that can do nothing here."""
-    chat, chats = chat_of(trained) if engine is not None else (None, False)
+    chat, chats = chat_of(trained, options.split_special_tokens) if engine is not None else (None, False)
     vectors, labels = vectors_of(trained), labels_of(trained)
     service = Service(
         options, options.name or trained.name, trained.tokenizer, engine, chat, chats, tuple(trained.stop_ids()),

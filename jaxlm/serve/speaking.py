@@ -6,18 +6,20 @@ from jaxlm.data import DEFAULT_TEMPLATE, Chat
 from jaxlm.models import Trained
 
 
-def chat_of(trained: Trained) -> tuple[Chat | None, bool]:
+def chat_of(trained: Trained, split_special_tokens: bool = False) -> tuple[Chat | None, bool]:
     """A model's conversations, and whether it was made for them: by its run's template, else its tokenizer's, else the plain
-    one of `jaxlm.data.chat`. None where the tokenizer's template does not render."""
+    one of `jaxlm.data.chat`. None where the tokenizer's template does not render. `split_special_tokens`: as `Chat`'s, which the
+    run of a chat may ask for too."""
     tokenizer = trained.tokenizer
     try:
         task: Any = trained.task()
         if task.config.kind == "chat":
-            return task.chat, True
+            split = split_special_tokens or task.config.split_special_tokens
+            return Chat(tokenizer, task.chat.template, split_special_tokens=split), True
     except ValueError:
         pass  # pretrained: no task over rows
     try:
-        return Chat(tokenizer), getattr(getattr(tokenizer, "hf", None), "chat_template", None) is not None
+        return Chat(tokenizer, split_special_tokens=split_special_tokens), tokenizer.chat_template is not None
     except ValueError:
         return None, False
 

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlm import metrics
-from jaxlm.data import Example, Framer
+from jaxlm.data import Example
+from jaxlm.data.text_encoding import UNLIMITED
 from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, of_columns
 from jaxlm.train import Objective, objectives
 
@@ -23,7 +24,7 @@ class Embedding(Task):
         check_texts(rows, where)
         roles = {"anchor": "text", "positive": "pair", "negative": "rejected"}
         there = {name: role for name, role in roles.items() if all(role in row for row in rows)}
-        columns = {name: self.framed([row[role] for row in rows]) for name, role in there.items()}
+        columns = {name: self.encoded([row[role] for row in rows]) for name, role in there.items()}
         items = [{**{name: column[i] for name, column in columns.items()}, "weights": ONE} for i in range(len(rows))]
         return Examples(items, np.arange(len(items)))
 
@@ -86,16 +87,18 @@ class Preference(Task):
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         check_texts(rows, where)
-        return Examples([self._pair(*answers(row)) for row in rows], np.arange(len(rows)))
+        prompts, *texts = zip(*map(answers, rows), strict=True)
+        before = [encoding.ids.tolist() for encoding in self.text_encoder.encode(prompts, max_length=UNLIMITED)]
+        end = [self.tokenizer.eos_id] * self.config.append_eos
+        ends = [[[*ids.tolist(), *end] for ids in self.text_encoder.bare(some)] for some in texts]
+        return Examples([self._pair(*each) for each in zip(before, *ends, strict=True)], np.arange(len(rows)))
 
-    def _pair(self, prompt: str, *texts: str) -> Example:
+    def _pair(self, before: list[int], *ends: list[int]) -> Example:
         """Both answers behind one prompt, which is cut at its beginning where the longer one leaves it no room, down to half
         a row; then the answers are cut."""
-        before = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
-        ends = [[*ids.tolist(), self.tokenizer.eos_id] for ids in self.tokenizer.encode_batch(texts)]
         whole = max(map(len, ends))
         room = min(whole, max(self.length // 2, self.length + 1 - len(before)))
-        self.framer.truncated += whole + len(before) > self.length + 1
+        self.text_encoder.truncated += whole + len(before) > self.length + 1
         before = before[-(self.length + 1 - room) :]
         chosen, rejected = (self._row(before, end[:room]) for end in ends)
         return {"chosen": chosen, "rejected": rejected, "weights": ONE}
@@ -155,10 +158,10 @@ class Reward(Task):
     def _ends(self, texts: Sequence[str]) -> list[Example]:
         """Texts as the model reads them; one that is too long loses its beginning, since the answer stands at its end."""
         made = []
-        for framed in Framer(self.tokenizer, 1 << 30).frame(texts):
-            excess = max(len(framed.ids) - self.length, 0)
-            self.framer.truncated += excess > 0
-            ids = np.delete(framed.ids, np.flatnonzero(framed.sequence == 0)[:excess])
+        for encoding in self.text_encoder.encode(texts, max_length=UNLIMITED):
+            excess = max(len(encoding.ids) - self.length, 0)
+            self.text_encoder.truncated += excess > 0
+            ids = np.delete(encoding.ids, np.flatnonzero(encoding.sequence == 0)[:excess])
             made.append({"tokens": ids, "segments": np.ones(len(ids), np.int32)})
         return made
 

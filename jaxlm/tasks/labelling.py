@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm import metrics
+from jaxlm.data import Tokenizer, with_prefix_space
 from jaxlm.tasks.task import (
     ONE,
     Examples,
@@ -37,7 +38,7 @@ class _OfTexts(Task):
     optional = ("pair",)
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
-        made = self.framed(*_texts(rows))
+        made = self.encoded(*_texts(rows))
         for example, targets in zip(made, self._targets(rows, where), strict=True):
             example |= {"labels": targets, "weights": ONE} if not isinstance(targets, dict) else {**targets, "weights": ONE}
         return Examples(made, np.arange(len(made)))
@@ -202,6 +203,11 @@ class Tagging(Task):
         self.labels = label_names({tag for row in rows for tag in row["tags"]}, self.config, self.labels)
 
     @property
+    def saved_tokenizer(self) -> Tokenizer:
+        """With a space before each word, where words are tokenised so."""
+        return self.tokenizer.with_definition(with_prefix_space(self.tokenizer.definition()))
+
+    @property
     def metric(self) -> str:  # type: ignore[override]
         return "f1" if self.spans else "accuracy"
 
@@ -212,15 +218,15 @@ class Tagging(Task):
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         items, about = [], []
-        for i, (row, framed) in enumerate(zip(rows, self.framer.words([row["tokens"] for row in rows]), strict=True)):
-            words = framed.words
+        for i, (row, encoding) in enumerate(zip(rows, self.text_encoder.words([row["tokens"] for row in rows]), strict=True)):
+            words = encoding.words
             first = (words >= 0) & (words != np.concatenate([[-1], words[:-1]]))
             labels = np.zeros(len(words), np.int32)
             if "tags" in row:
                 ids = label_ids(list(row["tags"]), self.labels, [where[i]] * len(row["tags"]) if where else None)
                 labels[first] = ids[words[first]]
             ones = np.ones(len(words), np.int32)
-            items.append({"tokens": framed.ids, "segments": ones, "labels": labels, "weights": first.astype(np.float32)})
+            items.append({"tokens": encoding.ids, "segments": ones, "labels": labels, "weights": first.astype(np.float32)})
             about.append((words[first], np.flatnonzero(first)))
         return Examples(items, np.arange(len(items)), about)
 

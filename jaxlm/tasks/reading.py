@@ -28,20 +28,20 @@ class ExtractiveQa(Task):
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         items, number, about = [], [], []
         stride = min(self.config.stride, self.length // 2)
-        cut = self.framer.windows([row["question"] for row in rows], [row["context"] for row in rows], stride)
+        cut = self.text_encoder.windows([row["question"] for row in rows], [row["context"] for row in rows], stride)
         for i, (row, windows) in enumerate(zip(rows, cut, strict=True)):
-            for framed in windows:
-                context = framed.sequence == 1
+            for encoding in windows:
+                context = encoding.sequence == 1
                 allowed = context.copy()
                 allowed[0] = True
-                begin, end = _place(row.get("answers"), framed.offsets, context)
-                ones = np.ones(len(framed.ids), np.int32)
+                begin, end = _place(row.get("answers"), encoding.offsets, context)
+                ones = np.ones(len(encoding.ids), np.int32)
                 items.append({
-                    "tokens": framed.ids, "segments": ones, "types": framed.types, "allowed": allowed.astype(np.int32),
+                    "tokens": encoding.ids, "segments": ones, "types": encoding.types, "allowed": allowed.astype(np.int32),
                     "begin": np.int32(begin), "end": np.int32(end), "weights": ONE,
                 })  # fmt: skip
                 number.append(i)
-                about.append((framed.offsets, context))
+                about.append((encoding.offsets, context))
         return Examples(items, np.array(number), about)
 
     def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
@@ -121,7 +121,7 @@ class MultipleChoice(Task):
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         lead = [f"{row['context']} {row['question']}" if row.get("context") else row["question"] for row in rows]
-        flat = self.framed(
+        flat = self.encoded(
             [text for text, row in zip(lead, rows, strict=True) for _ in row["choices"]],
             [choice for row in rows for choice in row["choices"]],
         )

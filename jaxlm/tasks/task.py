@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from jaxlm.config import unknown
-from jaxlm.data import CorruptConfig, Example, Framer, Tokenizer
+from jaxlm.data import CorruptConfig, Example, TextEncoder, Tokenizer
 from jaxlm.generate import NO_RULES, DecodeConfig, LogitsRules
 from jaxlm.metrics import Weighted
 from jaxlm.train import Objective
@@ -51,6 +51,12 @@ class TaskConfig:
     {source}."""
     target_length: int = 128
     """Most tokens of a target text."""
+    append_eos: bool = True
+    """End what text_to_text and preference learn to write with the end-of-text token, where the tokenizer does not end a text
+    itself, so that the model learns to stop."""
+    split_special_tokens: bool = False
+    """Read special tokens that rows spell, such as </s>, as ordinary text; false: as special tokens, as `tokenizer(text)` and
+    `apply_chat_template` of transformers do."""
     scores: Literal["auto", "translation", "summarisation", "answers"] = "auto"
     """What text_to_text is scored with: BLEU, chrF and TER; ROUGE; exact match and F1. auto: answers where rows have
     them, else translation."""
@@ -140,7 +146,7 @@ class Task:
         self.config, self.tokenizer, self.length, self.architecture = config, tokenizer, length, architecture
         self.labels = tuple(labels or config.labels)
         self.start_id = tokenizer.eos_id if start_id is None else start_id
-        self.framer = Framer(tokenizer, length)
+        self.text_encoder = TextEncoder(tokenizer, length, split_special_tokens=config.split_special_tokens)
         self.class_weights: list[float] | None = None
         self.rules: LogitsRules = NO_RULES
         """Constraints on what is written, as the model's own settings have them."""
@@ -151,6 +157,16 @@ class Task:
     def roles(cls, config: TaskConfig, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The roles that training rows must have, and those that they may have."""
         return cls.required, cls.optional
+
+    @property
+    def saved_tokenizer(self) -> Tokenizer:
+        """The tokenizer for the run's folder: with it alone transformers gives the ids that were trained on."""
+        return self.tokenizer
+
+    @property
+    def spelled(self) -> int:
+        """Texts so far that spell a special token."""
+        return self.text_encoder.spelled
 
     @property
     def pad_id(self) -> int:
@@ -204,12 +220,12 @@ class Task:
         """One line of a prediction for a person."""
         return json.dumps(prediction, ensure_ascii=False)
 
-    def framed(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
+    def encoded(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Example]:
         """Texts, or pairs of them, as the model reads them."""
         made = []
-        for framed in self.framer.frame(texts, pairs):
-            example: Example = {"tokens": framed.ids, "segments": np.ones(len(framed.ids), np.int32)}
-            made.append(example | {"types": framed.types} if pairs is not None else example)
+        for encoding in self.text_encoder.encode(texts, pairs):
+            example: Example = {"tokens": encoding.ids, "segments": np.ones(len(encoding.ids), np.int32)}
+            made.append(example | {"types": encoding.types} if pairs is not None else example)
         return made
 
 

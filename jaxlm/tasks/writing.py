@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm import metrics
 from jaxlm.config import unknown
-from jaxlm.data import Chat, Example, Framer, check_messages, pack_chats
+from jaxlm.data import Chat, Example, TextEncoder, Tokenizer, check_messages, pack_chats
 from jaxlm.tasks.reading import texts_of
 from jaxlm.tasks.task import Examples, Prediction, Row, Task, TaskConfig, of_columns
 from jaxlm.train import Objective, objectives
@@ -65,10 +65,14 @@ class TextToText(_Written):
     def __init__(self, config: TaskConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
         self.seq2seq = self.architecture == "encoder_decoder"
-        self.targets = Framer(self.tokenizer, config.target_length)
+        self.target_encoder = TextEncoder(self.tokenizer, config.target_length, split_special_tokens=config.split_special_tokens)
         self.template = _template(config, self.architecture)
         self.given = tuple(_fields(self.template))  # type: ignore[misc]
         self.answers = _answers(config, self.given)
+
+    @property
+    def spelled(self) -> int:
+        return self.text_encoder.spelled + self.target_encoder.spelled
 
     @classmethod
     def roles(cls, config: TaskConfig, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -86,29 +90,27 @@ class TextToText(_Written):
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         texts = [self._filled(row) for row in rows]
-        if self.seq2seq:
-            return [framed.ids.tolist() for framed in self.framer.frame(texts)]
-        room = self.length - min(self.config.target_length, self.length // 2)
-        encoded = self.tokenizer.encode_batch(texts)
-        self.framer.truncated += sum(len(ids) > room - 1 for ids in encoded)
-        return [[self.tokenizer.bos_id, *ids[: room - 1].tolist()] for ids in encoded]
+        room = self.length if self.seq2seq else self.length - min(self.config.target_length, self.length // 2)
+        return [encoding.ids.tolist() for encoding in self.text_encoder.encode(texts, max_length=room)]
+
+    def _targets(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each target: for an encoder-decoder all that the tokenizer gives, for a decoder those of a continuation;
+        with the end-of-text token where `append_eos` says so and it is not there."""
+        eos = self.tokenizer.eos_id
+        end = np.array([eos] * self.config.append_eos, np.int32)
+        most = self.config.target_length
+        if not self.seq2seq:
+            return [np.concatenate([ids[: most - len(end)], end]) for ids in self.target_encoder.bare(texts)]
+        encoded = [encoding.ids for encoding in self.target_encoder.encode(texts)]
+        return [ids if ids[-1] == eos else np.concatenate([ids[: most - len(end)], end]) for ids in encoded]
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         targets = [self._target(row) for row in rows]
         if any(target is None for target in targets):
             raise ValueError("rows without a target have no loss: give the column of the target")
-        prompts = self.prompts(rows)
-        most = self.config.target_length
-        if self.seq2seq:
-            ends = [framed.ids for framed in self.targets.frame([str(target) for target in targets])]
-            items = [self._pair(np.array(prompt, np.int32), end) for prompt, end in zip(prompts, ends, strict=True)]
-        else:
-            encoded = self.tokenizer.encode_batch([str(target) for target in targets])
-            eos = np.array([self.tokenizer.eos_id], np.int32)
-            items = [
-                self._row(prompt, np.concatenate([ids[: most - 1], eos])) for prompt, ids in zip(prompts, encoded, strict=True)
-            ]
-        return Examples(items, np.arange(len(items)))
+        encoded = zip(self.prompts(rows), self._targets([str(target) for target in targets]), strict=True)
+        make = self._pair if self.seq2seq else self._row
+        return Examples([make(np.array(prompt, np.int32), target) for prompt, target in encoded], np.arange(len(rows)))
 
     def _pair(self, source: np.ndarray, target: np.ndarray) -> Example:
         ones = np.ones(len(target), np.int32)
@@ -116,8 +118,8 @@ class TextToText(_Written):
         decoder = {"tokens": shifted, "targets": target, "weights": ones.astype(np.float32), "segments": ones}
         return {"encoder": {"tokens": source, "segments": np.ones(len(source), np.int32)}, "decoder": decoder}
 
-    def _row(self, prompt: list[int], target: np.ndarray) -> Example:
-        whole = np.concatenate([np.array(prompt, np.int32), target])[: self.length + 1]
+    def _row(self, prompt: np.ndarray, target: np.ndarray) -> Example:
+        whole = np.concatenate([prompt, target])[: self.length + 1]
         weights = (np.arange(1, len(whole)) >= len(prompt)).astype(np.float32)
         return {"tokens": whole[:-1], "targets": whole[1:], "weights": weights, "segments": np.ones(len(whole) - 1, np.int32)}
 
@@ -151,7 +153,16 @@ class ChatTask(_Written):
 
     def __init__(self, config: TaskConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
-        self.chat = Chat(self.tokenizer, config.chat_template)
+        self.chat = Chat(self.tokenizer, config.chat_template, split_special_tokens=config.split_special_tokens)
+
+    @property
+    def saved_tokenizer(self) -> Tokenizer:
+        """With the chat template that was trained on."""
+        return self.tokenizer.with_chat_template(self.chat.template)
+
+    @property
+    def spelled(self) -> int:
+        return self.chat.spelled
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -161,7 +172,7 @@ class ChatTask(_Written):
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         messages = [check_messages(row["messages"], where[i] if where else f"row {i}") for i, row in enumerate(rows)]
         packed = pack_chats([self.chat.encode(turns) for turns in messages], self.length, self.pad_id, packed=self.config.packed)
-        self.framer.truncated += packed.cut
+        self.text_encoder.truncated += packed.cut
         return Examples([packed[i] for i in range(len(packed))], np.arange(len(packed)))
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:

@@ -103,9 +103,9 @@ def generate_file(argument: str, file: str, out: str, options: SamplingOptions) 
     with bar("generating", len(lines), "texts", start=len(answers.done)) as shown:
         # The engine fills a slot as soon as it is free; what it cannot do is done in batches.
         if trained.reads or decoding.beams or decoding.rules:
-            start = _batched(trained, lines, left, decoding, options.seed)
+            start = _batched(trained, lines, left, decoding, options.seed, options.split_special_tokens)
         else:
-            start = _sampled(trained, lines, left, decoding, options.seed)
+            start = _sampled(trained, lines, left, decoding, options.seed, options.split_special_tokens)
         with answers:
             start(answers, shown.advance)
     missing = [i for i in left if i not in answers.done]
@@ -119,19 +119,20 @@ Start = Callable[[Answers, Callable[[int], None]], None]
 """Does the work; what can be wrong with the lines was seen before."""
 
 
-def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding: Decoding, seed: int) -> Start:
+def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding: Decoding, seed: int, split: bool) -> Start:
     """By the engine of a decoder."""
     from jaxlm.generate.request import Event, Full, Request
     from jaxlm.generate.text import TextStream
     from jaxlm.serve.speaking import open_engine, stop_ids, turns_of
 
-    chat = _chat(trained, lines)
-    tokenizer = trained.tokenizer
+    prompts = _Prompts(trained, lines, decoding, split)
+    chat, tokenizer = prompts.chat, trained.tokenizer
     ends, turn_ends = stop_ids(trained), stop_ids(trained, chat)
     requests = {}
     for i in left:
-        prompt, room = _prompt(trained, chat, lines[i], i, decoding)
+        prompt, room = prompts(i)
         requests[i] = Request(prompt, room, decoding.sampling, seed + i, turn_ends if "messages" in lines[i] else ends)
+    report_spelled(prompts.spelled, split)
     most = max(len(request.prompt) + request.max_tokens for request in requests.values())
     engine = open_engine(trained, min(SLOTS, len(left)), most)
 
@@ -177,9 +178,10 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding:
     return start
 
 
-def _batched(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding: Decoding, seed: int) -> Start:
+def _batched(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding: Decoding, seed: int, split: bool) -> Start:
     """In batches, each done before the next begins."""
-    batched = Batched(trained, decoding, lines, seed, left)
+    batched = Batched(trained, decoding, lines, seed, left, split=split)
+    report_spelled(batched.spelled, split)
 
     def start(answers: Answers, advance: Callable[[int], None]) -> None:
         for i, answer in batched.write(left):
@@ -189,26 +191,40 @@ def _batched(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding:
     return start
 
 
-def _chat(trained: Any, lines: Sequence[Line]) -> Any:
-    """The conversations of a decoder, None where no line is one. ValueError where the model has none."""
-    from jaxlm.serve.speaking import chat_of
-
-    if not any("messages" in line for line in lines):
-        return None
-    chat = chat_of(trained)[0]
-    if chat is None:
-        raise ValueError(f"the chat template of {trained.name} writes no question and its answer: give prompts, not messages")
-    return chat
+def report_spelled(texts: int, split: bool) -> None:
+    """Say how many texts spell a special token, and how they are read."""
+    if texts:
+        how = "ordinary text" if split else "that token"
+        say(f"{texts:,} texts spell a special token, which is read as {how} (--split-special-tokens {str(not split).lower()})")
 
 
-def _prompt(trained: Any, chat: Any, line: Line, index: int, decoding: Decoding) -> tuple[tuple[int, ...], int]:
-    """A decoder's prompt for a line, and how many tokens may follow it."""
-    tokenizer, positions = trained.tokenizer, trained.model.config.positions
-    ids = chat.prompt(line["messages"]) if "messages" in line else [tokenizer.bos_id, *tokenizer.encode(line["prompt"])]
-    room = positions - len(ids)
-    if room < 1:
-        raise ValueError(f"line {index} (from 0) has {len(ids)} tokens: the model reads at most {positions}, one new included")
-    return tuple(map(int, ids)), min(decoding.room(len(ids)), room)
+class _Prompts:
+    """The prompts of a decoder, texts and conversations. ValueError for conversations where the model has no template."""
+
+    def __init__(self, trained: Any, lines: Sequence[Line], decoding: Decoding, split: bool):
+        from jaxlm.data import TextEncoder
+        from jaxlm.serve.speaking import chat_of
+
+        self._lines, self._decoding, self._positions = lines, decoding, trained.model.config.positions
+        self._encoder = TextEncoder(trained.tokenizer, split_special_tokens=split)
+        self.chat = chat_of(trained, split)[0] if any("messages" in line for line in lines) else None
+        if self.chat is None and any("messages" in line for line in lines):
+            raise ValueError(f"the chat template of {trained.name} writes no question and its answer: give prompts, not messages")
+
+    @property
+    def spelled(self) -> int:
+        """Lines so far that spell a special token."""
+        return self._encoder.spelled + (self.chat.spelled if self.chat is not None else 0)
+
+    def __call__(self, index: int) -> tuple[tuple[int, ...], int]:
+        """The ids of a line, and how many tokens may follow them."""
+        line, positions = self._lines[index], self._positions
+        chats = self.chat is not None and "messages" in line
+        ids = self.chat.prompt(line["messages"]) if chats else self._encoder.ids(line["prompt"])
+        room = positions - len(ids)
+        if room < 1:
+            raise ValueError(f"line {index} (from 0) has {len(ids)} tokens: the model reads at most {positions}, one new included")
+        return tuple(map(int, ids)), min(self._decoding.room(len(ids)), room)
 
 
 class Answer(NamedTuple):
@@ -222,7 +238,10 @@ class Answer(NamedTuple):
 class Batched:
     """Texts written in batches: those of an encoder-decoder, and of a decoder with beams or constraints on tokens."""
 
-    def __init__(self, trained: Any, decoding: Decoding, lines: Sequence[Line], seed: int, left: Sequence[int] | None = None):
+    def __init__(
+        self, trained: Any, decoding: Decoding, lines: Sequence[Line], seed: int, left: Sequence[int] | None = None, *,
+        split: bool = False,
+    ):  # fmt: skip
         """`left`: indices of the lines to answer, by default all. ValueError for a line that the model cannot answer."""
         from jaxlm.generate import BatchGenerator
         from jaxlm.serve.speaking import stop_ids
@@ -235,7 +254,7 @@ class Batched:
         if trained.reads:
             if any("messages" in line for line in lines):
                 raise ValueError(f"{trained.name} is an encoder-decoder: it reads prompts, not messages")
-            task = trained.task()
+            task = trained.task(split_special_tokens=split)
             if len(task.given) != 1:
                 raise ValueError(f"{trained.name} reads {' and '.join(task.given)}: `jaxlm predict --file` takes them as columns")
             read = task.prompts([{task.given[0]: lines[i]["prompt"]} for i in left])
@@ -243,10 +262,12 @@ class Batched:
             if decoding.max_tokens is None and config.position == "learned":  # asked for, more than there are is an error
                 room = min(room, config.positions)
             self._prompts = {i: (tuple(ids), room) for i, ids in zip(left, read, strict=True)}
+            self.spelled: int = task.spelled
             pad, start, self._stop = task.pad_id, task.start_id, task.stop_ids | frozenset(trained.stop_ids())
         else:
-            self._chat = _chat(trained, lines)
-            self._prompts = {i: _prompt(trained, self._chat, lines[i], i, decoding) for i in left}
+            prompts = _Prompts(trained, lines, decoding, split)
+            self._chat, self._prompts = prompts.chat, {i: prompts(i) for i in left}
+            self.spelled = prompts.spelled
             self._stop = stop_ids(trained, self._chat)
         self._generator = BatchGenerator(trained.model, trained.mesh, tokenizer.vocab_size, pad_id=pad, start_id=start)
 
@@ -273,7 +294,7 @@ class Batched:
 
         tokenizer, ended = self._trained.tokenizer, "length" if len(ids) == room else "stop"
         if self._trained.reads:
-            return Answer(tokenizer.decode(ids).strip(), len(ids), ended)
+            return Answer(tokenizer.decode(ids), len(ids), ended)
         talk = "messages" in self._lines[index]
         stops = turns_of(self._chat) if self._chat is not None and talk else ()
         stream = TextStream(tokenizer, stops, trim=talk, prompt=self._prompts[index][0])

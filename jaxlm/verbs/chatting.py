@@ -85,7 +85,7 @@ class Conversation:
         """ValueError for a model whose chat template does not render."""
         from jaxlm.serve.speaking import chat_of, stop_ids, turns_of
 
-        chat, _ = chat_of(trained)
+        chat, _ = chat_of(trained, options.split_special_tokens)
         if chat is None:
             raise ValueError(f"the chat template of {trained.name} writes no question and its answer")
         self._chat, self._tokenizer, self._engine = chat, trained.tokenizer, engine

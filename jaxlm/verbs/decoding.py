@@ -44,6 +44,9 @@ class SamplingOptions(LoadOptions):
     """Subtracted from the logits of tokens that the text contains."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once for each time that the text contains it."""
+    split_special_tokens: bool = False
+    """Read special tokens that a prompt or message spells, such as </s>, as ordinary text; false: as special tokens, as
+    transformers does."""
     seed: int = 0
     """Random seed."""
     generation_config: Literal["auto", "none"] = "auto"

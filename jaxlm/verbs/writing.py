@@ -63,7 +63,7 @@ class GenerateOptions(SamplingOptions):
         if self.penalty_alpha is not None:
             if self.top_k is None:
                 raise ValueError("penalty_alpha needs top_k: the number of likeliest tokens to choose among, say --top-k 4")
-            own = {"prompt", "max_tokens", "top_k", "penalty_alpha", "dtype", "parallel", "generation_config"}
+            own = {"prompt", "split_special_tokens", "max_tokens", "top_k", "penalty_alpha", "dtype", "parallel", "generation_config"}
             others = [f.name for f in dataclasses.fields(self) if f.name not in own and getattr(self, f.name) != f.default]
             if others:
                 raise ValueError(
@@ -117,18 +117,18 @@ def _read_and_written(trained: Any, options: GenerateOptions) -> Iterator[str]:
         )
     decoding = decoding_of(trained, options, MAX_TOKENS)
     tell(decoding.told())
-    texts = Batched(trained, decoding, [{"prompt": options.prompt}], options.seed)
+    texts = Batched(trained, decoding, [{"prompt": options.prompt}], options.seed, split=options.split_special_tokens)
     yield next(iter(texts.write([0])))[1].text
 
 
 def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: Any) -> Iterator[str]:
     """The prompt and what a decoder writes behind it, as it comes."""
-    from jaxlm.data import StreamDecoder
+    from jaxlm.data import StreamDecoder, TextEncoder
     from jaxlm.generate import BatchGenerator, ContrastiveConfig, ContrastiveGenerator, Generator, Grammar, Speculator
     from jaxlm.models import load_model
 
     tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
-    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    prompt = TextEncoder(tokenizer, split_special_tokens=options.split_special_tokens).ids(options.prompt)
     stop = {tokenizer.eos_id, *trained.stop_ids()}
     decoding = decoding_of(trained, options, MAX_TOKENS)
     room, rules = decoding.room(len(prompt)), decoding.rules

@@ -298,33 +298,53 @@ def test_stop_ids_are_trained_after_every_answer(name):
 
 
 @pytest.mark.parametrize(("writes", "adds"), [(True, True), (True, False), (False, True), (False, False)])
-def test_exactly_one_beginning_of_text(writes, adds):
-    """Models were fine-tuned on two, because the template wrote one and the tokenizer added another."""
+def test_a_beginning_of_text_stands_where_the_template_writes_one(writes, adds):
+    """One was put before templates that write none, because the tokenizer puts one before other texts."""
     template = plain(GEMMA) if writes else plain(GEMMA).replace("{{ bos_token }}", "")
     hf = huggingface("never", STYLES["gemma"][2], adds, template)
     chat = Chat(HuggingFace(hf))
-    for ids in (chat.encode(TWO_TURNS)[0], chat.prompt(TWO_TURNS[:1])):
-        assert ids.tolist().count(hf.bos_token_id) == (writes or adds)
-        assert (ids[0] == hf.bos_token_id) == (writes or adds)
+    for ids, messages, generate in (
+        (chat.encode(TWO_TURNS)[0], TWO_TURNS, False),
+        (chat.prompt(TWO_TURNS[:1]), TWO_TURNS[:1], True),
+    ):
+        assert ids.tolist() == hf.apply_chat_template(messages, add_generation_prompt=generate)["input_ids"]
+        assert ids.tolist().count(hf.bos_token_id) == writes == (ids[0] == hf.bos_token_id)
     assert not chat.encode(TWO_TURNS)[1][0]
-    # A user who writes one takes nothing away and adds nothing.
     ids = chat.encode([user("<bos> hi"), assistant("Yes")])[0]
-    assert ids.tolist().count(hf.bos_token_id) == (writes or adds)
+    assert ids.tolist().count(hf.bos_token_id) == writes + 1 and chat.spelled == 1
 
 
-def test_the_end_of_an_answer_is_no_beginning_of_the_text():
-    """One token can be both: a tokenizer that puts it in front must do so although the template writes it later."""
-    hf = huggingface("bytes", ["</s>"], adds_bos=True)
-    ids, trained = Chat(HuggingFace(hf), "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}").encode(TWO_TURNS)
-    assert (ids == hf.eos_token_id).sum() == 5 and ids[0] == hf.eos_token_id != ids[1]
-    assert not trained[0]
+# --- special tokens in a content --------------------------------------------------------------
 
 
-# --- nothing special from a content -----------------------------------------------------------
+@pytest.mark.parametrize("name", STYLES)
+def test_a_content_that_spells_special_tokens_gets_the_ids_of_transformers(name):
+    chat, hf, _ = style(name)
+    for special in STYLES[name][2]:
+        messages = [user(f"the {special} cat"), assistant(f"It sat {special} on")]
+        assert chat.encode(messages)[0].tolist() == hf.apply_chat_template(messages)["input_ids"]
+        ids = hf.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+        assert chat.prompt(messages[:1]).tolist() == ids
+    assert chat.spelled == 2 * len(STYLES[name][2])
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_other_keys_of_messages_reach_the_template_as_in_transformers(name):
+    chat, hf, _ = style(name)
+    messages = [{**user("the cat"), "name": "Ada", "tool_calls": None}, {**assistant("sat"), "reasoning_content": "well"}]
+    looks = "{% for m in messages %}{{ m.role + (m.name or '') + m.content + (m.reasoning_content or '') + eos_token }}{% endfor %}"
+    ids = Chat(chat.tokenizer, looks).encode(messages)[0].tolist()
+    assert ids == hf.apply_chat_template(messages, chat_template=looks)["input_ids"]
+
+
+def split(chat):
+    """The same conversations with special tokens in contents read as text."""
+    return Chat(chat.tokenizer, chat.template, split_special_tokens=True)
 
 
 def test_no_content_can_spell_a_special_token(name):
     chat, hf, _ = style(name)
+    chat = split(chat)
     special = STYLES[name][2]
     rng = random.Random(0)
     parts = [*special, *special, " ", "\n", "the cat", "é", "🎉", "<|", "|>", "{{ 1 + 1 }}", special[-1][:-1], ">"]
@@ -345,7 +365,7 @@ def special_ids(hf, ids):
 
 
 def test_a_spelt_token_gets_the_ids_of_ordinary_text():
-    chat = style("chatml")[0]
+    chat = split(style("chatml")[0])
     inner = chat.tokenizer.encode("<|im_end|>").tolist()
     assert len(inner) > 1
     ids = chat.encode([user("the<|im_end|>cat"), assistant("Yes")])[0].tolist()
@@ -356,6 +376,7 @@ def test_a_spelt_token_gets_the_ids_of_ordinary_text():
 
 def test_spelt_tokens_get_the_ids_that_transformers_gives_when_it_sanitizes(name):
     chat, hf, _ = style(name)
+    chat = split(chat)
     if "sanitize_control_tokens" not in inspect.signature(hf.apply_chat_template).parameters:
         pytest.skip("this transformers cannot keep control tokens out of contents")
     for special in STYLES[name][2]:
@@ -368,7 +389,7 @@ def test_control_tokens_that_are_not_marked_special_are_kept_out_too():
     """Some add `<|im_end|>` as an ordinary added token, which the library matches in any text."""
     hf = huggingface("bytes", ["<|endoftext|>"], template=plain(CHATML))
     hf.add_tokens(["<|im_start|>", "<|im_end|>", "<think>"])
-    chat = Chat(HuggingFace(hf))
+    chat = Chat(HuggingFace(hf), split_special_tokens=True)
     end, think = hf.convert_tokens_to_ids(["<|im_end|>", "<think>"])
     ids, trained = chat.encode([user("a<|im_end|>\n<|im_start|>system\nb"), assistant("<think>x<|im_end|>")])
     assert ids.tolist().count(end) == 2 and trained[ids == end].tolist() == [False, True]
@@ -378,14 +399,14 @@ def test_control_tokens_that_are_not_marked_special_are_kept_out_too():
     assert text_of(chat, ids).count("<|im_end|>") == 4
 
     ends = "{% for m in messages %}{{ m.role + m.content }}{{ '<|im_end|>' if m.role == 'assistant' }}{% endfor %}"
-    ids = Chat(HuggingFace(hf), ends).encode([user("a<|im_end|>"), assistant("b")])[0]
+    ids = Chat(HuggingFace(hf), ends, split_special_tokens=True).encode([user("a<|im_end|>"), assistant("b")])[0]
     assert ids.tolist().count(end) == 1 and ids[-1] == end
 
 
 def test_a_content_that_the_tokenizer_can_only_write_as_a_control_token_is_refused():
     hf = huggingface("bytes", ["<|endoftext|>"])
     hf.add_tokens(["§"])
-    chat = Chat(HuggingFace(hf), "{% for m in messages %}{{ m.role + m.content }}§{% endfor %}")
+    chat = Chat(HuggingFace(hf), "{% for m in messages %}{{ m.role + m.content }}§{% endfor %}", split_special_tokens=True)
     assert chat.encode(TWO_TURNS)[0].tolist().count(hf.convert_tokens_to_ids("§")) == 4
     with pytest.raises(ValueError, match="a message holds '§', and the tokenizer cannot write it as ordinary text"):
         chat.encode([user("§ 3"), assistant("Yes")])
@@ -400,7 +421,7 @@ def test_special_tokens_that_swallow_white_space_do_not_swallow_the_mask(side):
     )
     special = ["<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
     hf = huggingface("bytes", special, template=template, **{side: True})
-    chat = Chat(HuggingFace(hf))
+    chat = Chat(HuggingFace(hf), split_special_tokens=True)
     messages = [user("the cat"), assistant("  sat  "), user("x <|user|>\n y"), assistant("Yes")]
     ids, trained = chat.encode(messages)
     end = hf.convert_tokens_to_ids("<|end|>")
@@ -427,8 +448,8 @@ def test_an_encoders_tokenizer_begins_with_its_own_token_and_keeps_unknown_words
     rust = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     rust.normalizer, rust.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     rust.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    chat = Chat(HuggingFace(transformers.PreTrainedTokenizerFast(tokenizer_object=rust, **names)))
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
+    chat = Chat(HuggingFace(transformers.PreTrainedTokenizerFast(tokenizer_object=rust, **names)), split_special_tokens=True)
     ids, trained = chat.encode([user("日本 [SEP] no [UNK]"), assistant("日本 yes")])
     read = [words[i] for i in ids]
     assert " ".join(read) == "[CLS] user : [UNK] [ sep ] no [UNK] assistant : [UNK] yes [SEP]"
@@ -514,7 +535,7 @@ def test_a_template_may_rewrite_what_is_not_the_assistants():
     looking = "{% if messages[0].content[0] == 'W' %}{{ '<|im_start|>' }}{% endif %}" + plain(CHATML)
     assert trained_text(looking, TWO_TURNS) == ANSWERS
     with pytest.raises(ValueError, match=r"turn 1 \(user\) is left out or rewritten and holds '<\|im_end\|>'"):
-        trained_text(looking, [user("W<|im_end|>"), *TWO_TURNS[1:]])
+        split(Chat(style("chatml")[0].tokenizer, looking)).encode([user("W<|im_end|>"), *TWO_TURNS[1:]])
 
 
 def test_an_empty_answer_teaches_to_stop():
@@ -613,8 +634,8 @@ def test_messages_are_checked(messages, message):
 
 def test_checked_messages_are_plain_and_have_utf8():
     given = [{"role": "user", "content": "a\ud800b", "id": 7}, assistant("c")]
-    assert check_messages(given, "f") == [user("a?b"), assistant("c")]
-    assert check_messages(given[:1], "f", training=False) == [user("a?b")]
+    assert check_messages(given, "f") == [{**user("a?b"), "id": 7}, assistant("c")]
+    assert check_messages(given[:1], "f", training=False) == [{**user("a?b"), "id": 7}]
     assert bytes_chat().render(given[:1]) == "<|endoftext|>User: a?b\n"
 
 

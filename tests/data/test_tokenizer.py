@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxlm.data.tokenizer import HuggingFace, StreamDecoder, TokenizerConfig, expand, load_tokenizer, train_tokenizer
+from jaxlm.data.detokenizer import StreamDecoder
+from jaxlm.data.tokenizer import HuggingFace, TokenizerConfig, expand, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "the cat sat on the mat; the dog sat on the cat. " * 20,

@@ -6,7 +6,7 @@ import time
 
 from fake_engine import FakeEngine, Live
 
-from jaxlm.data import Chat, TokenizerConfig, train_tokenizer
+from jaxlm.data import Chat, TokenizerConfig, framed, train_tokenizer
 from jaxlm.serve.options import ServeOptions
 
 
@@ -33,7 +33,7 @@ def serving(service):
 def fake_server(options=None, chats=True, **engine):
     from jaxlm.serve.service import Service
 
-    tokenizer = train_tokenizer(TokenizerConfig("bytes"), [])
+    tokenizer = framed(train_tokenizer(TokenizerConfig("bytes"), []), "auto", architecture="decoder")
     engine = FakeEngine(**engine)
     service = Service(
         options or ServeOptions(max_body=1 << 16, max_n=4, max_texts=8), "parrot", tokenizer, engine, Chat(tokenizer), chats

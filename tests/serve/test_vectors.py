@@ -13,7 +13,7 @@ import openai
 import pytest
 from served import serving
 
-from jaxlm.data import TokenizerConfig, train_tokenizer
+from jaxlm.data import TokenizerConfig, framed, train_tokenizer
 from jaxlm.model import HeadConfig, Model, TransformerConfig
 from jaxlm.models import Trained, one_device
 from jaxlm.serve.options import ServeOptions
@@ -24,6 +24,7 @@ TEXTS = ["a", "boats at sea", "one very much longer text about nothing at all", 
 
 def trained(folder, architecture, head, **more):
     tokenizer = train_tokenizer(TokenizerConfig("bytes", special=("pad", "cls", "sep", "mask")), [])
+    tokenizer = framed(tokenizer, "auto", architecture=architecture)
     tokenizer.save(folder / "tokenizer")
     config = TransformerConfig(
         architecture=architecture, vocab_size=tokenizer.vocab_size, positions=96, layers=1, width=32, heads=2, init_std=0.3,
@@ -49,12 +50,17 @@ def vectors(request, tmp_path_factory):
     service.close()
 
 
+def ids_of(made, text):
+    """What the tokenizer's files say by hand: the end of text before a decoder's text, [CLS] and [SEP] around an encoder's."""
+    special = made.tokenizer.special
+    if made.model.config.architecture == "decoder":
+        return [256, *text.encode()]
+    return [special["cls"], *text.encode(), special["sep"]]
+
+
 def alone(made, text):
     """The mean of the hidden states of one text, or of token ids, without any padding, of length 1."""
-    tokenizer, ids = made.tokenizer, text
-    if isinstance(text, str):
-        ids = tokenizer.encode(text).tolist()
-        ids = [tokenizer.bos_id, *ids] if made.model.config.architecture == "decoder" else [*ids, tokenizer.eos_id]
+    ids = ids_of(made, text) if isinstance(text, str) else text
     hidden = jax.jit(lambda *given: made.model.apply(*given, method="hidden"))(
         made.params, {"tokens_BL": np.array([ids], np.int32)}
     )
@@ -103,7 +109,7 @@ def test_labels_of_many_clients_at_once(tmp_path):
 
     @functools.cache
     def expected(text):
-        ids = [*text.encode(), made.tokenizer.eos_id]
+        ids = ids_of(made, text)
         scores = jax.jit(made.model.apply)(made.params, {"tokens_BL": np.array([ids], np.int32)})
         return np.asarray(jax.nn.softmax(scores[0]))
 

@@ -13,7 +13,7 @@ import tokenizers
 from fake_engine import FakeEngine
 
 from jaxlm import cli
-from jaxlm.data import Chat, TokenizerConfig, train_tokenizer
+from jaxlm.data import Chat, TokenizerConfig, framed, train_tokenizer
 from jaxlm.generate import GenerationSettings
 
 LINES = [{"prompt": f"text {i}", "id": f"row-{i}"} for i in range(5)] + [{"messages": [{"role": "user", "content": "Hi"}]}]
@@ -25,7 +25,7 @@ def engine(monkeypatch):
     from jaxlm import models
     from jaxlm.serve import speaking
 
-    tokenizer = train_tokenizer(TokenizerConfig("bytes"), [])
+    tokenizer = framed(train_tokenizer(TokenizerConfig("bytes"), []), "auto", architecture="decoder")
     config = types.SimpleNamespace(architecture="decoder", positions=64)
     model = types.SimpleNamespace(config=config)
     trained = types.SimpleNamespace(
@@ -35,7 +35,7 @@ def engine(monkeypatch):
     trained.for_writing = lambda: trained
     monkeypatch.setattr(models, "load_model", lambda argument, **options: trained)
     monkeypatch.setattr(speaking, "open_engine", lambda *_, **__: made)
-    monkeypatch.setattr(speaking, "chat_of", lambda _: (Chat(tokenizer), False))
+    monkeypatch.setattr(speaking, "chat_of", lambda *_: (Chat(tokenizer), False))
     yield made
     made.close()
 

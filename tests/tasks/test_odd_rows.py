@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import parse_flags
-from jaxlm.data import TokenizerConfig, train_tokenizer
+from jaxlm.data import TokenizerConfig, framed, train_tokenizer
 from jaxlm.experiment import Run, load_config
 from jaxlm.generate import DecodeConfig
 from jaxlm.model import Model, TransformerConfig
@@ -22,7 +22,8 @@ EOS = TOKENIZER.eos_id
 
 
 def task_of(kind, length=16, architecture="encoder", **options):
-    return TASKS[kind](TaskConfig(kind=kind, **options), TOKENIZER, length, architecture=architecture)
+    tokenizer = framed(TOKENIZER, "auto", architecture=architecture)
+    return TASKS[kind](TaskConfig(kind=kind, **options), tokenizer, length, architecture=architecture)
 
 
 def read(tokens):
@@ -110,7 +111,7 @@ def pair(prompt, chosen, rejected, length=16):
         assert len(row["tokens"]) <= length and learned[-1]
         found.append((row["tokens"][: len(learned) - learned.sum() + 1].tolist(), row["targets"][learned].tolist()))
     assert found[0][0] == found[1][0], "both answers stand behind one prompt"
-    return read(found[0][0]), read(found[0][1]), read(found[1][1]), found[0][1][-1] == EOS, task.framer.truncated
+    return read(found[0][0]), read(found[0][1]), read(found[1][1]), found[0][1][-1] == EOS, task.text_encoder.truncated
 
 
 def test_preferred_and_rejected_answers_stand_behind_the_same_prompt():
@@ -124,9 +125,11 @@ def test_preferred_and_rejected_answers_stand_behind_the_same_prompt():
 def test_a_reward_reads_the_end_of_a_long_text():
     task = task_of("reward")
     item = task.examples([{"prompt": "p" * 30, "chosen": " good", "rejected": " bad"}]).items[0]
-    assert [read(item[name]["tokens"]) for name in ("chosen", "rejected")] == ["p" * (16 - 1 - 5) + " good", "p" * 11 + " bad"]
-    assert all(item[name]["tokens"][-1] == EOS and len(item[name]["tokens"]) == 16 for name in ("chosen", "rejected"))
-    assert task.framer.truncated == 2
+    assert [read(item[name]["tokens"]) for name in ("chosen", "rejected")] == ["p" * (16 - 2 - 5) + " good", "p" * 10 + " bad"]
+    cls, sep = TOKENIZER.special["cls"], TOKENIZER.special["sep"]
+    for name in ("chosen", "rejected"):
+        assert (item[name]["tokens"][0], item[name]["tokens"][-1], len(item[name]["tokens"])) == (cls, sep, 16)
+    assert task.text_encoder.truncated == 2
     alone = task.examples([{"text": "p" * 30 + " good"}]).items[0]
     np.testing.assert_array_equal(alone["tokens"], item["chosen"]["tokens"])
     assert read(task.examples([{"text": "short"}]).items[0]["tokens"]) == "short"
@@ -191,11 +194,11 @@ def test_what_is_written_fits_the_learned_positions(kind):
 def test_prompts_and_chats_that_are_cut_are_counted():
     task = task_of("text_to_text", architecture="decoder", target_length=8)
     task.examples([{"source": "a", "target": "b"}, {"source": "a" * 30, "target": "b"}])
-    assert task.framer.truncated == 1
+    assert task.text_encoder.truncated == 1
     task = task_of("chat", 64, "decoder")
     talks = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}] for text in ("yes", "yes " * 30)]
     task.examples([{"messages": talk} for talk in talks])
-    assert task.framer.truncated == 1
+    assert task.text_encoder.truncated == 1
 
 
 def test_the_command_that_a_run_suggests_executes_nothing_of_its_rows(tmp_path):

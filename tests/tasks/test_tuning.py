@@ -143,7 +143,7 @@ def test_an_exported_classifier_keeps_its_labels_in_transformers(base, monkeypat
     assert theirs.config.id2label == {0: "neg", 1: "pos"}
     ours = load_model("runs/labelled")
     task = ours.task()
-    (example,) = task.framed(["a good film"])
+    (example,) = task.encoded(["a good film"])
     scores = ours.model.apply(ours.params, {"tokens_BL": example["tokens"][None], "segments_BL": example["segments"][None]})
     with torch.no_grad():
         logits = theirs(torch.tensor(example["tokens"][None].astype(np.int64))).logits.numpy()
