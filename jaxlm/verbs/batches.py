@@ -219,12 +219,14 @@ class _Prompts:
     def __call__(self, index: int) -> tuple[tuple[int, ...], int]:
         """The ids of a line, and how many tokens may follow them."""
         line, positions = self._lines[index], self._positions
-        chats = self.chat is not None and "messages" in line
-        ids = self.chat.prompt(line["messages"]) if chats else self._encoder.ids(line["prompt"])
+        if self.chat is not None and "messages" in line:
+            ids = self.chat.prompt(line["messages"]).tolist()
+        else:
+            ids = self._encoder.ids(line["prompt"])
         room = positions - len(ids)
         if room < 1:
             raise ValueError(f"line {index} (from 0) has {len(ids)} tokens: the model reads at most {positions}, one new included")
-        return tuple(map(int, ids)), min(self._decoding.room(len(ids)), room)
+        return tuple(ids), min(self._decoding.room(len(ids)), room)
 
 
 class Answer(NamedTuple):

@@ -63,7 +63,16 @@ class GenerateOptions(SamplingOptions):
         if self.penalty_alpha is not None:
             if self.top_k is None:
                 raise ValueError("penalty_alpha needs top_k: the number of likeliest tokens to choose among, say --top-k 4")
-            own = {"prompt", "split_special_tokens", "max_tokens", "top_k", "penalty_alpha", "dtype", "parallel", "generation_config"}
+            own = {
+                "prompt",
+                "split_special_tokens",
+                "max_tokens",
+                "top_k",
+                "penalty_alpha",
+                "dtype",
+                "parallel",
+                "generation_config",
+            }
             others = [f.name for f in dataclasses.fields(self) if f.name not in own and getattr(self, f.name) != f.default]
             if others:
                 raise ValueError(
