@@ -27,7 +27,7 @@ def trained(folder, architecture, head, **more):
     tokenizer = framed(tokenizer, "auto", architecture=architecture)
     tokenizer.save(folder / "tokenizer")
     config = TransformerConfig(
-        architecture=architecture, vocab_size=tokenizer.vocab_size, positions=96, layers=1, width=32, heads=2, init_std=0.3,
+        architecture=architecture, vocab_size=tokenizer.vocab_size + 1, positions=96, layers=1, width=32, heads=2, init_std=0.3,
         head=HeadConfig(**head), **more,
     )  # fmt: skip
     model = Model(config)
