@@ -122,7 +122,7 @@ def test_labels_of_many_clients_at_once(tmp_path):
                 assert result["label"] == ("bad", "good", "so-so")[int(np.argmax(expected(text)))]
                 assert result["probability"] == max(result["probabilities"].values())
         for field in ("text", "input"):  # token ids are read as they are
-            ids = httpx.post(f"{url}/classify", json={field: [[*b"a", made.tokenizer.eos_id]]}).json()["results"][0]
+            ids = httpx.post(f"{url}/classify", json={field: [ids_of(made, "a")]}).json()["results"][0]
             np.testing.assert_allclose(list(ids["probabilities"].values()), expected("a"), atol=2e-6)
         one = httpx.post(f"{url}/classify", json={"text": "a", "pair": "b"}).json()["results"]
         assert len(one) == 1 and one[0]["probabilities"].keys() == {"bad", "good", "so-so"}
