@@ -71,8 +71,8 @@ class Grammar:
 
     def __init__(self, tokenizer: Tokenizer, constraint: Constraint, stop: Collection[int] = ()):
         library = _llguidance()
-        self._tokenizer = tokenizer
-        known = _known(tokenizer, tuple(sorted({tokenizer.eos_id, *stop})))
+        self._tokenizer, self._stop = tokenizer, np.array(sorted({tokenizer.eos_id, *stop}))
+        known = _known(tokenizer)
         try:
             name, grammar = _source(library, constraint)
             self._matcher = library.LLMatcher(known, grammar, log_level=0, limits=library.LLParserLimits(**LIMITS))
@@ -84,7 +84,7 @@ class Grammar:
     def copy(self) -> "Grammar":
         """The state of another text, as far as this one is: cheaper than compiling the constraint again."""
         made: Grammar = object.__new__(Grammar)
-        made._tokenizer, made._matcher = self._tokenizer, self._matcher.deep_copy()
+        made._tokenizer, made._stop, made._matcher = self._tokenizer, self._stop, self._matcher.deep_copy()
         return made
 
     @property
@@ -101,13 +101,14 @@ class Grammar:
         allowed_V = np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool)
         if isinstance(self._tokenizer, Characters):
             allowed_V[self._tokenizer.unknown_id] = False  # where a character has no token, this is how it is encoded
+        allowed_V[self._stop] = allowed_V[self._tokenizer.eos_id]
         if not allowed_V.any():
             raise ValueError("the constraint cannot be followed: the tokenizer has no token for what must come next")
         return allowed_V
 
     def take(self, token: int) -> None:
         """The next token of the text."""
-        self._matcher.consume_token(int(token))
+        self._matcher.consume_token(self._tokenizer.eos_id if token in self._stop else int(token))
         self._check()
 
     def _check(self) -> None:
@@ -131,8 +132,13 @@ def _source(library: Any, constraint: Constraint) -> tuple[str, str]:
     return "choices", matcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in constraint.choices))
 
 
+def prepare(tokenizer: Tokenizer) -> None:
+    """Build what every constraint over a tokenizer needs, seconds of work for a large one. ValueError as of `Grammar`."""
+    _known(tokenizer)
+
+
 @functools.lru_cache(maxsize=8)
-def _known(tokenizer: Tokenizer, stop: tuple[int, ...]) -> Any:
+def _known(tokenizer: Tokenizer) -> Any:
     """The tokenizer as llguidance knows it: a tree of its tokens' bytes, which takes a moment to build."""
     library = _llguidance()
     if isinstance(tokenizer, Characters):
@@ -140,7 +146,7 @@ def _known(tokenizer: Tokenizer, stop: tuple[int, ...]) -> Any:
     else:
         source = tokenizer.definition()
     try:
-        return library.LLTokenizer(source, n_vocab=tokenizer.vocab_size, eos_token=list(stop))
+        return library.LLTokenizer(source, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eos_id)
     except ValueError as error:
         raise ValueError(f"texts of a tokenizer of kind {tokenizer.kind!r} cannot be constrained: {_line(error)}") from None
 

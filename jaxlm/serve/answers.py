@@ -1,5 +1,6 @@
 """Pieces of text → OpenAI's objects, whole or as a stream."""
 
+import asyncio
 import dataclasses
 import logging
 import time
@@ -27,11 +28,14 @@ class Answer:
         self._ask, self._texts = ask, texts
         self._head = {"id": f"{self.prefix}-{ask.id or uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
-    async def whole(self, choices: Choices) -> dict[str, Any]:
-        """The one object, once all texts are there. ApiError where the engine fails."""
+    async def whole(self, choices: Choices) -> bytes:
+        """The one object in JSON, once all texts are there. ApiError where the engine fails."""
         pieces: list[list[Piece]] = [[] for _ in self._ask.requests]
         async for piece in choices.pieces():
             pieces[piece.index].append(piece)
+        return await asyncio.to_thread(self._joined, choices, pieces)  # log-probabilities of many tokens are much to write
+
+    def _joined(self, choices: Choices, pieces: Sequence[Sequence[Piece]]) -> bytes:
         made = []
         for i, some in enumerate(pieces):
             text, tokens = "".join(piece.text for piece in some), [token for piece in some for token in piece.tokens]
@@ -40,7 +44,7 @@ class Answer:
             made.append({"index": i, **self.full(text), "logprobs": self._told(tokens), **end, **ids})
         prompts = [self._of_prompt(i, [token for piece in some for token in piece.prompt]) for i, some in enumerate(pieces)]
         whole = {**self._head, "object": self.kind, "choices": made, "usage": self._usage(choices)}
-        return self.with_prompts(whole, prompts)
+        return to_json(self.with_prompts(whole, prompts))
 
     async def stream(self, choices: Choices) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk for each piece, an error where the engine fails, and what says that it is the end."""

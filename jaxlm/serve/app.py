@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxlm.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from jaxlm.serve.asks import Ask
-from jaxlm.serve.choices import Choices
+from jaxlm.serve.choices import Choices, texts_of
 from jaxlm.serve.errors import INTERNAL, ApiError, json_response
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.guard import Guard, gone, read_json
@@ -142,10 +142,14 @@ class _Routes:
     ) -> Response:
         s = self._service
         owner = _owner(request, body)
-        ask = await s.readers.run(owner, read, body, owner)
+
+        def prepare() -> tuple[Ask, Any]:
+            ask = read(body, owner)
+            return ask, texts_of(s.texts.spelled if ask.special else s.tokenizer, ask)
+
+        ask, texts = await s.readers.run(owner, prepare)
         answer = kind(s.name, ask, s.texts)
-        shown = s.texts.spelled if ask.special else s.tokenizer
-        choices = Choices(s.engine, shown, ask, s.metrics, s.options.timeout)
+        choices = Choices(s.engine, texts, ask, s.metrics, s.options.timeout)
         if ask.stream:
             return _Stream(answer, choices)
         try:
@@ -219,12 +223,12 @@ def _coded(vector: list[float], coding: str) -> Any:
     return vector if coding == "float" else base64.b64encode(np.array(vector, "<f4").tobytes()).decode()
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
     """The work's result, or its end as soon as the client goes away."""
     working, away = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait({working, away}, return_when=asyncio.FIRST_COMPLETED)
-        return json_response(working.result()) if working.done() else Response(status_code=499)
+        return Response(working.result(), media_type="application/json") if working.done() else Response(status_code=499)
     finally:
         for task in (working, away):
             task.cancel()

@@ -5,7 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.data import Tokenizer
@@ -48,16 +48,16 @@ class Piece:
 class Choices:
     """Hands an ask's requests to the engine and gives out what becomes of them.
 
-    Use: `choices = Choices(…)` in the event loop (ApiError where the engine takes none of it), then `async for piece in
-    choices.pieces()`, and `close()` in any case: it frees the slots of texts that nobody reads any more.
+    Use: `texts = texts_of(…)` in a thread, `choices = Choices(…)` in the event loop (ApiError where the engine takes none of it),
+    then `async for piece in choices.pieces()`, and `close()` in any case: it frees the slots of texts that nobody reads any more.
     """
 
-    def __init__(self, engine: Any, tokenizer: Tokenizer, ask: Ask, metrics: Metrics, timeout: float):
+    def __init__(self, engine: Any, texts: "Sequence[_Text]", ask: Ask, metrics: Metrics, timeout: float):
         self._engine, self._ask, self._metrics = engine, ask, metrics
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._began = time.monotonic()
-        self._texts = [_Text(i, tokenizer, ask) for i in range(len(ask.requests))]
+        self._texts = texts
         self._tickets: dict[int, Any] = {}
         """Of the texts that are not ended."""
         if not engine.stats().alive:
@@ -137,6 +137,11 @@ class Choices:
         tickets, self._tickets = self._tickets, {}
         for ticket in tickets.values():
             self._engine.cancel(ticket)
+
+
+def texts_of(tokenizer: Tokenizer, ask: Ask) -> "list[_Text]":
+    """The state of each text of an ask, before its first token."""
+    return [_Text(i, tokenizer, ask) for i in range(len(ask.requests))]
 
 
 class _Text:

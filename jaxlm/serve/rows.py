@@ -1,6 +1,7 @@
 """Vectors and labels of texts: what several clients send at a time is computed together, in a thread of its own."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import queue
 import threading
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.data import Example
-from jaxlm.data.examples import length_of
+from jaxlm.data.examples import bucket, length_of, longest_of
 from jaxlm.model.heads import pool
 from jaxlm.models import Trained
 from jaxlm.serve.errors import busy, unavailable
@@ -83,14 +84,42 @@ def _with_ids(example: Example, ids: Sequence[int]) -> Example:
     return made
 
 
+def _examples(task: Task, rows: Sequence[Row]) -> Examples:
+    """Of texts as the task makes them; of token ids the same with other tokens."""
+    made = task.examples([row if "ids" not in row else {"text": "a"} for row in rows])
+    items = [_with_ids(item, row["ids"]) if "ids" in row else item for item, row in zip(made.items, rows, strict=True)]
+    return dataclasses.replace(made, items=items)
+
+
+def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in batches of at most the largest size; a job of more rows is alone."""
+    made: list[list[Job]] = []
+    room = 0
+    for job in jobs:
+        if len(job.rows) > room:
+            made.append([])
+            room = _BATCHES[-1]
+        made[-1].append(job)
+        room -= len(job.rows)
+    return made
+
+
 class Rows:
-    """Predictions for texts; those that wait share a batch."""
+    """Predictions for texts; those that wait share a batch.
+
+    A shape of batch that is not compiled yet, and a request of several batches, are computed in threads of their own, so that the
+    others do not wait for them.
+    """
 
     def __init__(self, trained: Trained, task: Task, waiting: int):
         """`waiting` is how many requests may wait; beyond it they are told that the server is busy."""
         self.task, self._trained = task, trained
         self._predictors = {size: Predictor(task, trained.model, trained.mesh, size) for size in _BATCHES}
-        self._framing = threading.Lock()
+        self._compiled: set[tuple[int, int]] = set()
+        """Batch sizes and padded lengths."""
+        self._compiling: set[tuple[int, int]] = set()
+        self._waiting, self._waiting_aside = waiting, 0
+        self._aside = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="rows")
         self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._work, name="rows", daemon=True)
         self._thread.start()
@@ -102,32 +131,30 @@ class Rows:
     def submit(self, rows: list[Row], param: str) -> Job:
         """Its `answer` comes in time. A row has a text, with `pair` two, or its `ids`, which are read as they are. ApiError for
         one that is longer than the model reads, which training would cut."""
-        with self._framing:
-            before = self.task.text_encoder.truncated
-            job = Job(rows, self._examples(rows), concurrent.futures.Future())
-            if self.task.text_encoder.truncated > before or any(len(row.get("ids", ())) > self.task.length for row in rows):
-                raise bad(
-                    f"This model's maximum context length is {self.task.length} tokens. However, a text of {param} has more than "
-                    f"{self.task.length} tokens. Please reduce its length.", param, "context_length_exceeded",
-                )  # fmt: skip
+        task = copy.copy(self.task)  # one that counts this request's texts alone: others are read at the same time
+        task.text_encoder = copy.copy(task.text_encoder)
+        task.text_encoder.truncated = 0
+        job = Job(rows, _examples(task, rows), concurrent.futures.Future())
+        if task.text_encoder.truncated or any(len(row.get("ids", ())) > task.length for row in rows):
+            raise bad(
+                f"This model's maximum context length is {task.length} tokens. However, a text of {param} has more than "
+                f"{task.length} tokens. Please reduce its length.", param, "context_length_exceeded",
+            )  # fmt: skip
         if not self.alive:
             raise unavailable("the thread that computes vectors and labels has ended")
         try:
+            if self._waiting_aside >= self._waiting:
+                raise queue.Full
             self._jobs.put_nowait(job)
         except queue.Full:
             raise busy("the server is busy: its queue is full, try again in a moment") from None
         return job
 
-    def _examples(self, rows: Sequence[Row]) -> Examples:
-        """Of texts as the task makes them; of token ids the same with other tokens."""
-        made = self.task.examples([row if "ids" not in row else {"text": "a"} for row in rows])
-        items = [_with_ids(item, row["ids"]) if "ids" in row else item for item, row in zip(made.items, rows, strict=True)]
-        return dataclasses.replace(made, items=items)
-
     def close(self) -> None:
         """Finish what waits, and end."""
         self._jobs.put(None)
         self._thread.join()
+        self._aside.shutdown()
 
     def _work(self) -> None:
         going = True
@@ -138,19 +165,61 @@ class Rows:
             going = None not in found
             jobs = [job for job in found if job is not None and job.answer.set_running_or_notify_cancel()]
             for paired in (False, True):
-                if some := [job for job in jobs if job.paired == paired]:
-                    self._compute(some)
+                self._share([job for job in jobs if job.paired == paired])
 
-    def _compute(self, jobs: Sequence[Job]) -> None:
+    def _share(self, jobs: Sequence[Job]) -> None:
+        """Compute jobs in as few batches as may be, without that one waits while another's shape is compiled."""
+        at_once, later = [], []
+        for job in jobs:
+            known = len(job.rows) <= _BATCHES[-1] and self._shape([job]) in self._compiled
+            (at_once if known else later).append(job)
+        for batch in _batches(later):
+            self._put_aside(self._compute, batch)
+        for batch in _batches(at_once):
+            if (shape := self._shape(batch)) in self._compiled:
+                self._compute(batch)
+                continue
+            if shape not in self._compiling:
+                self._compiling.add(shape)
+                self._put_aside(self._predict, batch)
+            for job in batch:
+                self._compute([job])
+
+    def _put_aside(self, work: Callable[[Sequence[Job]], Any], jobs: Sequence[Job]) -> None:
+        self._waiting_aside += len(jobs)
+
+        def run() -> None:
+            try:
+                work(jobs)
+            finally:
+                self._waiting_aside -= len(jobs)
+
+        self._aside.submit(run)
+
+    def _shape(self, jobs: Sequence[Job]) -> tuple[int, int]:
+        """Rows of the batch, and their padded length."""
+        rows, longest = sum(len(job.rows) for job in jobs), max(longest_of(item) for job in jobs for item in job.examples.items)
+        return next((size for size in _BATCHES if size >= rows), _BATCHES[-1]), bucket(longest)
+
+    def _predict(self, jobs: Sequence[Job]) -> list[Prediction]:
         rows = [row for job in jobs for row in job.rows]
         items = [item for job in jobs for item in job.examples.items]
-        predictor = self._predictors[next((size for size in _BATCHES if size >= len(rows)), _BATCHES[-1])]
+        shape = self._shape(jobs)
+        found = self._predictors[shape[0]].predict(self._trained.params, rows, Examples(items, np.arange(len(rows))))
+        assert found is not None, "nothing stops it"
+        if len(rows) <= _BATCHES[-1]:
+            self._compiled.add(shape)
+        return found
+
+    def _compute(self, jobs: Sequence[Job]) -> None:
         try:
-            found = predictor.predict(self._trained.params, rows, Examples(items, np.arange(len(rows))))
-            assert found is not None, "nothing stops it"
-        except Exception as error:  # whatever it is, those who wait must hear of it
+            found = self._predict(jobs)
+        except BaseException as error:  # whatever it is, those who wait must hear of it, each of what is its own
+            if len(jobs) == 1:
+                jobs[0].answer.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+                return
             for job in jobs:
-                job.answer.set_exception(error)
+                self._compute([job])
             return
         for job in jobs:
             job.answer.set_result(found[: len(job.rows)])

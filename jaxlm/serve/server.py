@@ -1,12 +1,14 @@
 """A server from its start to its end: what is asked to stop lets running texts end."""
 
 import asyncio
+import contextlib
 import socket
 import time
 from types import FrameType
 
 import uvicorn
 
+from jaxlm.generate.constrain import prepare
 from jaxlm.models import load_model
 from jaxlm.report.console import say
 from jaxlm.serve.app import make_app
@@ -73,6 +75,8 @@ def serve(argument: str, options: ServeOptions) -> None:
         try:
             if engine is not None:
                 engine.warm()
+                with contextlib.suppress(ValueError):  # told to those who ask for a constraint
+                    prepare(trained.tokenizer)
                 engine.start()
             page = "" if engine is None else "  (a page to write with; Ctrl-C stops)"
             say(f"http://{host}:{there.getsockname()[1]}{page}")
