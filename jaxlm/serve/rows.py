@@ -169,10 +169,8 @@ class Rows:
 
     def _share(self, jobs: Sequence[Job]) -> None:
         """Compute jobs in as few batches as may be, without that one waits while another's shape is compiled."""
-        at_once, later = [], []
-        for job in jobs:
-            known = len(job.rows) <= _BATCHES[-1] and self._shape([job]) in self._compiled
-            (at_once if known else later).append(job)
+        at_once = [job for job in jobs if len(job.rows) <= _BATCHES[-1] and self._shape([job]) in self._compiled]
+        later = [job for job in jobs if not any(job is known for known in at_once)]
         for batch in _batches(later):
             self._put_aside(self._compute, batch)
         for batch in _batches(at_once):
