@@ -4,12 +4,13 @@ import json
 import threading
 import time
 
+import fake_engine
 import httpx
 import openai
 import pytest
 from served import fake_server
 
-from jaxlm.generate.request import Request
+from jaxlm.generate.request import Request, Token
 from jaxlm.serve.options import ServeOptions
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -106,6 +107,145 @@ def test_stop_strings_end_the_text_and_free_the_slot(client, live):
     assert found.choices[0].logprobs.tokens == ["h", "e", "l"]
     assert found.usage.completion_tokens == 5  # the stop string's were written too
     until(lambda: live.engine.stats().running == 0)
+
+
+def test_stop_tokens_and_strings_as_vllm_has_them(client, live):
+    """`stop_token_ids` beside the model's own, which `ignore_eos` leaves out; the reason is told, and shown if it is asked for."""
+
+    def text(**more):
+        choice = complete(client, prompt=[*b"hello"], max_tokens=12, extra_body=more).choices[0]
+        return choice.text, choice.finish_reason, choice.stop_reason
+
+    assert text() == ("hellohellohe", "length", None)
+    assert text(stop_token_ids=[ord("o")]) == ("hell", "stop", ord("o"))
+    assert text(stop_token_ids=[ord("o")], include_stop_str_in_output=True) == ("hello", "stop", ord("o"))
+    assert text(stop="lo") == ("hel", "stop", "lo")
+    assert text(stop="lo", include_stop_str_in_output=True) == ("hello", "stop", "lo")
+    assert text(stop="lo", min_tokens=5) == ("hellohel", "stop", "lo")  # vLLM: completed by the sixth token or a later one
+    assert live.engine.seen[-1].min_tokens == 5
+    bos = {"prompt": "hi", "max_tokens": 6, "logprobs": 0}
+    ends, goes_on = complete(client, **bos), complete(client, **bos, extra_body={"ignore_eos": True})
+    assert ends.choices[0].finish_reason == "stop" and 256 in live.engine.seen[-2].stop
+    assert goes_on.choices[0].finish_reason == "length" and not live.engine.seen[-1].stop
+    shown = complete(client, **bos, extra_body={"ignore_eos": True, "skip_special_tokens": False}).choices[0].text
+    assert shown == "<|endoftext|>hi<|endoftext|>hi" and goes_on.choices[0].text == "hihi"
+
+
+def test_prompts_are_cut_as_transformers_cuts_them(client, live):
+    """At their beginning, or at their end; special tokens before a text are kept."""
+    for prompt, more, expected in (
+        ("hello", {"truncate_prompt_tokens": 3}, (256, *b"lo")),
+        ("hello", {"truncate_prompt_tokens": 3, "truncation_side": "right"}, (256, *b"he")),
+        ("hello", {"truncate_prompt_tokens": 3, "add_special_tokens": False}, (*b"llo",)),
+        ([1, 2, 3, 4], {"truncate_prompt_tokens": 3}, (2, 3, 4)),
+        ("x" * 100, {"truncate_prompt_tokens": -1}, (256, *b"x" * 55)),
+    ):
+        complete(client, prompt=prompt, extra_body=more)
+        assert live.engine.seen[-1].prompt == expected
+    echoed = complete(client, echo=True, max_tokens=1, extra_body={"truncate_prompt_tokens": 3}).choices[0]
+    assert echoed.text.startswith("lo")
+
+
+def test_bad_words_as_vllm_reads_them(client, live):
+    """Each word as it begins a text; behind a space it is another first token, but here not one token, so that it is left out."""
+    complete(client, extra_body={"bad_words": ["ab", " c"]})
+    assert live.engine.seen[-1].bad == (tuple(b"ab"), tuple(b"c"))
+
+
+def test_scores_of_prompts_in_vllms_form(client):
+    """By token id, with ranks; None for the first. Of a conversation once, not for each choice."""
+    found = complete(client, prompt=[104, 105], max_tokens=1, extra_body={"prompt_logprobs": 2}).choices[0].prompt_logprobs
+    assert found[0] is None and list(found[1]) == ["105", "106"]
+    assert found[1]["105"] == {"logprob": -1.05, "rank": 1, "decoded_token": "i"}
+    none = complete(client, prompt=[104, 105], max_tokens=1, extra_body={"prompt_logprobs": 0}).choices[0]
+    assert list(none.prompt_logprobs[1]) == ["105"] and none.logprobs is None
+    chat = client.chat.completions.create(model="parrot", messages=HI, max_tokens=1, n=2, extra_body={"prompt_logprobs": 1})
+    assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens
+
+
+def test_ids_are_told_with_the_text(client):
+    """Whole and in a stream; the token that ended the text among them."""
+    ids = {"return_token_ids": True, "stop_token_ids": [ord("o")]}
+    found = complete(client, prompt=[*b"hello"], extra_body=ids).choices[0]
+    assert found.token_ids == [*b"hello"] and found.prompt_token_ids == [*b"hello"] and found.text == "hell"
+    chunks = [c.choices[0] for c in complete(client, prompt=[*b"hello"], stream=True, extra_body=ids)]
+    assert [i for c in chunks for i in c.token_ids] == [*b"hello"]
+    assert [hasattr(c, "prompt_token_ids") for c in chunks] == [True] + [False] * (len(chunks) - 1)
+    named = complete(client, logprobs=1, max_tokens=2, extra_body={"return_tokens_as_token_ids": True}).choices[0].logprobs
+    assert named.tokens == ["token_id:256", "token_id:104"] or named.tokens[0].startswith("token_id:")
+
+
+class Ranked:
+    """Tokens of which the sampled one is the fifth likeliest."""
+
+    top = ((10, -0.5), (11, -1.0), (12, -2.0), (13, -3.0), (104, -4.0))
+
+
+def test_the_likeliest_come_first_and_the_sampled_one_is_among_them(client, monkeypatch):
+    monkeypatch.setattr(fake_engine, "token", lambda i, n: Token(104, -4.0, Ranked.top[: n or 0], 5) if n is not None else Token(i))
+    for n in (1, 3, 5):
+        top = complete(client, prompt=[104], max_tokens=1, logprobs=n).choices[0].logprobs.top_logprobs[0]
+        assert list(top.values()) == sorted(top.values(), reverse=True) and top["h"] == -4.0 and len(top) == min(n + 1, 5)
+        told = client.chat.completions.create(model="parrot", messages=HI, max_tokens=2, logprobs=True, top_logprobs=n)
+        chosen = told.choices[0].logprobs.content[0].top_logprobs
+        assert [t.logprob for t in chosen] == sorted((t.logprob for t in chosen), reverse=True)
+        assert "h" in [t.token for t in chosen] and len(chosen) == min(n + 1, 5)
+
+
+def test_answers_are_taken_back_as_messages(client, live):
+    """OpenAI's own objects, refusals and all; names and parts of text too."""
+    answer = client.chat.completions.create(model="parrot", messages=HI).choices[0].message
+    whole = answer.model_dump()  # with null for what there is not
+    client.chat.completions.create(model="parrot", messages=[*HI, whole, *HI])
+    assert b"Assistant: User: Hi" in bytes(i for i in live.engine.seen[-1].prompt if i < 256)
+    refused = {"role": "assistant", "content": None, "refusal": "No.", "tool_calls": None, "function_call": None, "audio": None}
+    parts = {"role": "assistant", "content": [{"type": "refusal", "refusal": "Ne"}, {"type": "text", "text": "ver."}]}
+    nothing = {"role": "assistant", "content": None, "tool_calls": []}
+    named = {"role": "user", "name": "someone", "content": "Hi"}
+    for message, expected in ((refused, b"No."), (parts, b"Never."), (nothing, b"")):
+        client.chat.completions.create(model="parrot", messages=[named, message], max_tokens=1)
+        said = bytes(i for i in live.engine.seen[-1].prompt[1:] if i < 256)
+        assert said == b"User: Hi\nAssistant: " + expected + b"Assistant:"
+
+
+def test_a_last_message_is_continued(client, live):
+    begun = [*HI, {"role": "assistant", "content": "It is "}]
+
+    def prompt(**more):
+        found = client.chat.completions.create(model="parrot", messages=begun, max_tokens=1, extra_body=more)
+        return bytes(live.engine.seen[-1].prompt[1:]) if 256 not in live.engine.seen[-1].prompt[1:] else None, found
+
+    assert prompt(continue_final_message=True)[0] == b"User: Hi\nAssistant: It is "
+    assert prompt()[0] is None  # the end of a turn, and the header of the next one
+    assert live.engine.seen[-1].prompt[-11:] == (256, *b"Assistant:")
+    prompt(add_generation_prompt=False)
+    assert live.engine.seen[-1].prompt[-1] == 256
+    echoed = prompt(continue_final_message=True, echo=True)[1]
+    assert echoed.choices[0].message.content.startswith("It is ")
+    with pytest.raises(openai.BadRequestError, match="needs add_generation_prompt: false"):
+        prompt(continue_final_message=True, add_generation_prompt=True)
+
+
+def test_tools_that_must_not_be_called_are_let_through(client):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for more in ({"tools": tools, "tool_choice": "none"}, {"functions": [{"name": "f"}], "function_call": "none"}):
+        assert client.chat.completions.create(model="parrot", messages=HI, **more).choices[0].message.content == "User: Hi"
+    with pytest.raises(openai.BadRequestError, match="call no tools"):
+        client.chat.completions.create(model="parrot", messages=HI, tools=tools, tool_choice="auto")
+
+
+def test_structured_outputs_beside_the_older_fields(client, live):
+    for more in (
+        {"structured_outputs": {"regex": "[ab]+"}}, {"guided_regex": "[ab]+"}, {"structured_outputs": {"choice": ["a", "b"]}},
+        {"guided_grammar": 'root ::= "a" | "b"'}, {"structured_outputs": {"grammar": 'start: "a" | "b"', "json": None}},
+    ):  # fmt: skip
+        complete(client, extra_body=more)
+        allowed = live.engine.seen[-1].guide.mask()
+        assert [chr(i) for i in range(256) if allowed[i]] == ["a", "b"]
+    complete(client, n=2, extra_body={"structured_outputs": {"json_object": True}})
+    one, two = (request.guide for request in live.engine.seen[-2:])
+    one.take(ord("{"))
+    assert two.mask()[ord("{")] and not one.mask()[ord("{")]
 
 
 def test_a_conversation(client, live):
@@ -277,12 +417,19 @@ def test_lone_surrogates_do_no_harm(live):
 def test_keys():
     with fake_server(ServeOptions(api_key="sésame")) as live:
         url = f"{live.url}/v1/models"
-        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
+        for header in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "sésame".encode()},
+            {"Authorization": "Basic sésame".encode()},
+        ):
             found = httpx.get(url, headers=header)
             assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
             assert httpx.get(f"{live.url}/metrics", headers=header).status_code == 401
-        assert httpx.get(url, headers={"Authorization": "Bearer sésame".encode()}).status_code == 200
-        assert httpx.get(f"{live.url}/healthz").status_code == httpx.get(live.url).status_code == 200
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            assert httpx.get(url, headers={"Authorization": f"{scheme} sésame".encode()}).status_code == 200
+        for path in ("/healthz", "/health", "/"):
+            assert httpx.get(f"{live.url}{path}").status_code == 200
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
@@ -335,7 +482,7 @@ def test_time_ends_a_text():
 
 def test_health_follows_the_engine():
     with fake_server() as live:
-        assert httpx.get(f"{live.url}/healthz").json() == {"status": "ok"}
+        assert httpx.get(f"{live.url}/healthz").json() == httpx.get(f"{live.url}/health").json() == {"status": "ok"}
         live.engine.beat = 1000.0
         assert httpx.get(f"{live.url}/healthz").status_code == 503
         live.engine.beat = 0.0
