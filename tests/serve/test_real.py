@@ -56,7 +56,7 @@ def logprobs(real):
         row = np.zeros((1, 96), np.int32)
         row[0, : len(ids)] = ids
         logits, _ = apply(made.params, {"tokens_BL": row})
-        return np.asarray(jax.nn.log_softmax(logits[0, : len(ids), : made.tokenizer.vocab_size]))
+        return np.asarray(jax.nn.log_softmax(logits[0, : len(ids)]))[:, : made.tokenizer.vocab_size]  # over the whole table
 
     return of
 
