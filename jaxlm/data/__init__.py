@@ -10,7 +10,7 @@ from jaxlm.data.examples import Example, ExampleBatches, collate, in_order
 from jaxlm.data.packing import Batch, Packed, Windows, best_fit_decreasing, stack
 from jaxlm.data.pipeline import EvalBatches, Prefetch, State, StreamBatches, TrainBatches, eval_batches, prefetch, train_batches
 from jaxlm.data.post_processor import framed, with_prefix_space
-from jaxlm.data.rows import ColumnsConfig, RowsConfig, Table, read_rows, split_rows
+from jaxlm.data.rows import ColumnsConfig, Input, RowsConfig, Table, read_inputs, read_rows, split_rows
 from jaxlm.data.sources import SourceConfig, describe, documents
 from jaxlm.data.text_encoding import Encoding, TextEncoder
 from jaxlm.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
@@ -31,6 +31,7 @@ __all__ = [
     "Example",
     "ExampleBatches",
     "HoldoutConfig",
+    "Input",
     "Message",
     "Packed",
     "Prefetch",
@@ -60,6 +61,7 @@ __all__ = [
     "make_corruption",
     "pack_chats",
     "prefetch",
+    "read_inputs",
     "read_rows",
     "split_rows",
     "stack",

@@ -6,12 +6,15 @@ file as a whole is a ValueError of one line. A reader that knows its columns bef
 
 import collections
 import csv
+import dataclasses
 import itertools
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxlm.config import unknown
+from jaxlm.data.columns import is_header
 from jaxlm.data.sources import find_files, format_of, opened_parquet
 from jaxlm.text_files import open_text, parse_json, read_lines, read_text, undecodable
 
@@ -25,27 +28,82 @@ Choose = Callable[[Sequence[str], str], list[str]]
 """(columns of a file, its name) → those wanted; raises ValueError where one that must be there is not."""
 
 
-def _undecodable(text: str) -> Bad | None:
-    why = undecodable(text)
-    return Bad(why) if why else None
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """How the files of one table are read."""
+
+    header: Sequence[str] = ()
+    """Names of the columns of a table without a line of names, or of rows that are lists."""
+    separator: str | None = None
+    """What separates cells; None: a TAB, in .csv what its first line suggests."""
+    encoding: str | None = None
+    """Text encoding; None: see `text_files`."""
+    under: str | None = None
+    """Key of a .json file below which the rows are; `a.b` for a key in a key."""
+    split: str = "train"
+    """The key that is taken where a .json file has one for each split."""
+    all_columns: bool = False
+    """Records hold all columns, not only those that are wanted."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was guessed about the files, to be shown: readers add to it."""
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def columns(self, choose: Choose, names: Sequence[str], where: str) -> list[str]:
+        """The columns that records hold. Raises ValueError where one that must be there is not."""
+        wanted = choose(names, where)
+        return list(names) if self.all_columns else wanted
+
+    def undecodable(self, text: str) -> Bad | None:
+        why = undecodable(text, self.encoding)
+        return Bad(why) if why else None
 
 
 # --- tables -----------------------------------------------------------------------------------
 
+SAMPLE = 1000  # rows that decide whether the first line of a table is a header
+SEPARATORS = {"\t": "TAB", ",": "comma", ";": "semicolon", "|": "|"}
 
-def read_tsv(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
+
+def read_tsv(file: pathlib.Path, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     """Lines of cells between TABs. There is no quoting: quote characters are text."""
-    lines = ((number, _undecodable(line) or line.split("\t")) for number, line in read_lines(file) if line)
-    return _table(file, lines, header, choose)
+    separator = options.separator or "\t"
+
+    def cells() -> Iterator[tuple[int, list[str] | Bad]]:
+        blank: list[int] | None = None
+        for number, line in read_lines(file, options.encoding):
+            if not line:
+                if blank is not None:
+                    blank.append(number)  # of a table with one column an empty row, unless at the end of the file
+                continue
+            yield from ((n, [""]) for n in blank or ())
+            blank = []
+            yield number, options.undecodable(line) or line.split(separator)
+
+    return _table(file, cells(), options, choose, separator)
 
 
-def read_csv(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
-    """The csv module's default dialect: commas, cells in double quotes may hold commas, line ends and doubled quotes."""
-    return _table(file, _csv_cells(file, len(header)), header, choose)
+def read_csv(file: pathlib.Path, options: ReadOptions, choose: Choose) -> Iterator[Record]:
+    """The csv module's default dialect: commas, cells in double quotes may hold commas, line ends and doubled quotes.
+
+    A file whose first line has no comma but semicolons, TABs or `|` is separated by these.
+    """
+    separator = options.separator
+    if separator is None:
+        first = next((line for _, line in read_lines(file, options.encoding) if line.strip()), "")
+        counts = {mark: re.sub(r'"[^"]*"', "", first).count(mark) for mark in (",", ";", "\t", "|")}
+        separator = "," if counts[","] or not any(counts.values()) else max(counts, key=lambda mark: counts[mark])
+        if separator != ",":
+            options.note(f"cells of {file.name} are separated by {SEPARATORS[separator]}, a guess from its first line")
+    elif len(separator) != 1:
+        raise ValueError(f"separator {separator!r} of a .csv file must be one character")
+    return _table(file, _csv_cells(file, len(options.header), separator, options), options, choose, separator)
 
 
-def _csv_cells(file: pathlib.Path, width: int) -> Iterator[tuple[int, list[str] | Bad]]:
-    """The rows, `width` cells each (0: as many as the first), with the numbers of their first lines.
+def _csv_cells(file: pathlib.Path, width: int, separator: str, options: ReadOptions) -> Iterator[tuple[int, list[str] | Bad]]:
+    """The rows, as many cells each as the first (`width` where that is bad), with the numbers of their first lines.
 
     A row of several lines that turns out bad costs its first line only, and the next is read as a row: a stray quote takes
     in everything up to the next one, perhaps the rest of the file.
@@ -58,8 +116,9 @@ def _csv_cells(file: pathlib.Path, width: int) -> Iterator[tuple[int, list[str] 
             taken.append(line)
             yield line
 
-    with open_text(file) as text:
-        reader = csv.reader(lines(), strict=True)
+    fixed = False
+    with open_text(file, options.encoding) as text:
+        reader = csv.reader(lines(), strict=True, delimiter=separator)
         while True:
             taken.clear()
             bad: Bad | None = None
@@ -70,13 +129,15 @@ def _csv_cells(file: pathlib.Path, width: int) -> Iterator[tuple[int, list[str] 
                 bad = Bad(f"is not CSV: {error}")
             if cells is None:
                 return
-            width = width or len(cells)
             if cells:
-                bad = _undecodable("".join(cells)) or _not_as_wide(cells, width)
+                if not fixed and (not width or len(taken) == 1):
+                    width = len(cells)
+                fixed = True
+                bad = options.undecodable("".join(cells)) or _not_as_wide(cells, width)
             if bad and len(taken) > 1:
                 again.extendleft(reversed(taken[1:]))
                 del taken[1:]
-                reader = csv.reader(lines(), strict=True)
+                reader = csv.reader(lines(), strict=True, delimiter=separator)
             if bad or cells:
                 yield number, bad or cells
             number += len(taken)
@@ -87,34 +148,74 @@ def _not_as_wide(cells: Sequence[str], width: int) -> Bad | None:
 
 
 def _table(
-    file: pathlib.Path, lines: Iterator[tuple[int, list[str] | Bad]], header: Sequence[str], choose: Choose
+    file: pathlib.Path, lines: Iterator[tuple[int, list[str] | Bad]], options: ReadOptions, choose: Choose, separator: str
 ) -> Iterator[Record]:
-    """Rows of cells under the names of `header`, or else of the first row; a first row that repeats `header` is no data."""
-    first = list(itertools.islice(lines, 1))
-    if not first:
+    """Rows of cells under the names of their columns, which the first line gives or `options.header`.
+
+    A first line that is a header is never a row, also where `options.header` names the columns.
+    """
+    sample = list(itertools.islice(lines, SAMPLE))
+    if not sample:
         return
-    number, top = first[0]
-    if isinstance(top, Bad) and not header:
+    number, top = sample[0]
+    if isinstance(top, Bad) and not options.header:
         raise ValueError(f"{file}:{number} should name the columns but {top}")
-    names = list(header or top)
+    names, named = _names(file, top, [cells for _, cells in sample[1:] if not isinstance(cells, Bad)], options, choose)
+    spelt = SEPARATORS.get(separator, repr(separator))
+    hint = "" if options.header else "; --data.rows.header text,label names the columns of a file without names"
+    if len(names) == 1 or file.suffix == ".txt":
+        hint += f"; cells were separated by {spelt}, a guess: --data.rows.separator" * (options.separator is None)
     twice = next((name for name in names if name and names.count(name) > 1), None)
-    hint = "" if header else "; --data.rows.header text,label names the columns of a file without names"
     if twice is not None:
         raise ValueError(f"{file} has two columns {twice[:40]!r}{hint}")
     try:
-        wanted = {name: names.index(name) for name in choose(names, str(file))}
+        wanted = {name: names.index(name) for name in options.columns(choose, names, str(file))}
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from None
-    for number, cells in lines if top == names else itertools.chain(first, lines):
+    for number, cells in itertools.chain(sample[named:], lines):
         if isinstance(cells, Bad):
             yield f":{number}", cells
-        else:
+        elif cells != [""] or len(names) == 1:
             yield f":{number}", _not_as_wide(cells, len(names)) or {name: cells[i] for name, i in wanted.items()}
 
 
-def read_parquet(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
+def _names(
+    file: pathlib.Path, top: list[str] | Bad, rows: Sequence[list[str]], options: ReadOptions, choose: Choose
+) -> tuple[list[str], bool]:
+    """The names of the columns, and whether the first line gives names."""
+    header = list(options.header)
+    if isinstance(top, Bad):
+        return header, False
+    if not header:
+        return [name.strip() for name in top], True
+    if [name.strip().casefold() for name in top] == [name.casefold() for name in header]:
+        return header, True
+    own = [name.strip() for name in top]
+    if _chosen(choose, own, file):
+        return own, True
+    if not is_header(top, rows):
+        if len(top) == len(header):
+            return header, False
+        wanted = _chosen(choose, header, file)
+        return (wanted, False) if wanted and len(wanted) == len(top) else (header, False)
+    moved = any(name in header and header.index(name) != i for i, name in enumerate(own))
+    if len(own) != len(header) or moved:
+        return own, True
+    options.note(f"line 1 of {file.name} names the columns {', '.join(own)}, read as {', '.join(header)}")
+    return header, True
+
+
+def _chosen(choose: Choose, names: Sequence[str], file: pathlib.Path) -> list[str] | None:
+    """The columns that are wanted of these, or None where one is missing."""
+    try:
+        return choose(names, str(file))
+    except ValueError:
+        return None
+
+
+def read_parquet(file: pathlib.Path, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     with opened_parquet(file) as table:
-        wanted = choose(table.schema_arrow.names, str(file))
+        wanted = options.columns(choose, table.schema_arrow.names, str(file))
         rows = (row for batch in table.iter_batches(columns=wanted) for row in batch.to_pylist())
         for i, row in enumerate(rows):
             yield f" row {i}", row
@@ -123,46 +224,78 @@ def read_parquet(file: pathlib.Path, header: Sequence[str], choose: Choose) -> I
 # --- JSON -------------------------------------------------------------------------------------
 
 
-def read_jsonl(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
-    """An object a line."""
-    for number, line in read_lines(file):
+def read_jsonl(file: pathlib.Path, options: ReadOptions, choose: Choose) -> Iterator[Record]:
+    """An object a line, or a list with the values of the columns that `options.header` names."""
+    for number, line in read_lines(file, options.encoding):
         if line.strip():
-            yield f":{number}", _undecodable(line) or _parsed(line)
+            yield f":{number}", options.undecodable(line) or _parsed(line, options)
 
 
-def _parsed(line: str) -> Mapping[str, Any] | Bad:
+def _parsed(line: str, options: ReadOptions) -> Mapping[str, Any] | Bad:
     try:
-        return _object(parse_json(line))
+        return _object(parse_json(line), options)
     except (ValueError, RecursionError) as error:
         return Bad(f"is not JSON: {getattr(error, 'msg', error)}")
 
 
-def _object(value: Any) -> Mapping[str, Any] | Bad:
-    return value if isinstance(value, dict) else Bad(f"is not an object but {type(value).__name__}")
+def _object(value: Any, options: ReadOptions) -> Mapping[str, Any] | Bad:
+    if isinstance(value, list) and options.header:
+        return _not_as_wide(value, len(options.header)) or dict(zip(options.header, value, strict=True))
+    hint = ": --data.rows.header text,label names its columns" if isinstance(value, list) else ""
+    return value if isinstance(value, dict) else Bad(f"is not an object but {type(value).__name__}{hint}")
 
 
-def read_json(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
-    """An array of objects, alone or under "data"; SQuAD's articles, v1.1 or v2, as columns id, title, context, question and
+def read_json(file: pathlib.Path, options: ReadOptions, choose: Choose) -> Iterator[Record]:
+    """An array of objects, or of lists whose columns `options.header` names: alone, under "data", under `options.under` or
+    under the split; columns as pandas writes them; SQuAD's articles, v1.1 or v2, as columns id, title, context, question and
     answers; or objects line by line, which many call .json too."""
-    whole = read_text(file)
+    whole = read_text(file, options.encoding)
     try:
-        items = parse_json(whole)
+        value = parse_json(whole)
     except (ValueError, RecursionError) as error:
         why = getattr(error, "msg", str(error))
         if why != "Extra data":
             raise ValueError(f"{file}:{getattr(error, 'lineno', 1)} is not JSON: {why}") from None
-        yield from read_jsonl(file, header, choose)
+        yield from read_jsonl(file, options, choose)
         return
-    if isinstance(items, dict) and isinstance(items.get("data"), list):
-        items = items["data"]
-    if not isinstance(items, list):
-        keys = f" with the keys {', '.join(items)}"[:80] if isinstance(items, dict) else ""
-        raise ValueError(f"{file} holds one {type(items).__name__}{keys}: expected an array of objects, or SQuAD's articles")
-    for i, item in enumerate(items):
+    for i, item in enumerate(_array(value, file, options, choose)):
         if isinstance(item, dict) and "paragraphs" in item:
             yield from _article(item, f" article {i}")
         else:
-            yield f" row {i}", _object(item)
+            yield f" row {i}", _object(item, options)
+
+
+_SPLITS = {"validation": ("validation", "val", "valid", "dev"), "train": ("train", "training")}
+
+
+def _array(value: Any, file: pathlib.Path, options: ReadOptions, choose: Choose) -> list[Any]:
+    """The rows of a JSON value. Raises ValueError, with the keys to choose from, where it is not clear which these are."""
+    for part in options.under.split(".") if options.under else ():
+        if not isinstance(value, dict) or part not in value:
+            keys = list(value) if isinstance(value, dict) else []
+            raise unknown(f"key of {str(file)!r} (data.rows.under {options.under}):", part, keys[:20])
+        value = value[part]
+    splits = _SPLITS.get(options.split, (options.split,))
+    if isinstance(value, dict) and (key := next((name for name in ("data", *splits) if isinstance(value.get(name), list)), None)):
+        value = value[key]
+    if isinstance(value, dict) and value and (columns := _columns(value)) and _chosen(choose, list(columns), file):
+        value = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if isinstance(value, list):
+        return value
+    named = f" with the keys {', '.join(value)}"[:80] if isinstance(value, dict) else ""
+    under = f"; --data.rows.under {next(iter(value))} reads the rows under one key" if isinstance(value, dict) and value else ""
+    raise ValueError(
+        f"{file} holds one {type(value).__name__}{named}: expected an array of objects, or SQuAD's articles{under}; docs/tasks.md "
+        "shows how to convert other forms"
+    )
+
+
+def _columns(value: Mapping[str, Any]) -> dict[str, list[Any]] | None:
+    """The columns of a table as pandas writes them, {column: [values]} or {column: {row: value}}, or None."""
+    columns = {name: list(cells.values()) if isinstance(cells, dict) else cells for name, cells in value.items()}
+    if not all(isinstance(cells, list) for cells in columns.values()) or len({len(cells) for cells in columns.values()}) != 1:
+        return None
+    return columns
 
 
 def _article(article: Mapping[str, Any], place: str) -> Iterator[Record]:
@@ -180,7 +313,7 @@ def _article(article: Mapping[str, Any], place: str) -> Iterator[Record]:
 # --- CoNLL and parallel text ------------------------------------------------------------------
 
 
-def read_conll(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Iterator[Record]:
+def read_conll(file: pathlib.Path, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     """A token a line, its tag in the last column, TABs or else spaces between (ASCII ones: a no-break space is part of a token);
     sentences end at blank lines, a lone TAB included.
 
@@ -189,7 +322,7 @@ def read_conll(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Ite
     choose(["tokens", "tags"], str(file))
     start, tokens, tags = 0, list[str](), list[str]()
     why: Bad | None = None
-    for number, line in itertools.chain(read_lines(file), [(0, "")]):
+    for number, line in itertools.chain(read_lines(file, options.encoding), [(0, "")]):
         if not line.strip(" \t"):
             if start:
                 yield f":{start}", why or {"tokens": tokens, "tags": tags}
@@ -199,7 +332,7 @@ def read_conll(file: pathlib.Path, header: Sequence[str], choose: Choose) -> Ite
             continue
         start = start or number
         cells = line.split("\t") if "\t" in line else line.strip(" ").split(" ")
-        if bad := _undecodable(line):
+        if bad := options.undecodable(line):
             why = why or bad
         elif len(cells) < 2:
             why = why or Bad("has a line without a tag")
@@ -217,7 +350,7 @@ def is_parallel(path: str) -> bool:
     return _BRACES.fullmatch(path) is not None
 
 
-def read_parallel(path: str, choose: Choose) -> Iterator[Record]:
+def read_parallel(path: str, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     """Line i of each file named by a list in braces is row i, its columns named as in the list."""
     found = _BRACES.fullmatch(path)
     assert found is not None, "is_parallel says whether a path has a list in braces"
@@ -231,11 +364,11 @@ def read_parallel(path: str, choose: Choose) -> Iterator[Record]:
             )
     choose(names, path)
     counts = collections.Counter[str]()
-    for number, lines in enumerate(itertools.zip_longest(*map(read_lines, files)), 1):
+    for number, lines in enumerate(itertools.zip_longest(*(read_lines(file, options.encoding) for file in files)), 1):
         texts = {name: line[1] for name, line in zip(names, lines, strict=True) if line is not None}
         counts.update(texts.keys())
         if len(texts) == len(names):
-            yield f":{number}", next(filter(None, map(_undecodable, texts.values())), None) or texts
+            yield f":{number}", next(filter(None, map(options.undecodable, texts.values())), None) or texts
     if len({counts[name] for name in names}) > 1:
         told = ", ".join(f"{file.name} {counts[name]:,}" for file, name in zip(files, names, strict=True))
         raise ValueError(f"parallel files {path!r} have different numbers of lines: {told}")
@@ -243,7 +376,7 @@ def read_parallel(path: str, choose: Choose) -> Iterator[Record]:
 
 # --- all of them ------------------------------------------------------------------------------
 
-Reader = Callable[[pathlib.Path, Sequence[str], Choose], Iterator[Record]]
+Reader = Callable[[pathlib.Path, ReadOptions, Choose], Iterator[Record]]
 FORMATS: dict[str, Reader] = {
     ".tsv": read_tsv,
     ".csv": read_csv,
@@ -254,7 +387,7 @@ FORMATS: dict[str, Reader] = {
 }
 
 
-def read_files(path: str, header: Sequence[str], choose: Choose) -> tuple[str, Iterator[Record]]:
+def read_files(path: str, options: ReadOptions, choose: Choose) -> tuple[str, Iterator[Record]]:
     """The name and the records of a file, folder or glob; a .txt file that is named itself is read as TAB-separated."""
     readers = FORMATS if pathlib.Path(path).is_dir() else {**FORMATS, ".txt": read_tsv}
     files = find_files(path, list(readers))
@@ -262,7 +395,7 @@ def read_files(path: str, header: Sequence[str], choose: Choose) -> tuple[str, I
 
     def records() -> Iterator[Record]:
         for name, file in zip(names, files, strict=True):
-            for place, row in readers[format_of(file)](file, header, choose):
+            for place, row in readers[format_of(file)](file, options, choose):
                 yield name + place, row
 
     shown = ", ".join(names[:3])

@@ -3,12 +3,17 @@
 Each function returns the value or raises ValueError with why there is none, to be read after the role: "holds 3, not a text".
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxlm.data.cells import bracketed, decoded, python_value
+from jaxlm.data.dialogues import messages_of
+
 
 def _text(value: Any) -> str:
+    """A text; a list of texts, which pandas writes as Python does, joined with spaces."""
+    if isinstance(value, str) and bracketed(value):
+        value = _python_texts(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return " ".join(value)
     if not isinstance(value, str):
@@ -16,23 +21,49 @@ def _text(value: Any) -> str:
     return value
 
 
-def _conversation(value: Any) -> str | list[dict[str, Any]]:
-    if not isinstance(value, list):
-        return _text(value)
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"holds {shown(message)}, not a message: an object with role and content")
-    return [dict(message) for message in value]
+def _python_texts(value: str) -> Any:
+    """The list of texts that a text spells as Python does, in single quotes, or the text itself: JSON may be what is to be read or
+    written."""
+    found = python_value(value) if value.lstrip()[1:].lstrip()[:1] == "'" else None
+    return found if isinstance(found, list) and found and all(isinstance(item, str) for item in found) else value
+
+
+def _target(value: Any) -> str | list[str]:
+    """A text, or a list of several that are all right, of which none is blank."""
+    if isinstance(value, str) and bracketed(value):
+        value = _python_texts(value)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        texts = [text for text in value if text.strip()] or [""]
+        return texts[0] if len(texts) == 1 else texts
+    return _text(value)
+
+
+def conversation(value: Any, speakers: Mapping[str, str], role: str = "messages") -> str | list[dict[str, Any]]:
+    """A text, or messages of role and content from any form that `messages_of` reads; `speakers` maps further names to roles."""
+    items = decoded(value)
+    if role == "messages" or (isinstance(items, list) and items and all(isinstance(item, Mapping) for item in items)):
+        value = items  # an answer may be a text that spells a list
+    if isinstance(value, str) and bracketed(value) and value.lstrip()[:2] == "[{":
+        raise ValueError(f"holds {shown(value)}, which is neither JSON nor a Python list")
+    if isinstance(value, Mapping):
+        inner = [value[key] for key in ("messages", "conversations", "turns", "dialogue") if isinstance(value.get(key), list)]
+        value = inner[0] if inner else [value]
+    return messages_of(value, speakers) if isinstance(value, list) and value else _text(value)
 
 
 def _label(value: Any) -> str | int | float:
+    """A label without outer white space; a whole number is one whether or not it is written as a float."""
+    if isinstance(decoded(value), list):
+        raise ValueError(f"holds {shown(value)}, not a text or a number: task.kind multilabel reads lists of labels")
     if not isinstance(value, str | int | float):
         raise ValueError(f"holds {shown(value)}, not a text or a number")
-    return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value.strip() if isinstance(value, str) else value
 
 
 def _strings(value: Any) -> list[str]:
-    value = _decoded(value)
+    value = decoded(value)
     if not isinstance(value, list) or not all(isinstance(item, str | int | float) for item in value):
         raise ValueError(f"holds {shown(value)}, not a list of texts")
     return [str(item) for item in value]
@@ -46,16 +77,19 @@ def _tokens(value: Any) -> list[str]:
 
 
 def _labels(value: Any) -> list[str]:
-    """Distinct labels, none where the text is empty."""
-    if isinstance(value, str) and not isinstance(_decoded(value), list):
-        parts = value.split("|" if "|" in value else ",")
-        value = [part.strip() for part in parts if part.strip()]
-    return list(dict.fromkeys(_strings(value)))
+    """Distinct labels without outer white space, none where the text is empty."""
+    if isinstance(value, str) and isinstance(decoded(value), str):
+        if bracketed(value) and (value.lstrip()[0] in "[{" or "'" in value or '"' in value):
+            raise ValueError(f"holds {shown(value)}, which looks like a list but is none in JSON, Python or NumPy")
+        value = value.split("|" if "|" in value else ",")
+    return list(dict.fromkeys(name for item in _strings(value) if (name := item.strip())))
 
 
 def _answers(value: Any) -> dict[str, list]:
     """SQuAD's dict of lists, from that, a list of its objects, a list of texts or one text; start -1 where none is given."""
-    value = _decoded(value)
+    value = decoded(value)
+    if isinstance(value, str) and bracketed(value) and value.lstrip()[0] == "{":
+        raise ValueError(f"holds {shown(value)}, which looks like an object but is none in JSON or Python")
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         value = {key: [item.get(key) for item in value] for key in ("text", "answer_start") if any(key in item for item in value)}
     if not isinstance(value, Mapping):
@@ -93,16 +127,6 @@ def located(answers: dict[str, list], context: str) -> dict[str, list]:
     return {**answers, "answer_start": starts}
 
 
-def _decoded(value: Any) -> Any:
-    """A list or an object that stands as JSON in the cell of a table."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
 def counted(number: int, what: str) -> str:
     """A number and what it counts: 1 row, 1,000 rows."""
     return f"{number:,} {what}{'s' * (number != 1)}"
@@ -115,17 +139,18 @@ def shown(value: Any) -> str:
 
 
 VALUES: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(["text", "pair", "question", "context", "source", "target"], _text),
-    **dict.fromkeys(["prompt", "chosen", "rejected"], _conversation),
-    "messages": lambda value: _conversation(_decoded(value)),
+    **dict.fromkeys(["text", "pair", "question", "context", "source"], _text),
+    "target": _target,
     "label": _label,
     "labels": _labels,
     "tokens": _tokens,
-    "tags": _strings,
+    "tags": lambda value: [tag.strip() for tag in _strings(value)],
     "choices": _strings,
     "answers": _answers,
     "id": str,
     "group": str,
 }
+CONVERSATIONS = ("prompt", "chosen", "rejected", "messages")
+"""Roles that hold a text or a conversation: see `conversation`."""
 MAY_BE_EMPTY = ("labels", "answers")
 """Roles whose emptiness says something: no label holds, no answer exists."""

@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxlm.config import unknown
-from jaxlm.data.formats import Bad, Choose, Record, is_parallel, read_files, read_parallel
-from jaxlm.data.roles import MAY_BE_EMPTY, VALUES, counted, located
+from jaxlm.data.columns import SYNONYMS, missing_columns, same_name
+from jaxlm.data.formats import Bad, Choose, ReadOptions, Record, is_parallel, read_files, read_parallel
+from jaxlm.data.roles import CONVERSATIONS, MAY_BE_EMPTY, VALUES, conversation, counted, located
 from jaxlm.data.sources import docstrings, huggingface, is_saved, modules, tfds_builder, tfds_rows
 from jaxlm.data.tokenizer import expand
 
@@ -65,7 +66,7 @@ class RowsConfig:
     """How labelled rows are read."""
 
     header: tuple[str, ...] = ()
-    """Names of the columns of a tsv or csv file that has no line of names, as in text,label."""
+    """Names of the columns of a tsv or csv file that has no line of names, or of JSON rows that are lists, as in text,label."""
     columns: ColumnsConfig = ColumnsConfig()
     subset: str | None = None
     """Configuration of a Hugging Face dataset, such as mrpc of glue."""
@@ -73,12 +74,30 @@ class RowsConfig:
     """Column whose equal values all stay on one side of the split, such as title."""
     limit: int | None = None
     """Read at most this many rows."""
+    separator: str | None = None
+    """What separates the cells of a table; null: a TAB, in .csv files a comma or what their first line suggests."""
+    encoding: str | None = None
+    """Text encoding of the files, such as latin-1 or gb18030; null: UTF-8, or UTF-16 where a file begins with its mark."""
+    under: str | None = None
+    """Key of a .json file below which the rows are, such as train or data.train."""
+    speakers: tuple[str, ...] = ()
+    """Who is who in conversations whose speakers have other names than the usual ones, as in A=user,B=assistant."""
     max_bad: float = 0.01
     """Share of rows that may be bad before the file is refused; one bad row is let pass unless this is 0."""
 
     def __post_init__(self) -> None:
         if len(self.header) == 1:  # `--data.rows.header text,label` comes as one text
             object.__setattr__(self, "header", tuple(name.strip() for name in self.header[0].split(",")))
+        if len(self.speakers) == 1:
+            object.__setattr__(self, "speakers", tuple(pair.strip() for pair in self.speakers[0].split(",")))
+        for pair in self.speakers:
+            name, _, role = pair.partition("=")
+            if not name or role not in ("system", "user", "assistant"):
+                raise ValueError(f"rows speakers {pair!r} must be NAME=ROLE, where ROLE is system, user or assistant")
+        if self.separator is not None:
+            object.__setattr__(self, "separator", {"\\t": "\t", "tab": "\t", "TAB": "\t"}.get(self.separator, self.separator))
+        if self.separator == "":
+            raise ValueError("rows separator must not be empty")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"rows limit {self.limit} must be at least 1, or null for all rows")
         if not 0 <= self.max_bad <= 1:
@@ -97,6 +116,15 @@ class Table:
     """The place of each row, such as train.tsv:17."""
     bad: list[tuple[str, str]]
     """(place, reason) of each row left out."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was guessed about the data, and which columns play the roles where these have other names."""
+
+    def without(self, reasons: Mapping[int, str]) -> "Table":
+        """The table without some rows (number → why it is left out)."""
+        kept = [i for i in range(len(self.rows)) if i not in reasons]
+        left_out = [(self.where[i], why) for i, why in reasons.items()]
+        rows, where = [self.rows[i] for i in kept], [self.where[i] for i in kept]
+        return dataclasses.replace(self, rows=rows, where=where, bad=[*self.bad, *left_out])
 
     def summary(self) -> str:
         """One line: how many rows, how many left out, and for each reason its first place and how often."""
@@ -107,11 +135,18 @@ class Table:
         told = [f"{_told(where, why)} ({counted(counts[why], 'row')})" for why, where in itertools.islice(first.items(), 3)]
         more = [f"{counted(len(first) - 3, 'other reason')}"] if len(first) > 3 else []
         left_out = f"; {len(self.bad):,} left out: {'; '.join(told + more)}" if self.bad else ""
-        return f"{self.name}: {counted(len(self.rows), 'row')}{left_out}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{self.name}: {counted(len(self.rows), 'row')}{left_out}{notes}"
 
 
 def read_rows(
-    path: str, config: RowsConfig, required: Sequence[str], optional: Sequence[str] = (), *, split: str = "train"
+    path: str,
+    config: RowsConfig,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    split: str = "train",
+    replaceable: Collection[str] = (),
 ) -> Table:
     """The rows of a path with the values of the roles asked for.
 
@@ -124,31 +159,62 @@ def read_rows(
     tokens, tags and choices are lists of str; answers are {"text": [str], "answer_start": [int, in characters; -1 where
     unknown]}, both empty for a question without answer. Class numbers of hf and tfds become the names that they stand for.
 
+    The column of a `replaceable` role that the data lacks is replaced by the one named like the role.
+
     Raises ValueError, in one line, for data that is not there or cannot be read, a column that is missing, no row at all,
     and more bad rows than max(1, config.max_bad · rows).
     """
-    wanted = _Wanted(config, required, optional)
-    name, records = _records(expand(path), config, split, wanted.choose)
-    rows, places, bad, columns = list[dict[str, Any]](), list[str](), list[tuple[str, str]](), dict[str, None]()
-    for place, record in itertools.islice(records, config.limit):
-        row = record if isinstance(record, Bad) else wanted.row(record)
+    wanted = _Wanted(config, required, optional, replaceable)
+    options = _read_options(config, split)
+    name, records = _records(expand(path), config, options, wanted.choose)
+    rows, places, bad = list[dict[str, Any]](), list[str](), list[tuple[str, str]]()
+    for place, _, row in wanted.read(name, itertools.islice(records, config.limit)):
         if isinstance(row, Bad):
             bad.append((place, str(row)))
         else:
             rows.append(row)
             places.append(place)
-        if not isinstance(record, Bad):
-            columns.update(dict.fromkeys(record))
-    if not rows and not bad:
-        raise ValueError(f"{name} holds no rows")
-    if columns:
-        wanted.choose(list(columns), name)  # objects of JSON name their columns row by row: known only now
+    notes = [*options.notes, *wanted.used()]
     count = len(rows) + len(bad)
     if not rows or len(bad) > (max(1, config.max_bad * count) if config.max_bad else 0):
-        told = "; ".join(_told(where, why) for where, why in bad[:3])
+        told = "; ".join([*(_told(where, why) for where, why in bad[:3]), *notes])
         allowed = f"data.rows.max_bad {config.max_bad:g} allows fewer" if rows else "none is left"
-        raise ValueError(f"{name}: {len(bad):,} of {counted(count, 'row')} cannot be used, {allowed}: {told}")
-    return Table(name, rows, places, bad)
+        hint = "; --data.rows.encoding names another encoding" if any(why.startswith("is not UTF-8") for _, why in bad[:3]) else ""
+        raise ValueError(f"{name}: {len(bad):,} of {counted(count, 'row')} cannot be used, {allowed}: {told}{hint}")
+    return Table(name, rows, places, bad, notes)
+
+
+class Input(NamedTuple):
+    """A row to predict for."""
+
+    record: dict[str, Any]
+    """All its columns as they stand in the data; none where it cannot be read at all."""
+    row: dict[str, Any] | None
+    """Role → value, of which a text may be empty; None where the row cannot be used."""
+    place: str
+    why: str | None = None
+    """Why it cannot be used."""
+
+
+def read_inputs(
+    path: str, config: RowsConfig, required: Sequence[str], optional: Sequence[str] = (), *, replaceable: Collection[str] = ()
+) -> tuple[list[Input], list[str]]:
+    """All rows of a path, as `read_rows` reads them, and what was guessed about them; no row is left out.
+
+    Raises ValueError, in one line, for data that is not there, cannot be read or holds no rows, and for a column that is missing.
+    """
+    wanted = _Wanted(config, required, optional, replaceable, inputs=True)
+    options = dataclasses.replace(_read_options(config, "train"), all_columns=True)
+    name, records = _records(expand(path), config, options, wanted.choose)
+    inputs = []
+    for place, record, row in wanted.read(name, itertools.islice(records, config.limit)):
+        whole = {} if isinstance(record, Bad) else dict(record)
+        inputs.append(Input(whole, None, place, str(row)) if isinstance(row, Bad) else Input(whole, row, place))
+    return inputs, [*options.notes, *wanted.used()]
+
+
+def _read_options(config: RowsConfig, split: str) -> ReadOptions:
+    return ReadOptions(config.header, config.separator, config.encoding, config.under, split)
 
 
 def split_rows(table: Table, fraction: float) -> tuple[Table, Table]:
@@ -170,7 +236,8 @@ def split_rows(table: Table, fraction: float) -> tuple[Table, Table]:
 
     def side(held: bool, name: str, bad: list[tuple[str, str]]) -> Table:
         taken = [i for i, value in enumerate(hashes) if (value < bound) == held]
-        return Table(name, [table.rows[i] for i in taken], [table.where[i] for i in taken], bad)
+        notes = [] if held else table.notes
+        return Table(name, [table.rows[i] for i in taken], [table.where[i] for i in taken], bad, notes)
 
     return side(False, table.name, table.bad), side(True, f"{table.name} (held out)", [])
 
@@ -191,41 +258,92 @@ def _told(where: str, why: str) -> str:
 class _Wanted:
     """The roles asked for, their columns, and the way from a record to a row."""
 
-    def __init__(self, config: RowsConfig, required: Sequence[str], optional: Sequence[str]):
-        for role in (*required, *optional):
-            assert role in VALUES, f"role {role!r} is none of {', '.join(VALUES)}"
-        named = {role: getattr(config.columns, role) for role in (*required, *optional)}
+    def __init__(
+        self, config: RowsConfig, required: Sequence[str], optional: Sequence[str], replaceable: Collection[str] = (),
+        inputs: bool = False,
+    ):  # fmt: skip
+        """`inputs`: rows are to be predicted for, so texts may be empty."""
+        named = {role: getattr(config.columns, role, None) for role in (*required, *optional)}
         self.columns: dict[str, str] = {role: column or role for role, column in named.items()}
         self.required = set(required)
-        if config.group is not None:
+        if config.group is not None and not inputs:
             self.columns["group"] = config.group
             self.required.add("group")
-        self.must_exist = self.required | {role for role, column in named.items() if column}
+        self.must_exist = self.required | {role for role, column in named.items() if column and not inputs}
+        self.inputs, self.replaceable = inputs, replaceable
+        self.speakers = dict(pair.split("=") for pair in config.speakers)
+        self.found: dict[str, str] = {}
+        self.exchange: tuple[tuple[str, ...], str] | None = None
 
-    def choose(self, names: Sequence[str], where: str) -> list[str]:
-        found = {role: _outer(column, names) for role, column in self.columns.items()}
-        for role, name in found.items():
-            if name is None and role in self.must_exist:
-                shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names]
-                option = "data.rows.group" if role == "group" else f"data.rows.columns.{role}"
-                raise ValueError(f"{unknown(f'column of {where}:', self.columns[role], shown)}; --{option} names the {role}")
-        return list(dict.fromkeys(name for name in found.values() if name is not None))
+    def choose(self, names: Sequence[str], where: str, partial: bool = False) -> list[str]:
+        """The columns of these that play the roles; ValueError where one that must be there is not, unless `partial`."""
+        columns = {role: self._column(role, names) for role in self.columns}
+        self.exchange = None
+        if columns.get("messages", "") is None and self.columns["messages"] == "messages":
+            self.exchange = _exchange(names)
+        missing = {role: self.columns[role] for role, name in columns.items() if name is None and role in self.must_exist}
+        if self.exchange:
+            missing.pop("messages", None)
+        if missing and not partial:
+            options = {role: "data.rows.group" if role == "group" else f"data.rows.columns.{role}" for role in missing}
+            raise missing_columns(missing, names, where, options)
+        self.found = {role: name for role, name in columns.items() if name is not None}
+        parts = (*self.exchange[0], self.exchange[1]) if self.exchange else ()
+        outer = [_outer(name, names) or name for name in self.found.values()]
+        return list(dict.fromkeys([*outer, *parts]))
+
+    def _column(self, role: str, names: Sequence[str]) -> str | None:
+        """The column that plays a role, perhaps one inside an object (`a.b`), or None."""
+        column = self.columns[role]
+        if _outer(column, names) is not None:
+            return column
+        alike = same_name(column, names) or (same_name(role, names) if role in self.replaceable else None)
+        if alike is None and role == "messages" and column == role:
+            alike = next((name for name in SYNONYMS["messages"] if name in names), None)
+        return alike
+
+    def used(self) -> list[str]:
+        """Which columns play the roles, where these have other names."""
+        other = [f"{role} from {name}" for role, name in self.found.items() if name != role]
+        if self.exchange:
+            other.append(f"messages from {' and '.join(self.exchange[0])} (user) and {self.exchange[1]} (assistant)")
+        return [f"columns: {', '.join(other)}"] if other else []
+
+    def read(self, name: str, records: Iterator[Record]) -> Iterator[tuple[str, Mapping[str, Any] | Bad, dict[str, Any] | Bad]]:
+        """(place, record, row) of each record; ValueError where there is none, or a column that must be there is in none."""
+        columns = dict[str, None]()
+        place = None
+        for place, record in records:
+            if isinstance(record, Bad):
+                yield place, record, record
+                continue
+            fresh = [column for column in record if column not in columns]
+            if fresh:  # objects of JSON name their columns row by row
+                columns.update(dict.fromkeys(fresh))
+                self.choose(list(columns), name, partial=True)
+            yield place, record, self.row(record)
+        if place is None:
+            raise ValueError(f"{name} holds no rows")
+        if columns:
+            self.choose(list(columns), name)
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any] | Bad:
         row: dict[str, Any] = {}
-        for role, column in self.columns.items():
-            found = _look_up(record, column)
-            if found is None or found != found:  # null, or not a number
+        for role in self.columns:
+            cell = self._cell(role, record)
+            if cell is None or cell != cell:  # null, or not a number
                 state = "missing"
             else:
                 try:
-                    value = VALUES[role](found)
+                    value = self._value(role, cell)
                 except ValueError as error:
                     return Bad(f"{role} {error}")
                 blank = not value.strip() if isinstance(value, str) else value == []
-                state = "empty" if blank and role not in MAY_BE_EMPTY else "there"
+                state = "empty" if blank and not self._may_be_empty(role, value) else "there"
             if state == "there":
                 row[role] = value
+            elif state == "missing" and role not in VALUES and role != "group":
+                row[role] = ""
             elif role in self.required:
                 return Bad(f"{role} is {state}")
         if "tokens" in row and "tags" in row and len(row["tokens"]) != len(row["tags"]):
@@ -236,6 +354,43 @@ class _Wanted:
             except ValueError as error:
                 return Bad(f"answers {error}")
         return row
+
+    def _cell(self, role: str, record: Mapping[str, Any]) -> Any:
+        if role == "messages" and self.exchange:
+            asked, answer = self.exchange
+            question = "\n\n".join(str(record[name]) for name in asked if record.get(name))
+            return [{"user": question, "assistant": record.get(answer)}] if question else None
+        return _look_up(record, self.found.get(role, self.columns[role]))
+
+    def _value(self, role: str, cell: Any) -> Any:
+        if role in CONVERSATIONS:
+            value = conversation(cell, self.speakers, role)
+            return value if self.inputs or role != "messages" or isinstance(value, str) else _replied(value)
+        return VALUES.get(role, VALUES["text"])(cell)
+
+    def _may_be_empty(self, role: str, value: Any) -> bool:
+        """A field of a template that is no role may be empty, as Alpaca's input, and every text that is predicted for."""
+        return role in MAY_BE_EMPTY or role not in VALUES or (self.inputs and isinstance(value, str))
+
+
+def _replied(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation up to its last reply: what follows it is neither learned nor compared with anything."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages) - 1)
+    return messages[: last + 1]
+
+
+def _exchange(names: Sequence[str]) -> tuple[tuple[str, ...], str] | None:
+    """The columns of a question and of its answer, of rows that are one exchange each."""
+    for asked, answer in _EXCHANGES:
+        if asked[0] in names and answer in names:
+            return tuple(name for name in asked if name in names), answer
+    return None
+
+
+_EXCHANGES = (
+    (("instruction", "input"), "output"), (("instruction", "context"), "response"), (("instruction", "input"), "response"),
+    (("prompt",), "completion"), (("prompt",), "response"), (("question",), "answer"), (("query",), "response"),
+)  # fmt: skip
 
 
 def _outer(column: str, names: Sequence[str]) -> str | None:
@@ -254,41 +409,41 @@ def _look_up(record: Mapping[str, Any], column: str) -> Any:
 # --- where rows lie ---------------------------------------------------------------------------
 
 
-def _records(path: str, config: RowsConfig, split: str, choose: Choose) -> tuple[str, Iterator[Record]]:
+def _records(path: str, config: RowsConfig, options: ReadOptions, choose: Choose) -> tuple[str, Iterator[Record]]:
     """The name and the records of whatever a path means, each with its place."""
     kind, colon, rest = path.partition(":")
     if path == "embedded:modules":
         choose(["text", "label"], path)
         name, records = path, _modules()
     elif colon and kind == "hf":
-        name, records = rest, _huggingface(rest, config.subset, split, choose)
+        name, records = rest, _huggingface(rest, config.subset, options, choose)
     elif colon and kind == "tfds":
-        name, records = rest, _tfds(rest, split, choose)
+        name, records = rest, _tfds(rest, options, choose)
     elif colon and len(kind) > 1 and kind.isalnum() and not pathlib.Path(path).exists():
         raise unknown("source of rows", path, ["embedded:modules", "hf:ID", "tfds:NAME", "a file, folder or glob"])
     elif is_parallel(path):
-        name, records = pathlib.Path(path).name, read_parallel(path, choose)
+        name, records = pathlib.Path(path).name, read_parallel(path, options, choose)
     elif is_saved(path):
-        name, records = pathlib.Path(path).name, _huggingface(path, None, split, choose)
+        name, records = pathlib.Path(path).name, _huggingface(path, None, options, choose)
     else:
-        return read_files(path, config.header, choose)
+        return read_files(path, options, choose)
     return name, ((name + place, row) for place, row in records)
 
 
-def _huggingface(path: str, subset: str | None, split: str, choose: Choose) -> Iterator[Record]:
+def _huggingface(path: str, subset: str | None, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     """Rows of a dataset of the hub, or of a folder that `datasets` saved; class numbers become the names that it has for them."""
-    held = huggingface(path, subset, split)
-    held = held.select_columns(choose(held.column_names, path))
+    held = huggingface(path, subset, options.split)
+    held = held.select_columns(options.columns(choose, held.column_names, path))
     names = {column: found for column, feature in held.features.items() if (found := _class_names(feature))}
     for i, row in enumerate(held):
         yield f" row {i}", {column: _named(value, names.get(column)) for column, value in row.items()}
 
 
-def _tfds(path: str, split: str, choose: Choose) -> Iterator[Record]:
+def _tfds(path: str, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     """Rows of a TensorFlow dataset; class numbers become the names that it has for them."""
-    rows = tfds_rows(path, split)
+    rows = tfds_rows(path, options.split)
     features = tfds_builder(path).info.features
-    wanted = choose(list(features), path)
+    wanted = options.columns(choose, list(features), path)
     for i in range(len(rows)):
         row = rows[i]
         yield f" row {i}", {name: _named(_plain(row[name]), _class_names(features[name])) for name in wanted}

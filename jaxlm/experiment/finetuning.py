@@ -38,6 +38,7 @@ from jaxlm.tasks import (
     Task,
     label_order,
     paired_scores,
+    usable,
     words_alone,
     write_predictions,
 )
@@ -67,7 +68,7 @@ class Finetuning(Job):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:  # type: ignore[override]
-        texts = (text for row in self.tables[0].rows for text in _texts(row))
+        texts = (text for row in self._tables[0].rows for text in _texts(row))
         c = self.config
         tokenizer = train_tokenizer(c.data.tokenizer, texts)
         if c.data.tokenizer.kind == "huggingface":  # it brings its own frame
@@ -85,14 +86,19 @@ class Finetuning(Job):
         return kind.roles(self.config.task, self.config.model.architecture)
 
     @functools.cached_property
-    def tables(self) -> tuple[Table, Table]:
-        """Rows to train on, rows held out."""
+    def _tables(self) -> tuple[Table, Table]:
+        """Rows to train on, rows held out, as they are read."""
         data = self.config.data
         assert data.train is not None, "the config was checked"
         table = read_rows(data.train, data.rows, *self._roles)
         if data.validation:
             return table, read_rows(data.validation, data.rows, *self._roles, split="validation")
         return split_rows(table, data.holdout.fraction)
+
+    @functools.cached_property
+    def tables(self) -> tuple[Table, Table]:
+        """Rows to train on, rows held out, without those that the task can make nothing of."""
+        return usable(self.task, self._tables[0]), usable(self.task, self._tables[1])
 
     @functools.cached_property
     def task(self) -> Task:
@@ -105,7 +111,7 @@ class Finetuning(Job):
             start_id=self.start_id,
         )  # fmt: skip
         task.rules = GenerationSettings.read(self.generation).alone().rules()
-        task.learn(self.tables[0].rows)
+        task.learn(self._tables[0].rows)
         if labels and tuple(labels) != task.labels:
             raise ValueError(f"{self.folder} was trained with other labels ({', '.join(labels[:10])}): give --name NEW")
         if source:
@@ -179,6 +185,8 @@ class Finetuning(Job):
                 f"{self.task.spelled:,} texts spell a special token, which is read as {how} "
                 f"(--task.split-special-tokens {str(not self.config.task.split_special_tokens).lower()} changes that)"
             )
+        for remark in self.task.remarks:
+            say(remark)
         return made[0], made[1]
 
     def batches(self) -> Batches:

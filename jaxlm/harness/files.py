@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxlm.data.formats import FORMATS, Bad, Record, read_files
+from jaxlm.data.formats import FORMATS, Bad, ReadOptions, Record, read_files
 from jaxlm.data.sources import find_files, format_of
 from jaxlm.harness.suites import READY, Form, Question, Suite, pages
 from jaxlm.text_files import read_lines, read_text, undecodable
@@ -23,7 +23,7 @@ def read_questions(suite: Suite, path: str, limit: int | None = None) -> Read:
     """The first `limit` questions of a file, folder or glob (jsonl, json, csv, tsv, parquet; of hellaswag also text, six lines
     a question). ValueError: nothing there, columns that no form of the suite has, a row that is none."""
     plain = suite.name == "hellaswag" and all(format_of(file) == ".txt" for file in find_files(path, [*FORMATS, ".txt"]))
-    records = _six_lines(path) if plain else read_files(path, (), lambda columns, where: list(columns))[1]
+    records = _six_lines(path) if plain else read_files(path, ReadOptions(), lambda columns, where: list(columns))[1]
     places, questions = [], []
     for place, row in itertools.islice(records, limit):
         if isinstance(row, Bad):
@@ -74,7 +74,7 @@ def _pages(path: str) -> Iterator[str]:
         for file in find_files(path, ()):
             yield from pages(read_text(file).replace("\r\n", "\n"))
         return
-    for place, row in read_files(path, (), lambda columns, where: list(columns))[1]:
+    for place, row in read_files(path, ReadOptions(), lambda columns, where: list(columns))[1]:
         if isinstance(row, Bad):
             raise ValueError(f"{place} {row}")
         if not isinstance(row.get("page"), str):

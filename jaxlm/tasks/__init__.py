@@ -7,7 +7,7 @@ from jaxlm.tasks.labelling import Classification, Multilabel, Regression, Taggin
 from jaxlm.tasks.page import paired_scores, paired_tests, write_predictions
 from jaxlm.tasks.predictor import Passed, Predictor
 from jaxlm.tasks.reading import ExtractiveQa, MultipleChoice
-from jaxlm.tasks.task import PRETRAINING, Examples, Prediction, Row, Task, TaskConfig, label_order
+from jaxlm.tasks.task import PRETRAINING, Examples, Prediction, Row, Task, TaskConfig, label_order, usable
 from jaxlm.tasks.writing import ChatTask, TextToText
 
 TASKS: dict[str, type[Task]] = {
@@ -18,5 +18,5 @@ TASKS: dict[str, type[Task]] = {
 
 __all__ = [
     "BASELINE", "PRETRAINING", "TASKS", "Examples", "Passed", "Prediction", "Predictor", "Row", "Task", "TaskConfig",
-    "label_order", "paired_scores", "paired_tests", "words_alone", "write_predictions",
+    "label_order", "paired_scores", "paired_tests", "usable", "words_alone", "write_predictions",
 ]  # fmt: skip

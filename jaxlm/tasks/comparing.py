@@ -1,12 +1,13 @@
 """Comparing: vectors of similar texts, preferred answers, a reward for answers."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from jaxlm import metrics
-from jaxlm.data import Example
+from jaxlm.data import Chat, Example
 from jaxlm.data.text_encoding import UNLIMITED
 from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, of_columns
 from jaxlm.train import Objective, objectives
@@ -56,14 +57,13 @@ class Embedding(Task):
 def check_texts(rows: Sequence[Row], where: Sequence[str] | None) -> None:
     """Raises ValueError for a conversation where a text is expected, with its place."""
     for i, row in enumerate(rows):
-        for role in ("prompt", "chosen", "rejected"):
-            if not isinstance(row.get(role) or "", str):
-                raise ValueError(f"{where[i] if where else f'row {i}'}: {role} is a list of messages, not a text")
+        if not isinstance(row.get("rejected") or "", str):
+            raise ValueError(f"{where[i] if where else f'row {i}'}: rejected is a list of messages, not a text")
 
 
 def answers(row: Row) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of a row; without a prompt it is what both texts begin with, up to a whole word. The space
-    before that word is the answer's, as a model writes it."""
+    """(prompt, chosen, rejected) of a row of texts; without a prompt it is what both texts begin with, up to a whole word. The
+    space before that word is the answer's, as a model writes it."""
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is not None:
         return row["prompt"], chosen, rejected
@@ -74,24 +74,98 @@ def answers(row: Row) -> tuple[str, str, str]:
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-class Preference(Task):
+Turns = list[Mapping[str, str]]
+
+
+def turns(row: Row) -> tuple[Turns, Turns, Turns] | None:
+    """(prompt, chosen, rejected) of a row in TRL's conversational form, each a list of messages; None for a row of texts.
+
+    Without a prompt it is the messages that both conversations begin with; a prompt that both repeat is taken off them. A text
+    among messages is the user's as a prompt, the assistant's as an answer.
+    """
+    parts = {role: row[role] for role in ("prompt", "chosen", "rejected") if row.get(role) is not None}
+    if all(isinstance(value, str) for value in parts.values()):
+        return None
+    speaker = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    lists: dict[str, Turns] = {
+        role: [{"role": speaker[role], "content": part}] if isinstance(part, str) else list(part) for role, part in parts.items()
+    }
+    chosen, rejected, prompt = lists["chosen"], lists["rejected"], lists.get("prompt")
+    if prompt is None:
+        pairs = enumerate(zip(chosen, rejected, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+        prompt = chosen[:same]
+        chosen, rejected = chosen[same:], rejected[same:]
+    elif chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not prompt or not chosen or not rejected:
+        raise ValueError("has no prompt and two answers: chosen and rejected must begin alike and then differ")
+    return prompt, chosen, rejected
+
+
+class _Pairs(Task):
+    """Two answers behind one prompt: texts, or messages that the chat template writes."""
+
+    required = ("chosen", "rejected")
+    optional = ("prompt",)
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer, self.config.chat_template, split_special_tokens=self.config.split_special_tokens)
+
+    def check(self, row: Row, *, training: bool = True) -> None:
+        """A conversation that the template cannot write is left out."""
+        if "chosen" in row and (parts := turns(row)) is not None:
+            self.conversations(*parts)
+
+    def parts(self, rows: Sequence[Row], where: Sequence[str] | None) -> list[tuple[Turns, Turns, Turns] | None]:
+        """`turns` of each row. Raises ValueError with the place of a row that has neither form."""
+        made = []
+        for i, row in enumerate(rows):
+            try:
+                made.append(turns(row))
+            except ValueError as error:
+                raise ValueError(f"{where[i] if where else f'row {i}'} {error}") from None
+        return made
+
+    def conversations(self, prompt: Turns, *replies: Turns) -> list[np.ndarray]:
+        """The ids of the prompt with each reply, up to the end of the reply's last turn."""
+        encoded = [self.chat.encode([*prompt, *reply]) for reply in replies]
+        return [ids[: np.flatnonzero(trained)[-1] + 1] for ids, trained in encoded]
+
+
+class Preference(_Pairs):
     """The preferred of two answers made likelier, the other less likely, compared with the model at the start."""
 
     head: ClassVar[Mapping[str, Any]] = {"kind": "language_model"}
-    required = ("chosen", "rejected")
-    optional = ("prompt",)
     given = ("prompt", "chosen", "rejected")
     refers = True
     chunk = 128
     """Positions of a row whose logits exist at a time: the objective's."""
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
-        check_texts(rows, where)
-        prompts, *texts = zip(*map(answers, rows), strict=True)
+        parts = self.parts(rows, where)
+        texts = dict(zip([i for i, part in enumerate(parts) if part is None], self._of_texts(rows, parts), strict=True))
+        items = [texts[i] if part is None else self._of_messages(*part) for i, part in enumerate(parts)]
+        return Examples(items, np.arange(len(items)))
+
+    def _of_texts(self, rows: Sequence[Row], parts: Sequence[Any]) -> list[Example]:
+        """Examples of the rows that hold texts."""
+        plain = [answers(row) for row, part in zip(rows, parts, strict=True) if part is None]
+        if not plain:
+            return []
+        prompts, *texts = zip(*plain, strict=True)
         before = [encoding.ids.tolist() for encoding in self.text_encoder.encode(prompts, max_length=UNLIMITED)]
         end = [self.tokenizer.eos_id] * self.config.append_eos
         ends = [[[*ids.tolist(), *end] for ids in self.text_encoder.bare(some)] for some in texts]
-        return Examples([self._pair(*each) for each in zip(before, *ends, strict=True)], np.arange(len(rows)))
+        return [self._pair(*each) for each in zip(before, *ends, strict=True)]
+
+    def _of_messages(self, prompt: Turns, *replies: Turns) -> Example:
+        """Both replies behind one conversation: as TRL has it, what the template writes beyond the prompt for generation."""
+        before, *whole = (ids.tolist() for ids in (self.chat.prompt(prompt), *self.conversations(prompt, *replies)))
+        columns = enumerate(zip(before, *whole, strict=False))
+        size = next((i for i, ids in columns if len(set(ids)) > 1), min(map(len, (before, *whole))))
+        return self._pair(before[:size], *(ids[size:] for ids in whole))
 
     def _pair(self, before: list[int], *ends: list[int]) -> Example:
         """Both answers behind one prompt, which is cut at its beginning where the longer one leaves it no room, down to half
@@ -136,12 +210,10 @@ class Preference(Task):
         return lambda predictions, rows: metrics.preference(*([p[name] for p in predictions] for name in ("chosen", "rejected")))
 
 
-class Reward(Task):
+class Reward(_Pairs):
     """A number for an answer, higher for the preferred one."""
 
     head: ClassVar[Mapping[str, Any]] = {"kind": "sequence", "labels": 1}
-    required = ("chosen", "rejected")
-    optional = ("prompt",)
     given = ("text",)
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
@@ -149,11 +221,19 @@ class Reward(Task):
             return Examples(
                 [{**example, "weights": ONE} for example in self._ends([row["text"] for row in rows])], np.arange(len(rows))
             )
-        check_texts(rows, where)
-        found = [answers(row) for row in rows]
-        both = [self._ends([prompt + pair[i] for prompt, *pair in found]) for i in range(2)]
-        items = [{"chosen": a, "rejected": b, "weights": ONE} for a, b in zip(*both, strict=True)]
+        talks = {i: parts for i, parts in enumerate(self.parts(rows, where)) if parts is not None}
+        texts = {i: answers(row) for i, row in enumerate(rows) if i not in talks}
+        ends = self._ends([prompt + text for prompt, *both in texts.values() for text in both])
+        pairs = dict(zip(texts, zip(ends[::2], ends[1::2], strict=True), strict=True))
+        pairs |= {i: tuple(self._last(ids) for ids in self.conversations(*parts)) for i, parts in talks.items()}  # type: ignore[misc]
+        items = [{"chosen": pairs[i][0], "rejected": pairs[i][1], "weights": ONE} for i in range(len(rows))]
         return Examples(items, np.arange(len(items)))
+
+    def _last(self, ids: np.ndarray) -> Example:
+        """The last tokens of a conversation, as many as a row has."""
+        self.text_encoder.truncated += len(ids) > self.length
+        ids = ids[-self.length :]
+        return {"tokens": ids, "segments": np.ones(len(ids), np.int32)}
 
     def _ends(self, texts: Sequence[str]) -> list[Example]:
         """Texts as the model reads them; one that is too long loses its beginning, since the answer stands at its end."""

@@ -16,6 +16,7 @@ from jaxlm.tasks.task import (
     Row,
     Task,
     balanced,
+    check_not_swapped,
     label_ids,
     label_names,
     of_columns,
@@ -52,6 +53,8 @@ class Classification(_OfTexts):
 
     def learn(self, rows: Sequence[Row]) -> None:
         names = [str(row["label"]) for row in rows]
+        if not self.config.labels:
+            check_not_swapped(names, [row["text"] for row in rows])
         self.labels = label_names(set(names), self.config, self.labels)
         if len(set(names)) < 2:
             raise ValueError(f"all training rows have the label {names[0]!r}: two labels are the least to tell apart")
@@ -113,7 +116,10 @@ class Multilabel(_OfTexts):
     metric = "f1_micro"
 
     def learn(self, rows: Sequence[Row]) -> None:
-        self.labels = label_names({str(name) for row in rows for name in row["labels"]}, self.config, self.labels)
+        names = [str(name) for row in rows for name in row["labels"]]
+        if not self.config.labels:
+            check_not_swapped(names, [row["text"] for row in rows])
+        self.labels = label_names(set(names), self.config, self.labels)
         if self.config.class_weights == "balanced":
             yes_C = np.maximum(np.sum([self._vector(row) for row in rows], axis=0), 1)
             no_C = np.maximum(len(rows) - yes_C, 1)  # a class that all have is learned too

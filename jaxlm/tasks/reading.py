@@ -1,5 +1,6 @@
 """Reading: a span of a context that answers a question, and one of some choices."""
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -27,14 +28,18 @@ class ExtractiveQa(Task):
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         items, number, about = [], [], []
+        lost: list[str] = []
         stride = min(self.config.stride, self.length // 2)
         cut = self.text_encoder.windows([row["question"] for row in rows], [row["context"] for row in rows], stride)
         for i, (row, windows) in enumerate(zip(rows, cut, strict=True)):
+            tokens = np.concatenate([encoding.offsets[encoding.sequence == 1] for encoding in windows])
+            placed = False
             for encoding in windows:
                 context = encoding.sequence == 1
                 allowed = context.copy()
                 allowed[0] = True
-                begin, end = _place(row.get("answers"), encoding.offsets, context)
+                begin, end = _place(row.get("answers"), encoding.offsets, context, tokens)
+                placed = placed or begin > 0
                 ones = np.ones(len(encoding.ids), np.int32)
                 items.append({
                     "tokens": encoding.ids, "segments": ones, "types": encoding.types, "allowed": allowed.astype(np.int32),
@@ -42,6 +47,13 @@ class ExtractiveQa(Task):
                 })  # fmt: skip
                 number.append(i)
                 about.append((encoding.offsets, context))
+            if not placed and row.get("answers") and texts_of(row["answers"]):
+                lost.append(where[i] if where else f"row {i}")
+        if lost:
+            self.remarks.append(
+                f"{len(lost):,} of {len(rows):,} answers are in no window whole, so their questions count as without answer in "
+                f"training: {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}"
+            )
         return Examples(items, np.array(number), about)
 
     def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
@@ -61,7 +73,7 @@ class ExtractiveQa(Task):
             none[i] = min(none[i], float(begin[0] + end[0]))
             score, span = _best(begin, end, context, self.config.answer_length)
             if score > best[i][0]:
-                best[i] = (score, rows[i]["context"][offsets[span[0], 0] : offsets[span[1], 1]])
+                best[i] = (score, _text_of(rows[i]["context"], offsets[span[0], 0], offsets[span[1], 1]))
         return [{"answer": text, "score": score, "no_answer": none[i] - score} for i, (score, text) in enumerate(best)]
 
     def statistic(self) -> Callable[..., dict[str, float]]:
@@ -86,13 +98,30 @@ def texts_of(answers: Any) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def _place(answers: Any, offsets: np.ndarray, context: np.ndarray) -> tuple[int, int]:
-    """First and last token of the first answer, (0, 0) where the window does not hold it whole."""
+def _text_of(context: str, start: int, stop: int) -> str:
+    """The characters of a span with the marks on its last letter: a tokenizer that drops accents leaves them to no token."""
+    while stop < len(context) and unicodedata.category(context[stop])[0] == "M":
+        stop += 1
+    return context[start:stop]
+
+
+def _place(answers: Any, offsets: np.ndarray, context: np.ndarray, tokens: np.ndarray | None = None) -> tuple[int, int]:
+    """First and last token of the first answer that the context holds, (0, 0) where the window does not hold it whole.
+
+    `offsets` (n, 2) are the characters of each token of the window, `context` (n,) marks those of the context; `tokens` (m, 2)
+    are the characters of all tokens of the context (None: those of this window). Ends of the answer that belong to no token (white
+    space, characters that the tokenizer drops) are left out.
+    """
     texts = texts_of(answers) if answers is not None else []
-    if not texts:
+    found = [(start, text) for start, text in zip(answers["answer_start"], texts, strict=True) if start >= 0] if texts else []
+    if not found:
         return 0, 0
-    start = answers["answer_start"][0]
-    stop = start + len(texts[0])
+    start, stop = found[0][0], found[0][0] + len(found[0][1])
+    tokens = offsets[context] if tokens is None else tokens
+    inside = tokens[(tokens[:, 1] > start) & (tokens[:, 0] < stop)]
+    if not len(inside):
+        return 0, 0
+    start, stop = max(start, inside[:, 0].min()), min(stop, inside[:, 1].max())
     begins = np.flatnonzero(context & (offsets[:, 0] <= start) & (start < offsets[:, 1]))
     ends = np.flatnonzero(context & (offsets[:, 0] < stop) & (stop <= offsets[:, 1]))
     return (int(begins[0]), int(ends[-1])) if len(begins) and len(ends) else (0, 0)

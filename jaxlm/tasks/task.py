@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from jaxlm.config import unknown
-from jaxlm.data import CorruptConfig, Example, TextEncoder, Tokenizer
+from jaxlm.data import CorruptConfig, Example, Table, TextEncoder, Tokenizer
 from jaxlm.generate import NO_RULES, DecodeConfig, LogitsRules
 from jaxlm.metrics import Weighted
 from jaxlm.train import Objective
@@ -152,6 +153,8 @@ class Task:
         """Constraints on what is written, as the model's own settings have them."""
         self.ends: frozenset[int] = frozenset()
         """Tokens that end what is written, beside the task's own."""
+        self.remarks: list[str] = []
+        """What a person should know of the examples made so far: `examples` adds to it."""
 
     @classmethod
     def roles(cls, config: TaskConfig, architecture: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -174,6 +177,19 @@ class Task:
 
     def learn(self, rows: Sequence[Row]) -> None:
         """What the training rows decide: names of labels, weights of classes."""
+
+    def check(self, row: Row, *, training: bool = True) -> None:
+        """Raise ValueError, to be read after the row's place, for a row that gives no example (not `training`: no prediction)."""
+
+    def unusable(self, rows: Sequence[Row], *, training: bool = True) -> dict[int, str]:
+        """Number of each row that `check` refuses → why."""
+        found = {}
+        for i, row in enumerate(rows):
+            try:
+                self.check(row, training=training)
+            except ValueError as error:
+                found[i] = str(error)
+        return found
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         """The examples of labelled rows; rows without what is to be predicted give examples without it."""
@@ -229,6 +245,15 @@ class Task:
         return made
 
 
+def usable(task: Task, table: Table) -> Table:
+    """The table without the rows that the task refuses (`Task.check`). Raises ValueError where none is left."""
+    reasons = task.unusable(table.rows)
+    if reasons and len(reasons) == len(table.rows):
+        number, why = next(iter(reasons.items()))
+        raise ValueError(f"{table.name}: none of {len(table.rows):,} rows can be used: {table.where[number]}: {why}")
+    return table.without(reasons) if reasons else table
+
+
 ONE = np.float32(1)
 
 
@@ -241,6 +266,7 @@ def label_names(found: Collection[str], config: TaskConfig, source: Sequence[str
             if name not in config.labels:
                 raise unknown("label", name, config.labels)
         return config.labels
+    _check_spellings(found)
     if len(found) < 2:
         raise ValueError(f"the training rows have one label only, {next(iter(found), None)!r}: two are the least to tell apart")
 
@@ -254,6 +280,32 @@ def label_names(found: Collection[str], config: TaskConfig, source: Sequence[str
     names = tuple(sorted(found, key=key))
     order = label_order(source, names)
     return names if order is None else tuple(name for _, name in sorted(zip(order, names, strict=True)))
+
+
+def _check_spellings(found: Collection[str]) -> None:
+    """Raise ValueError for two labels that are probably one class: 1 and 1.0, true and True, 1 and true."""
+    classes: dict[str, str] = {}
+    for name in sorted(found):
+        key = {"true": "1", "false": "0"}.get(name.casefold()) or re.sub(r"^([+-]?\d+)\.0*$", r"\1", name)
+        if key in classes:
+            raise ValueError(
+                f"labels {classes[key]!r} and {name!r} of the training rows look like one class: write it in one way, or name both "
+                "in task.labels"
+            )
+        classes[key] = name
+
+
+def check_not_swapped(labels: Sequence[str], texts: Sequence[str]) -> None:
+    """Raise ValueError where (nearly) every row has a label of its own, or labels differ where texts repeat: the columns are
+    probably swapped. `labels` has one entry for each row, `texts` the text of each row."""
+    distinct, rows = len(set(labels)), len(labels)
+    if rows < 8 or (distinct < 0.9 * rows and not (distinct > 0.5 * rows and len(set(texts)) < 0.5 * distinct)):
+        return
+    raise ValueError(
+        f"{distinct:,} labels for {rows:,} training rows, such as {labels[0][:40]!r}: are text and label swapped? "
+        "--data.rows.columns.text and --data.rows.columns.label name the columns; task.labels names labels that are meant; "
+        "task.kind regression learns numbers"
+    )
 
 
 def label_order(source: Sequence[str], labels: Sequence[str], ordered: bool = False) -> list[int] | None:

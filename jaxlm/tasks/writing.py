@@ -80,8 +80,10 @@ class TextToText(_Written):
         return (*fields, "answers" if _answers(config, fields) else "target"), ()
 
     def _target(self, row: Row) -> str | None:
+        """What is learned: the target, of several the first."""
         if not self.answers:
-            return row.get("target")
+            target = row.get("target")
+            return target if target is None or isinstance(target, str) else target[0]
         found = texts_of(row["answers"]) if "answers" in row else None
         return None if found is None else found[0] if found else ""
 
@@ -142,7 +144,8 @@ class TextToText(_Written):
             return {}
         of = metrics.summarisation if self._kind == "summarisation" else metrics.translation
         references = self._references(rows)
-        return of(references, references).signatures
+        texts = [each if isinstance(each, str) else each[0] for each in references]
+        return of(texts, references).signatures
 
 
 class ChatTask(_Written):
@@ -154,6 +157,7 @@ class ChatTask(_Written):
     def __init__(self, config: TaskConfig, *args: Any, **options: Any):
         super().__init__(config, *args, **options)
         self.chat = Chat(self.tokenizer, config.chat_template, split_special_tokens=config.split_special_tokens)
+        self._encoded: dict[int, tuple[Any, tuple[np.ndarray, np.ndarray]]] = {}
 
     @property
     def saved_tokenizer(self) -> Tokenizer:
@@ -170,10 +174,32 @@ class ChatTask(_Written):
         return self.chat.stop_ids
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
-        messages = [check_messages(row["messages"], where[i] if where else f"row {i}") for i, row in enumerate(rows)]
-        packed = pack_chats([self.chat.encode(turns) for turns in messages], self.length, self.pad_id, packed=self.config.packed)
+        encoded = []
+        for i, row in enumerate(rows):
+            try:
+                encoded.append(self._encode(row["messages"]))
+            except ValueError as error:
+                raise ValueError(f"{where[i] if where else f'row {i}'}: {error}") from None
+        packed = pack_chats(encoded, self.length, self.pad_id, packed=self.config.packed)
         self.text_encoder.truncated += packed.cut
+        if packed.dropped:
+            self.remarks.append(
+                f"{packed.dropped:,} conversations have no assistant's token within data.length and are not learned"
+            )
         return Examples([packed[i] for i in range(len(packed))], np.arange(len(packed)))
+
+    def _encode(self, messages: Any) -> tuple[np.ndarray, np.ndarray]:
+        """`Chat.encode`, computed once for the check of a row and its example."""
+        held = self._encoded.pop(id(messages), None)
+        return self.chat.encode(check_messages(messages, "messages")) if held is None else held[1]
+
+    def check(self, row: Row, *, training: bool = True) -> None:
+        """A conversation that the template cannot write is left out."""
+        if training:
+            messages = row["messages"]
+            self._encoded[id(messages)] = (messages, self._encode(messages))  # the messages are kept, so that their id stays theirs
+        else:
+            self.prompts([row])
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Each conversation up to its last turn by the assistant."""

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxlm import text_files
 from jaxlm.report.console import bar, say
-from jaxlm.text_files import json_line
 from jaxlm.verbs.decoding import Decoding, SamplingOptions, decoding_of
 
 Line = dict[str, Any]
@@ -17,33 +17,56 @@ MAX_TOKENS = 200
 
 
 def read_lines(file: str) -> list[Line]:
-    """Prompts of a file: JSON lines with `prompt` or `messages`, or a text a line (.txt). ValueError with the place of a line
-    that is neither."""
+    """Prompts of a file: rows with `prompt` or `messages` in any format that training reads, or a text a line (.txt), of which
+    every line is one. ValueError with the place of a row that is neither."""
+    from jaxlm.data.formats import FORMATS, Bad, ReadOptions, read_files, read_jsonl
+    from jaxlm.data.sources import format_of
+
     path = pathlib.Path(file)
     if not path.is_file():
         raise ValueError(f"no file {file!r}")
-    lines = list(enumerate(path.read_text(encoding="utf8", errors="replace").split("\n"), 1))
-    lines = [(number, line) for number, line in lines if line.strip()]
+    if format_of(path) == ".txt":
+        texts = list(text_files.read_lines(path))
+        bad = next((f"{file}:{number} {why}" for number, text in texts if (why := text_files.undecodable(text))), None)
+        if bad:
+            raise ValueError(bad)
+        lines: list[Line] = [{"prompt": text} for _, text in texts]
+    else:
+        options = ReadOptions(all_columns=True)
+        if format_of(path) in FORMATS:
+            records = read_files(file, options, lambda names, where: list(names))[1]
+        else:
+            records = ((path.name + place, record) for place, record in read_jsonl(path, options, lambda names, where: list(names)))
+        lines = []
+        for place, record in records:
+            if isinstance(record, Bad):
+                if record.startswith("is not an object"):
+                    record = Bad('is not an object with "prompt" or "messages"')
+                hint = "; a file of plain texts is named .txt" if record.startswith("is not") else ""
+                raise ValueError(f"{place} {record}{hint}")
+            lines.append(_line(record, place))
     if not lines:
         raise ValueError(f"{file} holds no line")
-    if path.suffix == ".txt":
-        return [{"prompt": line.removesuffix("\r")} for _, line in lines]
-    return [_line(line, f"{file}:{number}") for number, line in lines]
+    return lines
 
 
-def _line(text: str, where: str) -> Line:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: no JSON ({error}); a file of plain texts is named .txt") from None
-    given = [name for name in ("prompt", "messages") if isinstance(line, dict) and name in line]
+def _line(record: Mapping[str, Any], where: str) -> Line:
+    line = json.loads(text_files.json_line(record))  # as it will be written, and compared with what is written
+    given = [name for name in ("prompt", "messages") if line.get(name) is not None]
     if len(given) != 1:
-        raise ValueError(f'{where}: expected an object with "prompt" or "messages", got {text[:60]}')
+        raise ValueError(
+            f'{where}: expected an object with "prompt" or "messages", got {json.dumps(line, ensure_ascii=False)[:60]}'
+        )
     if given == ["prompt"] and not isinstance(line["prompt"], str):
         raise ValueError(f"{where}: prompt must be a text, got {line['prompt']!r:.60}")
     if given == ["messages"]:
         from jaxlm.data import check_messages
+        from jaxlm.data.roles import conversation
 
+        try:
+            line["messages"] = conversation(line["messages"], {})
+        except ValueError as error:
+            raise ValueError(f"{where}: messages {error}") from None
         check_messages(line["messages"], where, training=False)
     return line
 
@@ -80,7 +103,7 @@ class Answers:
 
     def write(self, index: int, text: str, tokens: int, ended: str) -> None:
         line = {**self._lines[index], "index": index, "text": text, "tokens": tokens, "ended": ended}
-        self._file.write(json_line(line).encode())
+        self._file.write(text_files.json_line(line).encode())
         self._file.flush()
         self.done.add(index)
 

@@ -4,18 +4,19 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config as configs
 from jaxlm.devices import LoadOptions
 from jaxlm.report.console import bar, say
-from jaxlm.text_files import read_lines, write_json_lines
+from jaxlm.text_files import read_lines, undecodable, write_json_lines
 from jaxlm.verbs.decoding import SAMPLING
 from jaxlm.verbs.suites import evaluate_suite
-from jaxlm.verbs.words import split_words
+from jaxlm.verbs.words import rows_config, split_row_flags, split_words
 
 if TYPE_CHECKING:
+    from jaxlm.data import DataConfig, Input, RowsConfig, Table
     from jaxlm.models import Trained
     from jaxlm.tasks import Task
 
@@ -35,7 +36,13 @@ class PredictOptions(LoadOptions):
     choices: str | None = None
     """Choices for an answer, divided by |."""
     file: str | None = None
-    """Rows instead: a text a line (.txt), or columns named as the flags above (tsv, csv, jsonl, parquet)."""
+    """Rows instead, from anything that data.train reads; the columns are those of training. A .txt file without columns holds a
+    text a line."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of a file without them, as in text,label; empty: as in training. All --data.rows.… options of
+    training work too."""
+    columns: str | None = None
+    """Roles and their columns, as in text=sentence,label=class; empty: as in training."""
     out: str | None = None
     """File of JSON lines to write the predictions to."""
     task: str | None = None
@@ -54,6 +61,7 @@ class PredictOptions(LoadOptions):
 def predict(words: Sequence[str]) -> int:
     """jaxlm predict MODEL --text TEXT | --file FILE [--out FILE]: the label (or answer, tags, text) with its probability."""
     (argument,), flags = split_words(words, "MODEL")
+    flags, row_flags = split_row_flags(flags)
     options = configs.load(PredictOptions, None, flags).value
     from jaxlm.models import load_model
     from jaxlm.tasks import Predictor
@@ -61,33 +69,102 @@ def predict(words: Sequence[str]) -> int:
     trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length)
     _tell_settings(trained, task)
-    rows = _rows(task, options)
+    inputs = [_checked(task, item) for item in _rows(task, options, trained.run, row_flags)]
+    rows = [item.row for item in inputs if item.row is not None]
+    if not rows:
+        raise ValueError(f"{options.file}: none of {len(inputs):,} rows can be used: {inputs[0].place}: {inputs[0].why}")
     predictor = Predictor(task, trained.model, trained.mesh, min(options.batch_size, len(rows)))
     predictions = predictor.predict(trained.params, rows)
     assert predictions is not None, "nothing stops it"
+    made = iter(predictions)
+    results = [(item, None if item.row is None else next(made)) for item in inputs]
     if options.out is not None:
-        write_json_lines(pathlib.Path(options.out), ({**row, "prediction": p} for row, p in zip(rows, predictions, strict=True)))
-        say(f"{options.out}: {len(rows):,} predictions")
+        write_json_lines(pathlib.Path(options.out), (_line(item, prediction) for item, prediction in results))
+        bad = [item for item in inputs if item.row is None]
+        left = f", of which {len(bad):,} could not be made: {bad[0].place}: {bad[0].why}" if bad else ""
+        say(f"{options.out}: {len(results):,} predictions{left}")
         return 0
-    for row, prediction in zip(rows, predictions, strict=True):
-        say(task.show(row, prediction))
+    for item, prediction in results:
+        say(f"{item.place}: {item.why}" if item.row is None or prediction is None else task.show(item.row, prediction))
     return 0
 
 
-def _rows(task: "Task", options: PredictOptions) -> list[dict[str, Any]]:
-    """The rows to predict for, with the roles that the task needs."""
-    if options.file is not None:
-        file = pathlib.Path(options.file)
-        if not file.is_file():
-            raise ValueError(f"no file {options.file!r}")
-        if file.suffix == ".txt":
-            lines = [line for _, line in read_lines(file)]
-            if not lines:
-                raise ValueError(f"{options.file} holds no text")
-            return [_as_given(task, {task.given[0]: line}) for line in lines]
-        from jaxlm.data import RowsConfig, read_rows
+def _line(item: "Input", prediction: Any) -> dict[str, Any]:
+    """A row's own columns and its prediction, or why there is none."""
+    why = {} if item.why is None else {"error": f"{item.place}: {item.why}"}
+    return {**item.record, "prediction": prediction, **why}
 
-        return read_rows(options.file, RowsConfig(), task.given, ("pair",) if "pair" in task.optional else ()).rows
+
+def _rows(
+    task: "Task", options: PredictOptions, run: pathlib.Path | None = None, flags: Mapping[str, configs.Text] | None = None
+) -> list["Input"]:
+    """What to predict for, with the roles that the task needs; one for each row of a file."""
+    from jaxlm.data import Input, read_inputs
+
+    if options.file is None:
+        row = _given_row(task, options)
+        return [Input(row, row, "the row")]
+    rows, replaceable = _reading(run, flags or {})
+    required = [role for role in task.given if role not in task.optional]
+    optional = [role for role in ("prompt", "pair", "context") if role in task.optional]
+    lines = _text_lines(options.file, rows, required)
+    if lines is None:
+        inputs, notes = read_inputs(options.file, rows, required, optional, replaceable=replaceable)
+        for note in notes:
+            say(note)
+    elif not lines:
+        raise ValueError(f"{options.file} holds no text")
+    elif len(required) > 1:
+        needs = " and ".join(required)
+        raise ValueError(f"{options.file} holds one text a line; task {task.config.kind} reads {needs}: name them with --header")
+    else:
+        inputs = [Input({required[0]: text}, None if why else {required[0]: text}, place, why) for place, text, why in lines]
+    if any("pair" in (item.row or {}) for item in inputs):  # all are pairs, and the second text of some is empty
+        inputs = [item._replace(row=item.row and {"pair": "", **item.row}) for item in inputs]
+    return inputs
+
+
+def _checked(task: "Task", item: "Input") -> "Input":
+    if item.row is None:
+        return item
+    row = _as_given(task, item.row)
+    why = task.unusable([row], training=False).get(0)
+    return item._replace(row=row) if why is None else item._replace(row=None, why=why)
+
+
+def _text_lines(path: str, rows: "RowsConfig", required: Sequence[str]) -> list[tuple[str, str, str | None]] | None:
+    """(place, text, why it cannot be read) of each line of a .txt file without columns; None for everything else."""
+    from jaxlm.data.columns import same_name
+    from jaxlm.data.sources import format_of
+
+    file = pathlib.Path(path)
+    if format_of(file) != ".txt" or not file.is_file():
+        return None
+    lines = list(read_lines(file, rows.encoding))
+    cells = lines[0][1].split(rows.separator or "\t") if lines else []
+    names = [getattr(rows.columns, role, None) or role for role in required]
+    if len(cells) > 1 and (rows.header or all(same_name(name, cells) for name in names)):
+        return None
+    return [(f"{file.name}:{number}", line, undecodable(line, rows.encoding)) for number, line in lines]
+
+
+def _reading(run: pathlib.Path | None, flags: Mapping[str, configs.Text]) -> tuple["RowsConfig", list[str]]:
+    """How rows are read, as the run reads its own unless flags say otherwise; and the roles whose column no flag names."""
+    from jaxlm.data import ColumnsConfig, DataConfig
+
+    config = rows_config(DataConfig().rows if run is None else _data_of(run).rows, flags)
+    roles = [field.name for field in dataclasses.fields(ColumnsConfig)]
+    return config, [role for role in roles if f"data.rows.columns.{role}" not in flags]
+
+
+def _data_of(run: pathlib.Path) -> "DataConfig":
+    from jaxlm.data import DataConfig
+
+    return configs.build(DataConfig, configs.read_yaml(run / "config.yaml")[0]["data"])
+
+
+def _given_row(task: "Task", options: PredictOptions) -> dict[str, Any]:
+    """The row that the flags give."""
     given: dict[str, Any] = {name: getattr(options, name) for name in ("pair", "question", "context")}
     given["choices"] = options.choices.split("|") if options.choices else None
     if options.text is not None:
@@ -97,7 +174,7 @@ def _rows(task: "Task", options: PredictOptions) -> list[dict[str, Any]]:
     if missing:
         known = [f"--{'text' if name == task.given[0] and name not in ('question',) else name}" for name in missing]
         raise ValueError(f"task {task.config.kind} needs {' and '.join(known)} (or --file FILE)")
-    return [_as_given(task, given)]
+    return _as_given(task, given)
 
 
 def _as_given(task: "Task", row: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +191,8 @@ class EvaluateOptions(LoadOptions):
     data: str | None = None
     """Labelled rows, as data.train takes them; empty: those that the run held out."""
     header: tuple[str, ...] = ()
-    """Names of the columns of a file without them; empty: as in training."""
+    """Names of the columns of a file without them, as in text,label; empty: as in training. All --data.rows.… options of
+    training work too."""
     columns: str | None = None
     """Roles and their columns, as in text=sentence,label=class; empty: as in training."""
     task: str | None = None
@@ -142,20 +220,21 @@ class EvaluateOptions(LoadOptions):
 def evaluate(words: Sequence[str]) -> int:
     """jaxlm evaluate MODEL [--task TASK|SUITE] [--data FILE] [--against FILE]: scores with intervals, a page of errors."""
     (argument,), flags = split_words(words, "MODEL")
+    flags, row_flags = split_row_flags(flags)
     options = configs.load(EvaluateOptions, None, flags).value
-    if _is_suite(options):
+    if _is_suite(options, row_flags):
         assert options.task and options.data, "_is_suite checks them"
         return evaluate_suite(
             argument, options.task, options.data, limit=options.limit, out=options.out, length=options.length, bos=options.bos,
             batch_size=options.batch_size, loading=options,
         )  # fmt: skip
     from jaxlm.models import load_model
-    from jaxlm.tasks import Predictor, paired_scores, paired_tests, write_predictions
+    from jaxlm.tasks import Predictor, paired_scores, paired_tests, usable, write_predictions
 
     trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length)
     _tell_settings(trained, task)
-    held = _held_out(trained.run, task, options)
+    held = usable(task, _held_out(trained.run, task, options, row_flags))
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
     examples = None if task.generates else task.examples(held.rows, held.where)
     if task.refers and examples is not None:
@@ -187,7 +266,7 @@ def _tell_settings(trained: "Trained", task: "Task") -> None:
         say(line)
 
 
-def _is_suite(options: EvaluateOptions) -> bool:
+def _is_suite(options: EvaluateOptions, row_flags: Mapping[str, configs.Text]) -> bool:
     """Whether the task is one of lm-evaluation-harness; ValueError for one that is unknown, and for flags of the other kind."""
     from jaxlm.harness import SUITES
     from jaxlm.tasks import TASKS
@@ -200,29 +279,21 @@ def _is_suite(options: EvaluateOptions) -> bool:
         return False
     if options.data is None:
         raise ValueError(f"task {options.task} needs --data FILE: rows in the harness's format")
-    if options.against or options.header or options.columns:
+    if options.against or row_flags:
         raise ValueError(f"against, header and columns are not for task {options.task}, whose rows have one format")
     return True
 
 
-def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions) -> Any:
+def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions, flags: Mapping[str, configs.Text]) -> "Table":
     """The labelled rows to evaluate on."""
-    from jaxlm.data import DataConfig, RowsConfig, read_rows, split_rows
+    from jaxlm.data import DataConfig, read_rows, split_rows
 
-    data = DataConfig() if run is None else configs.build(DataConfig, configs.read_yaml(run / "config.yaml")[0]["data"])
-    rows: RowsConfig = data.rows
-    if options.header:
-        rows = dataclasses.replace(rows, header=options.header)
-    if options.columns:
-        pairs = dict(pair.partition("=")[::2] for pair in options.columns.split(","))
-        fields = [field.name for field in dataclasses.fields(rows.columns)]
-        for role in pairs:
-            if role not in fields:
-                raise configs.unknown("role", role, fields)
-        rows = dataclasses.replace(rows, columns=dataclasses.replace(rows.columns, **pairs))
+    data = DataConfig() if run is None else _data_of(run)
+    rows, replaceable = _reading(run, flags)
     roles = task.roles(task.config, task.architecture)
     if options.data is not None:
-        return read_rows(options.data, dataclasses.replace(rows, limit=None), *roles)
+        limit = rows.limit if "data.rows.limit" in flags else None
+        return read_rows(options.data, dataclasses.replace(rows, limit=limit), *roles, replaceable=replaceable)
     if data.train is None:
         raise ValueError("give the rows to evaluate on: --data FILE")
     if data.validation:

@@ -6,7 +6,7 @@ from typing import Any
 from jaxlm import config as configs
 from jaxlm.host import EXIT_RESUMABLE
 from jaxlm.report.console import console, say
-from jaxlm.verbs.words import split_words
+from jaxlm.verbs.words import split_words, with_row_flags
 
 DEFAULT_CONFIG = "configs/tiny.yaml"
 
@@ -17,7 +17,7 @@ def train(words: Sequence[str]) -> int:
     from jaxlm.experiment import load_config
     from jaxlm.parallel import join, leave, speaks
 
-    config = load_config(file, flags).value
+    config = load_config(file, with_row_flags(flags)).value
     join(config.hosts)
     console().quiet = not speaks()
     ended = _train(config)
@@ -47,10 +47,10 @@ def config(words: Sequence[str]) -> int:
 
     missing = None
     try:
-        value, origins = load_config(file, flags)
+        value, origins = load_config(file, with_row_flags(flags))
         leaves = configs.flatten(configs.to_dict(value))
     except Unresolved as error:
-        leaves, origins = known_leaves(file, flags)
+        leaves, origins = known_leaves(file, with_row_flags(flags))
         missing = str(error)
     wide = max(len(f"{name}: {leaf}") for name, leaf in leaves.items() if len(str(leaf)) < 60)
     for name, leaf in leaves.items():

@@ -87,12 +87,12 @@ def test_a_full_queue_is_waited_for(engine, tmp_path):
 @pytest.mark.parametrize(
     "lines, says",
     [
-        (['{"prompt": "a"}', "plain"], ["in.jsonl:2", "no JSON", ".txt"]),
+        (['{"prompt": "a"}', "plain"], ["in.jsonl:2 is not JSON", ".txt"]),
         (['{"prompt": "a"}', "", "[1]"], ["in.jsonl:3", '"prompt" or "messages"']),
         (['{"text": "a"}'], ["in.jsonl:1"]),
         (['{"prompt": 3}'], ["prompt must be a text"]),
         (['{"prompt": "a", "messages": []}'], ["in.jsonl:1"]),
-        (['{"messages": [{"role": "usr", "content": "x"}]}'], ["in.jsonl:1", "user"]),
+        (['{"messages": [{"role": "narrator", "content": "x"}]}'], ["in.jsonl:1", "user"]),
         ([], ["holds no line"]),
         ([json.dumps({"prompt": "x" * 80})], ["line 0", "81 tokens", "64"]),
     ],

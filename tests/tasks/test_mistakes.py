@@ -47,10 +47,9 @@ def test_rows_without_fault_train(train, tmp_path):
         ([f"film {i}\tpos" for i in range(30)], (), ["one label", "pos"]),
         (GOOD, ("--task.labels", "[pos, negative]"), ["label", "neg", "negative"]),
         ([*GOOD, *["\tpos"] * 9], (), ["text is empty", "rows.tsv"]),
-        (b"\xff\xfe" + "\n".join(GOOD).encode("utf-16-le"), (), ["UTF-16"]),
         ("\n".join(GOOD).replace("film", "fi\xe9lm").encode("latin1"), (), ["UTF-8", "rows.tsv:1"]),
     ],
-    ids=["empty", "one column", "other names", "one class", "wrong labels", "empty texts", "utf-16", "latin-1"],
+    ids=["empty", "one column", "other names", "one class", "wrong labels", "empty texts", "latin-1"],
 )
 def test_what_is_wrong_is_told_in_a_line(train, content, flags, parts):
     code, said = train(content, *flags)

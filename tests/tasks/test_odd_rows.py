@@ -136,11 +136,16 @@ def test_a_reward_reads_the_end_of_a_long_text():
 
 
 @pytest.mark.parametrize("kind", ["preference", "reward", "embedding"])
-def test_conversations_where_texts_are_read_are_told_with_their_place(kind):
+def test_conversations_that_do_not_belong_together_are_told_with_their_place(kind):
     talk = [{"role": "user", "content": "hi"}]
     rows = [{"text": "a", "pair": "b", "chosen": "c", "rejected": rejected} for rejected in ("d", talk)]
     rows = rows if kind == "embedding" else [{name: row[name] for name in ("chosen", "rejected")} for row in rows]
-    with pytest.raises(ValueError, match=r"^x.jsonl:2: rejected is a list of messages, not a text$"):
+    told = (
+        "x.jsonl:2: rejected is a list of messages, not a text"
+        if kind == "embedding"
+        else "x.jsonl:2 has no prompt and two answers"
+    )
+    with pytest.raises(ValueError, match=f"^{told}"):
         task_of(kind, architecture="decoder").examples(rows, ["x.jsonl:1", "x.jsonl:2"])
 
 
