@@ -66,7 +66,7 @@ ROOMS = {
         "pipeline",
         "examples",
     ],
-    "metrics": ["direction", "intervals", "classes", "confidence", "numbers", "ranking", "tags", "answers", "texts"],
+    "metrics": ["direction", "intervals", "classes", "confidence", "numbers", "ranking", "tags", "scripts", "answers", "texts"],
     "train": ["objectives", "quantized", "tune", "adam8bit", "soap", "moments", "optim", "step", "checkpoint", "loop"],
     "hub": [
         "tensors",

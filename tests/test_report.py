@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jaxlm.report import Page, Record, bar, command, count, option, seconds, write_page
+from jaxlm.report import Page, Record, Verdict, bar, command, count, option, seconds, write_page
 from jaxlm.report.console import _Plain, console
 from jaxlm.report.record import read_rows
 
@@ -55,7 +55,7 @@ def test_the_page_escapes_what_a_model_writes(tmp_path):
         {"kind": "eval", "step": 1, "loss": 2.0, "bits_per_byte": 3.0},
         {"kind": "sample", "step": 1, "text": "<script>alert('```')</script>"},
     ]
-    write_page(tmp_path, Page("t<i>ny", {"a": "<b>"}, "fine", {"xz -9": 2.5}, ["jaxlm generate x"], "seed: 0"), rows)
+    write_page(tmp_path, Page("t<i>ny", {"a": "<b>"}, Verdict("fine"), {"xz -9": 2.5}, ["jaxlm generate x"], "seed: 0"), rows)
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "t&lt;i&gt;ny" in page
     assert "````" in (tmp_path / "samples.md").read_text(), "the fence is longer than any in the text"

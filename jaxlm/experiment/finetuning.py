@@ -15,6 +15,7 @@ from jaxlm.data import ExampleBatches, Table, Tokenizer, framed, read_rows, spli
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.generate import GenerationSettings
+from jaxlm.metrics import lower_is_better
 from jaxlm.model import Model, Params, TransformerConfig
 from jaxlm.models import (
     locate,
@@ -27,7 +28,7 @@ from jaxlm.models import (
     with_vocabulary,
 )
 from jaxlm.parallel import speaks
-from jaxlm.report import bar, command, option, say
+from jaxlm.report import Verdict, bar, command, option, say
 from jaxlm.tasks import (
     BASELINE,
     TASKS,
@@ -284,32 +285,37 @@ class Finetuning(Job):
         )
         return f"{train.summary()} to train on; {held.summary()} held out{labels}"
 
-    def conclude(self, params: Callable[[], Params], rows: list[dict[str, Any]]) -> tuple[dict[str, str], str, dict[str, float]]:
+    def conclude(
+        self, params: Callable[[], Params], rows: list[dict[str, Any]]
+    ) -> tuple[dict[str, str], Verdict, dict[str, float]]:
         held = self.tables[1].rows
         with bar("predicting the held-out rows", len(held), "rows") as shown:
             examples = None if self.task.generates else self.examples[1]
             predictions = self.predictor.predict(params(), held, examples, advance=shown.advance)
         assert predictions is not None, "nothing stops it"
         if not speaks():
-            return {}, "", {}
+            return {}, Verdict(), {}
         found = write_predictions(self.folder, self.config.name, self.task, held, predictions)
         verdict, baselines = self._verdict(held, predictions)
         return found, verdict, baselines
 
-    def _verdict(self, held: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[str, dict[str, float]]:
+    def _verdict(self, held: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Verdict, dict[str, float]]:
         """How the model compares with what words alone can do on the same rows."""
         words = words_alone(self.task, self.tables[0].rows, held)
         if words is None:
-            return "", {}
-        name = self.config.train.metric or self.metric
+            return Verdict(), {}
+        ours, theirs = self.task.scores(held, predictions), self.task.scores(held, words)
+        name = self.config.train.metric if self.config.train.metric in ours else self.metric
         compared = paired_scores(self.task, held, predictions, words)[name]
-        mark = self.task.scores(held, words)[name]
         by = f"{compared.difference:+.4f} ({compared.low:+.4f} to {compared.high:+.4f})"
-        sure = "beats it" if compared.low > 0 else "is beaten by it" if compared.high < 0 else "cannot be told from it"
-        ours = self.task.scores(held, predictions)[name]
-        return f"Held-out rows: {name} {ours:.4f}; {BASELINE} on the same rows {mark:.4f}: the model {sure}, {by}.", {
-            BASELINE: mark
-        }
+        above, below = compared.low > 0, compared.high < 0
+        better, worse = (below, above) if lower_is_better(name) else (above, below)
+        sure = "beats it" if better else "is beaten by it" if worse else "cannot be told from it"
+        text = (
+            f"Held-out rows: {self.task.title(name)} {ours[name]:.4f}; {BASELINE} on the same rows {theirs[name]:.4f}: the model "
+            f"{sure}, {by}."
+        )
+        return Verdict(text, "better" if better else "worse" if worse else "unclear"), {BASELINE: theirs[name]}
 
     def commands(self) -> list[str]:
         folder, role = self.config.folder, self.task.given[0]

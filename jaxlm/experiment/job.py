@@ -11,6 +11,7 @@ from jaxlm.data import Batch, Tokenizer
 from jaxlm.experiment.config import ExperimentConfig
 from jaxlm.model import Params, TransformerConfig
 from jaxlm.parallel import share
+from jaxlm.report import Verdict
 from jaxlm.train import Objective
 
 
@@ -90,7 +91,9 @@ class Job:
         """The data in a line."""
         raise NotImplementedError
 
-    def conclude(self, params: Callable[[], Params], rows: list[dict[str, Any]]) -> tuple[dict[str, str], str, dict[str, float]]:
+    def conclude(
+        self, params: Callable[[], Params], rows: list[dict[str, Any]]
+    ) -> tuple[dict[str, str], Verdict, dict[str, float]]:
         """Summary, verdict and baselines (in bits per byte) of a run that is over."""
         raise NotImplementedError
 

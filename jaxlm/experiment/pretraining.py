@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -26,7 +26,7 @@ from jaxlm.metrics import perplexity
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.models import with_vocabulary
 from jaxlm.parallel import batch_ways, place_batch, settle
-from jaxlm.report import command, option
+from jaxlm.report import Verdict, command, option
 from jaxlm.train import Objective, make_eval_step, objectives
 
 SAMPLING = SampleConfig(temperature=0.7, top_p=0.95)
@@ -161,10 +161,12 @@ class Pretraining(Job):
     def summary(self) -> str:
         return self.corpora.summary()
 
-    def conclude(self, params: Callable[[], Params], rows: list[dict[str, Any]]) -> tuple[dict[str, str], str, dict[str, float]]:
+    def conclude(
+        self, params: Callable[[], Params], rows: list[dict[str, Any]]
+    ) -> tuple[dict[str, str], Verdict, dict[str, float]]:
         evals = [row for row in rows if row["kind"] == "eval"]
         if not evals:
-            return {}, "", {}
+            return {}, Verdict(), {}
         most = self.config.train.eval_rows
         of = (
             ""
@@ -173,7 +175,7 @@ class Pretraining(Job):
         )
         told = {"held-out loss": f"{evals[-1]['loss']:.4f} nats per {'token' if self.causal else 'target'}{of}"}
         if not self.causal:
-            return told | {f"held-out {name.replace('_', ' ')}": f"{evals[-1][name]:.4f}" for name in self.shown[1:]}, "", {}
+            return told | {f"held-out {name.replace('_', ' ')}": f"{evals[-1][name]:.4f}" for name in self.shown[1:]}, Verdict(), {}
         baselines = xz_baselines(self.corpora)
         bits = evals[-1]["bits_per_byte"]
         told |= {"held-out bits per byte": f"{bits:.4f}", **self._perplexities(bits, evals[-1]["loss"])}
@@ -218,10 +220,11 @@ def xz_baselines(corpora: Corpora) -> dict[str, float]:
     return alone if texts[1] is None else {**alone, "xz -9 after the training text": xz_bits_per_byte(texts[0], after=texts[1])}
 
 
-def _verdict(bits: float, baselines: Mapping[str, float]) -> str:
+def _verdict(bits: float, baselines: Mapping[str, float]) -> Verdict:
     if not baselines:
-        return ""
+        return Verdict()
     shown = ", ".join(f"{name} takes {value:.3f}" for name, value in baselines.items())
     beaten = [name for name, value in baselines.items() if bits < value]
     end = f"the model beats {' and '.join(beaten)}" if beaten else "not there yet: train longer"
-    return f"Held-out text: {bits:.3f} bits per byte; for the same text {shown}: {end}."
+    tone: Literal["better", "worse"] = "better" if beaten else "worse"
+    return Verdict(f"Held-out text: {bits:.3f} bits per byte; for the same text {shown}: {end}.", tone)

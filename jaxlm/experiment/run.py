@@ -18,7 +18,7 @@ from jaxlm.metrics import lower_is_better
 from jaxlm.model import Params
 from jaxlm.models import Card, check_base, read_card, source_fingerprint, start_parameters, write_card
 from jaxlm.parallel import make_mesh, peak_flops, place_batch, speaks, stored_shardings
-from jaxlm.report import Page, Record, command, count, read_rows, say, seconds, write_page
+from jaxlm.report import Page, Record, Verdict, command, count, read_rows, say, seconds, write_page
 from jaxlm.train import (
     BestScore,
     Checkpoints,
@@ -222,7 +222,7 @@ class Run:
         """Write the page of the run and say what was reached and what to type next."""
         c = self.config
         # One who stops a run waits for it to end: what it is compared with can be had when it goes on.
-        told, verdict, baselines = ({}, "", {}) if ended == "interrupted" else self.job.conclude(best, rows)
+        told, verdict, baselines = ({}, Verdict(), {}) if ended == "interrupted" else self.job.conclude(best, rows)
         commands = self.next_commands(step)
         ends = {"exhausted": "the data is exhausted", "stopped": f"no better {self.metric} for {c.train.patience} evaluations"}
         summary = {
@@ -241,8 +241,8 @@ class Run:
             say(f"the data is exhausted after {c.data.epochs:g} epoch(s), at step {step:,}: raise --data.epochs for more")
         for name, value in summary.items():
             say(f"{name + ':':<24}{value}")
-        if verdict:
-            say(verdict)
+        if verdict.text:
+            say(verdict.text)
         say(f"look at {self.folder}/report.html, curves.png{' and samples.md' if self._samples else ''}; next:")
         for line in commands:
             say(f"  {line}")

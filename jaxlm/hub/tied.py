@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 from jaxlm.hub.files import CHUNK, Tensors
-from jaxlm.hub.tensors import Table
+from jaxlm.hub.tensors import Index, Table
 from jaxlm.report import say
 
 EMBEDDING, HEAD = "transformer/embed/table", "head/table"
@@ -24,7 +24,9 @@ def read_copies(tensors: Tensors, table: Table, tied: bool) -> bool:
     """
     names: dict[str, str] = {}  # full name → name in the file
     for stored in tensors.index:
-        name = functools.reduce(lambda name, rename: re.sub(*rename, name), table.renames, stored)
+        name = stored
+        for pattern, replacement in table.renames:
+            name = re.sub(pattern, replacement, name)
         names.setdefault(name, stored)
         names.setdefault(table.prefix + name, stored)
 
@@ -80,7 +82,9 @@ def _same_values(tensors: Tensors, one: str, other: str, key: tuple) -> bool:
             (slice(start, min(start + rows, shape[0])), *(slice(0, size) for size in shape[1:]))
             for start in range(0, shape[0], rows)
         )
-        _COMPARED[key] = all(
-            np.array_equal(*(tensors.read(name, block).astype(np.float32) for name in (one, other))) for block in blocks
-        )
+
+        def read(name: str, block: Index) -> np.ndarray:
+            return tensors.read(name, block).astype(np.float32)
+
+        _COMPARED[key] = all(np.array_equal(read(one, block), read(other, block)) for block in blocks)
     return _COMPARED[key]

@@ -6,7 +6,7 @@ values (`tests/metrics/test_classes.py` holds them equal).
 B examples · C classes · N weightings (resamples) · G groups of examples with the same score.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,14 +33,15 @@ class PerClass(NamedTuple):
 
 
 def classification(
-    predicted: Sequence, actual: Sequence, probabilities: Any = None, labels: Sequence | None = None
+    predicted: Sequence, actual: Sequence, probabilities: Any = None, labels: Sequence | None = None, positive: Any = None
 ) -> dict[str, float]:
     """Scores of one predicted class an example, as scikit-learn computes them, between 0 and 1 (mcc: −1 and 1).
 
     `predicted`, `actual` (B,) hold values of `labels` (default: those that occur, sorted). Always: accuracy; precision,
     recall and f1 with the endings _micro, _macro, _weighted; mcc (Gorodkin 2004 for several classes). For two labels also
-    precision, recall and f1 of the second. With `probabilities` (B, C), columns in the order of `labels`: auroc and auprc
-    (average precision) of the second of two labels, or the mean over the classes of several, each against the rest.
+    precision, recall and f1 of the `positive` one (default: the second). With `probabilities` (B, C), columns in the order of
+    `labels`: auroc and auprc (average precision) of the positive one of two labels, or the mean over the classes of several,
+    each against the rest.
 
     Undefined values: precision, recall and f1 are 0 where their denominator is 0; a class that is neither predicted nor
     actual is left out of the macro mean; mcc is 0 where one side knows one class alone; auroc and auprc leave out classes
@@ -49,14 +50,15 @@ def classification(
     from sklearn import metrics
 
     labels, predicted_B, actual_B = _ids(predicted, actual, labels)
+    yes = _place(labels, positive)
     scores = {"accuracy": float(metrics.accuracy_score(actual_B, predicted_B))}
     for average in (*AVERAGES, *(["binary"] if len(labels) == 2 else [])):
-        found = metrics.precision_recall_fscore_support(actual_B, predicted_B, average=average, pos_label=1, zero_division=0)
+        found = metrics.precision_recall_fscore_support(actual_B, predicted_B, average=average, pos_label=yes, zero_division=0)
         ending = "" if average == "binary" else f"_{average}"
         scores |= {f"{name}{ending}": float(x) for name, x in zip(("precision", "recall", "f1"), found[:3], strict=True)}
     scores["mcc"] = float(metrics.matthews_corrcoef(actual_B, predicted_B)) if len({*predicted_B, *actual_B}) > 1 else 0.0
     if probabilities is not None:
-        scores |= _areas(*_columns(probabilities, actual_B, len(labels)))
+        scores |= _areas(*_columns(probabilities, actual_B, len(labels), yes))
     return scores
 
 
@@ -72,6 +74,28 @@ def class_scores(predicted: Sequence, actual: Sequence, labels: Sequence | None 
     }
 
 
+def averages(each: Mapping[Any, PerClass]) -> dict[str, PerClass]:
+    """The mean over classes, and the mean weighted by their support, as scikit-learn's `classification_report` has them."""
+    table = np.array([row[:3] for row in each.values()])
+    support = np.array([row.support for row in each.values()])
+    weights = {"macro avg": np.ones(len(support)), "weighted avg": support if support.sum() else np.ones(len(support))}
+    means = {name: np.average(table, axis=0, weights=weight).tolist() for name, weight in weights.items()}
+    return {name: PerClass(p, r, f1, int(support.sum())) for name, (p, r, f1) in means.items()}
+
+
+def multilabel_scores(probabilities_BC: Any, actual_BC: Any, labels: Sequence, threshold: float = 0.5) -> dict[Any, PerClass]:
+    """Label → its precision, recall, F1 (0 where undefined) and support, where an example has any number of classes."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    scores_BC, truth_BC = _multilabel(probabilities_BC, actual_BC)
+    guess_BC = scores_BC >= threshold
+    found = {}
+    for i, label in enumerate(labels):
+        p, r, f, _ = precision_recall_fscore_support(truth_BC[:, i], guess_BC[:, i], average="binary", pos_label=1, zero_division=0)
+        found[label] = PerClass(float(p), float(r), float(f), int(truth_BC[:, i].sum()))
+    return found
+
+
 def confusion(predicted: Sequence, actual: Sequence, labels: Sequence | None = None) -> np.ndarray:
     """counts_CC of examples: row = actual class, column = predicted class, both in the order of `labels`."""
     from sklearn.metrics import confusion_matrix
@@ -80,14 +104,15 @@ def confusion(predicted: Sequence, actual: Sequence, labels: Sequence | None = N
     return confusion_matrix(actual_B, predicted_B, labels=range(len(labels)))
 
 
-def weighted_classification(labels: Sequence | None = None) -> Weighted:
+def weighted_classification(labels: Sequence | None = None, positive: Any = None) -> Weighted:
     """`classification` for resampling: takes predicted, actual and, if wanted, probabilities."""
 
     def prepare(predicted: Sequence, actual: Sequence, probabilities: Any = None) -> Callable[[np.ndarray], Scores]:
         known, predicted_B, actual_B = _ids(predicted, actual, labels)
         guess_BC, truth_BC = (ids_B[:, None] == np.arange(len(known)) for ids_B in (predicted_B, actual_B))
         rows_BS = np.hstack([guess_BC & truth_BC, guess_BC, truth_BC]).astype(float)
-        columns = None if probabilities is None else _columns(probabilities, actual_B, len(known))
+        yes = _place(known, positive)
+        columns = None if probabilities is None else _columns(probabilities, actual_B, len(known), yes)
 
         def scores(weights_NB: np.ndarray) -> Scores:
             hits_NC, guesses_NC, truths_NC = np.split(weights_NB @ rows_BS, 3, axis=1)
@@ -102,7 +127,7 @@ def weighted_classification(labels: Sequence | None = None) -> Weighted:
             found = {"accuracy": right_N / total_N}
             found |= {f"{name}_{average}": mean(x_NC) for average, mean in means.items() for name, x_NC in each.items()}
             if len(known) == 2:
-                found |= {name: x_NC[:, 1] for name, x_NC in each.items()}
+                found |= {name: x_NC[:, yes] for name, x_NC in each.items()}
             spread_N = (total_N**2 - (guesses_NC**2).sum(1)) * (total_N**2 - (truths_NC**2).sum(1))
             found["mcc"] = over(right_N * total_N - (guesses_NC * truths_NC).sum(1), np.sqrt(spread_N))
             return found | (_weighted_areas(weights_NB, *columns) if columns else {})
@@ -129,11 +154,20 @@ def _plain(values: Sequence) -> list[Hashable]:
     return values.tolist() if isinstance(values, np.ndarray) else [v.item() if isinstance(v, np.generic) else v for v in values]
 
 
-def _columns(probabilities: Any, actual_B: np.ndarray, C: int) -> tuple[np.ndarray, np.ndarray]:
-    """What AUROC and AUPRC are taken of: probability and truth of the second of two classes, or of each of several."""
+def _place(labels: Sequence, positive: Any) -> int:
+    """The place of the positive one of two labels; of other numbers of labels none is."""
+    if positive is None or len(labels) != 2:
+        return 1
+    if positive not in labels:
+        raise unknown("positive class", positive, [str(label) for label in labels])
+    return list(labels).index(positive)
+
+
+def _columns(probabilities: Any, actual_B: np.ndarray, C: int, positive: int) -> tuple[np.ndarray, np.ndarray]:
+    """What AUROC and AUPRC are taken of: probability and truth of the positive one of two classes, or of each of several."""
     table_BC = check_numbers("probabilities", probabilities, (len(actual_B), C))
     truth_BC = actual_B[:, None] == np.arange(C)
-    return (table_BC[:, 1:], truth_BC[:, 1:]) if C == 2 else (table_BC, truth_BC)
+    return (table_BC[:, [positive]], truth_BC[:, [positive]]) if C == 2 else (table_BC, truth_BC)
 
 
 # --- any number of classes an example --------------------------------------------------------

@@ -106,7 +106,16 @@ def fit_temperature(logits_BC: Any, labels_B: Any, lowest: float = 0.01, highest
     return float(np.exp(brentq(slope, low, high, xtol=1e-12)))
 
 
-def scaled(probabilities_BC: Any, labels_B: Any, bins: int = 15) -> tuple[float, float]:
+class Scaling(NamedTuple):
+    """What temperature scaling does for some examples: `helps` if it lowers both ece and nll of examples that it was not
+    fitted to."""
+
+    temperature: float
+    ece: float
+    helps: bool
+
+
+def scaled(probabilities_BC: Any, labels_B: Any, bins: int = 15) -> Scaling:
     """The temperature that fits these examples best, and the ece that one leaves: each half of them (every second example)
     is scaled by the temperature of the other half, so that none is judged by a fit to itself."""
     table_BC, right_B = _checked(probabilities_BC, labels_B)
@@ -115,7 +124,9 @@ def scaled(probabilities_BC: Any, labels_B: Any, bins: int = 15) -> tuple[float,
     scaled_BC = np.empty_like(table_BC)
     for half, other in zip(halves, halves[::-1], strict=True):
         scaled_BC[half] = softmax(logits_BC[half], fit_temperature(logits_BC[other], right_B[other]))
-    return fit_temperature(logits_BC, right_B), calibration(scaled_BC, right_B, bins)["ece"]
+    before, after = (calibration(each_BC, right_B, bins) for each_BC in (table_BC, scaled_BC))
+    helps = len(halves) > 1 and after["ece"] < before["ece"] and after["nll"] <= before["nll"]
+    return Scaling(fit_temperature(logits_BC, right_B), after["ece"], helps)
 
 
 def _checked(probabilities_BC: Any, labels_B: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ B texts · S statistics · N weightings (resamples).
 
 import collections
 import functools
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,10 +14,21 @@ import numpy as np
 from jaxlm.config import unknown
 from jaxlm.metrics.direction import declare
 from jaxlm.metrics.intervals import Scores, Weighted, averaged, check_sizes
+from jaxlm.metrics.scripts import script_of, words_of
 
 References = Sequence[str] | Sequence[Sequence[str]]
 """One reference a text, or any number of them."""
-Tokenizer = Literal["13a", "zh", "ja-mecab", "char", "intl", "none"]
+Tokenizer = Literal["auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "char", "none"]
+# Script of the references → BLEU's tokenizer, and the one that stands in where its package is not installed.
+_OF_SCRIPT = {
+    "Chinese": ("zh", "zh"), "Japanese": ("ja-mecab", "char"), "Korean": ("ko-mecab", "13a"), "spaceless": ("char", "char"),
+    "spaced": ("13a", "13a"),
+}  # fmt: skip
+_NEEDS = {
+    "ja-mecab": "pip install 'sacrebleu[ja]'", "ko-mecab": "pip install 'sacrebleu[ko]'",
+    "flores101": "pip install sentencepiece, and a network for the model's first use",
+    "flores200": "pip install sentencepiece, and a network for the model's first use",
+}  # fmt: skip
 Words = Literal["auto", "latin", "unicode"]
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 declare(higher=("bleu", "chrf", *ROUGE), lower=("ter",))
@@ -43,27 +53,65 @@ def listed(references: References) -> list[list[str]]:
 # --- translation -----------------------------------------------------------------------------
 
 
-def translation(hypotheses: Sequence[str], references: References, tokenize: Tokenizer = "13a") -> Scored:
+class TokenizerChoice(NamedTuple):
+    """BLEU's tokenizer, and in a sentence why it was taken where the user named none."""
+
+    name: str
+    reason: str
+
+
+def choose_tokenizer(references: References, tokenize: Tokenizer = "auto") -> TokenizerChoice:
+    """BLEU's tokenizer by sacrebleu's name. "auto" follows the script of the references: zh, ja-mecab or ko-mecab, single
+    characters for other scripts without spaces, else 13a; without MeCab single characters for Japanese and 13a for Korean.
+
+    Raises ValueError for a name that sacrebleu does not know.
+    """
+    if tokenize not in get_args(Tokenizer):
+        raise unknown("tokenize", tokenize, get_args(Tokenizer))
+    if tokenize != "auto":
+        return TokenizerChoice(tokenize, "")
+    script = script_of(text for several in listed(references) for text in several)
+    best, instead = _OF_SCRIPT[script]
+    because = "the references are " + {"spaced": "written with spaces", "spaceless": "written without spaces"}.get(script, script)
+    if _there(best):
+        return TokenizerChoice(best, because)
+    return TokenizerChoice(instead, f"{because}, and {best} is not installed ({_NEEDS[best]})")
+
+
+@functools.cache
+def _there(tokenize: str) -> bool:
+    """Whether one of sacrebleu's tokenizers can be made here."""
+    try:
+        _metrics(tokenize)
+    except ValueError:
+        return False
+    return True
+
+
+def translation(hypotheses: Sequence[str], references: References, tokenize: Tokenizer = "auto") -> Scored:
     """bleu (Papineni et al. 2002), chrf (chrF2: Popović 2015) and ter (Snover et al. 2006; lower is better) of a corpus.
 
-    They are sacrebleu's (Post 2018), with its signatures. `tokenize` is BLEU's; with one for text without spaces (zh,
-    ja-mecab, char) TER, too, takes each East Asian character for a word.
+    They are sacrebleu's (Post 2018), with its signatures. `tokenize` is BLEU's (`choose_tokenizer`); with one for text
+    without spaces (zh, ja-mecab, char) TER, too, takes each East Asian character for a word.
     """
     check_sizes(hypotheses, references)
-    columns = _columns(listed(references))
+    lists = listed(references)
+    columns = _columns(lists)
     values, signatures = {}, {}
-    for name, metric in _metrics(tokenize).items():
+    for name, metric in _metrics(choose_tokenizer(lists, tokenize).name).items():
         values[name] = float(metric.corpus_score(list(hypotheses), columns).score)
         signatures[name] = str(metric.get_signature())
     return Scored(values, signatures)
 
 
-def weighted_translation(tokenize: Tokenizer = "13a") -> Weighted:
-    """The values of `translation` for resampling: each sentence is tokenised, matched and edited once."""
+def weighted_translation(tokenize: Tokenizer = "auto") -> Weighted:
+    """The values of `translation` for resampling: each sentence is tokenised, matched and edited once. "auto" looks at the
+    references of all texts."""
 
     def prepare(hypotheses: Sequence[str], references: References) -> Callable[[np.ndarray], Scores]:
         check_sizes(hypotheses, references)
-        columns, metrics = _columns(listed(references)), _metrics(tokenize)
+        lists = listed(references)
+        columns, metrics = _columns(lists), _metrics(choose_tokenizer(lists, tokenize).name)
         # sacrebleu's own bootstrap works on these two methods; it shows them in no other way. A test holds us to it.
         rows = {k: np.array(m._extract_corpus_statistics(list(hypotheses), columns), float) for k, m in metrics.items()}
 
@@ -80,15 +128,13 @@ def weighted_translation(tokenize: Tokenizer = "13a") -> Weighted:
 
 
 def _metrics(tokenize: str) -> dict[str, Any]:
-    if tokenize not in get_args(Tokenizer):
-        raise unknown("tokenize", tokenize, get_args(Tokenizer))
     from sacrebleu.metrics import BLEU, CHRF, TER
 
     spaceless = tokenize in ("zh", "ja-mecab", "char")
     try:
         bleu = BLEU(tokenize=tokenize, force=True)  # force: no warning that a text looks tokenised
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"tokenize {tokenize!r} needs a package that is not here: pip install 'sacrebleu[ja]'") from error
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ValueError(f"tokenize {tokenize!r} needs what is not here: {_NEEDS.get(tokenize, error)}") from error
     return {"bleu": bleu, "chrf": CHRF(), "ter": TER(normalized=spaceless, asian_support=spaceless)}
 
 
@@ -110,7 +156,7 @@ def summarisation(summaries: Sequence[str], references: References, words: Words
     `words`: "latin" is ROUGE-1.5.5's, runs of [a-z0-9] with Porter's stemmer for English, and drops every other letter;
     "unicode" takes runs of letters, marks and digits of any script, unstemmed, and single characters of scripts written
     without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese). "auto" is "unicode" where more than half of the
-    references' letters and digits lie outside [a-z0-9]. The signature says which.
+    references' words consist of other letters than [a-z0-9]. The signature says which.
     """
     lists = listed(references)
     check_sizes(summaries, lists)
@@ -152,38 +198,17 @@ def _words(references: list[list[str]], words: str) -> str:
         raise unknown("words", words, get_args(Words))
     if words != "auto":
         return words
-    letters = collections.Counter(char for several in references for text in several for char in text.lower())
-    kept = sum(n for char, n in letters.items() if char.isascii() and char.isalnum())
-    return "unicode" if sum(n for char, n in letters.items() if _kind(char) in ("letter", "single")) > 2 * kept else "latin"
+    found = collections.Counter(
+        2 * sum(char.isascii() for char in word) > len(word)
+        for several in references
+        for text in several
+        for word in words_of(text)
+    )
+    return "unicode" if found[False] > found[True] else "latin"
 
 
 class _Unicode:
     """Words of any script, as rouge-score asks for a tokenizer."""
 
     def tokenize(self, text: str) -> list[str]:
-        tokens: list[str] = []
-        before = "other"
-        for char in unicodedata.normalize("NFC", text.lower()):
-            kind = _kind(char)
-            if kind == "mark" and before != "other":
-                tokens[-1] += char  # belongs to the letter before it
-                continue
-            if kind == "letter" and before == "letter":
-                tokens[-1] += char
-            elif kind in ("letter", "single"):
-                tokens.append(char)
-            before = "other" if kind == "mark" else kind
-        return tokens
-
-
-@functools.lru_cache(maxsize=65536)
-def _kind(char: str) -> Literal["letter", "single", "mark", "other"]:
-    """A letter or digit, one of a script without spaces, a mark on the letter before, or anything else."""
-    category = unicodedata.category(char)[0]
-    if category == "M":
-        return "mark"
-    if category not in "LN":
-        return "other"
-    script = unicodedata.name(char, "").split(" ")[0]
-    spaceless = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
-    return "single" if script in spaceless else "letter"
+        return words_of(text)

@@ -5,9 +5,17 @@ import dataclasses
 import html
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A sentence that compares a model with a baseline, and whether it is better, worse, or cannot be told from it."""
+
+    text: str = ""
+    tone: Literal["better", "worse", "unclear"] = "unclear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Page:
 
     title: str
     summary: Mapping[str, str]
-    verdict: str = ""
+    verdict: Verdict = Verdict()
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Name → the last score of something to compare with, drawn as a horizontal line."""
     commands: Sequence[str] = ()
@@ -102,7 +110,8 @@ table { border-collapse: collapse } td, th { padding: .2rem 1.2rem .2rem 0; text
 td, th { vertical-align: top; max-width: 36rem; overflow-wrap: break-word } th { white-space: nowrap }
 .wide { width: min(96vw, 1500px); position: relative; left: 50%; transform: translateX(-50%); text-align: center }
 pre { background: #f5f6f8; padding: .7rem; overflow-x: auto; white-space: pre-wrap; font-size: .85rem }
-.verdict { background: #eef6ee; border-left: 4px solid #4a9a4a; padding: .6rem 1rem }
+.verdict { background: #f2f3f5; border-left: 4px solid #8a9099; padding: .6rem 1rem }
+.verdict.better { background: #eef6ee; border-color: #4a9a4a } .verdict.worse { background: #fbeeee; border-color: #b84a4a }
 """
 
 
@@ -149,7 +158,7 @@ def _body(page: Page, curves: pathlib.Path, rows: Rows, samples: Rows) -> str:
     evals = [[row["step"], *(_number(row.get(name)) for name in names)] for row in rows if row["kind"] == "eval"]
     shown = [samples[0], samples[-1]] if len(samples) > 1 else samples
     parts = [
-        f'<p class="verdict">{html.escape(page.verdict)}</p>' if page.verdict else "",
+        f'<p class="verdict {page.verdict.tone}">{html.escape(page.verdict.text)}</p>' if page.verdict.text else "",
         table_of(page.summary.items()),
         section("Curves", picture(curves, "Loss, score, learning rate and speed over the steps")),
         section("Held-out evaluation", table_of(evals, ["step", *(name.replace("_", " ") for name in names)])),

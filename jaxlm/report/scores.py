@@ -36,16 +36,19 @@ def write_scores(
     reliability: Sequence[tuple[float, float, float, float, int]] | None = None,
     curve: pathlib.Path | Rows | None = None,
     level: float = 0.95,
+    per_class: Sequence[Sequence[str]] = (),
 ) -> pathlib.Path:
     """Write `scores.html` (self-contained) and the pictures that it shows into the folder; gives the page's path.
 
     scores: name → (value, low, high), the bounds those of an interval of this `level`, nan where there is none.
     confusion: the labels, and counts_CC with a row for each actual class. errors: the worst ones, as rows of the same
     keys (such as text, expected, predicted, confidence). reliability: bins of (low, high, mean confidence, accuracy,
-    number). curve: a PNG, or rows of `metrics.jsonl` to draw `curve.png` from.
+    number). per_class: rows of (class, precision, recall, F1, support). curve: a PNG, or rows of `metrics.jsonl` to draw
+    `curve.png` from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = [table_of(summary.items()), section("Scores", _scores(scores, level))]
+    parts.append(section("Scores of each class", table_of(per_class, ["", "precision", "recall", "f1", "support"])))
     if confusion is not None:
         labels, counts_CC = [_flat(str(label)) for label in confusion[0]], np.asarray(confusion[1])
         assert counts_CC.shape == (len(labels), len(labels)), f"{counts_CC.shape} counts for {len(labels)} labels"

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm import metrics
+from jaxlm.config import unknown
 from jaxlm.data import Tokenizer, with_prefix_space
 from jaxlm.tasks.task import (
     ONE,
@@ -61,6 +62,29 @@ class Classification(_OfTexts):
         if self.config.class_weights == "balanced":
             self.class_weights = balanced(label_ids(names, self.labels, None), len(self.labels))
 
+    @property
+    def positive(self) -> str | None:
+        """The positive class of two."""
+        if len(self.labels) != 2:
+            return None
+        if self.config.positive is not None:
+            if self.config.positive not in self.labels:
+                raise unknown("positive class", self.config.positive, self.labels)
+            return self.config.positive
+        named = [label for label in self.labels if label.strip().casefold() in ("positive", "pos", "yes", "true", "1")]
+        return named[0] if len(named) == 1 else self.labels[1]
+
+    def title(self, score: str) -> str:
+        of_one = self.positive is not None and score in ("precision", "recall", "f1", "auroc", "auprc")
+        return f"{score} ({self.positive})" if of_one else score
+
+    def notes(self, rows: Sequence[Row]) -> dict[str, str]:
+        return {} if self.positive is None else {"positive class": f"{self.positive} (task.positive names another)"}
+
+    def report(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, metrics.PerClass]:
+        each = metrics.class_scores([p["label"] for p in predictions], [str(row["label"]) for row in rows], self.labels)
+        return each | metrics.averages(each)
+
     def _targets(self, rows: Sequence[Row], where: Sequence[str] | None) -> Sequence[Any]:
         if any("label" not in row for row in rows):
             return [np.int32(0)] * len(rows)
@@ -90,7 +114,7 @@ class Classification(_OfTexts):
             _, actual, probabilities = columns(predictions, rows)
             return probabilities, label_ids(actual, self.labels, None)
 
-        scores = of_columns(metrics.weighted_classification(self.labels), columns)
+        scores = of_columns(metrics.weighted_classification(self.labels, self.positive), columns)
         return together(scores, of_columns(metrics.weighted_calibration(), calibrated))
 
     def confusion(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Sequence[str], np.ndarray] | None:
@@ -154,6 +178,12 @@ class Multilabel(_OfTexts):
             return np.array(probabilities), np.array([self._vector(row) for row in rows])
 
         return of_columns(metrics.weighted_multilabel(self.config.threshold), columns)
+
+    def report(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, metrics.PerClass]:
+        probabilities = [[p["probabilities"][name] for name in self.labels] for p in predictions]
+        truths = [self._vector(row) for row in rows]
+        each = metrics.multilabel_scores(probabilities, truths, self.labels, self.config.threshold)
+        return each | metrics.averages(each)
 
     def show(self, row: Row, prediction: Prediction) -> str:
         chosen = [f"{name} {prediction['probabilities'][name]:.3f}" for name in prediction["labels"]]
@@ -263,6 +293,15 @@ class Tagging(Task):
             return {"accuracy": float(np.mean([a == b for a, b in pairs]))}
 
         return right
+
+    def report(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, metrics.PerClass]:
+        """Of spans by their type, else of words by their tag."""
+        guesses, truths = [p["tags"] for p in predictions], [list(row["tags"]) for row in rows]
+        if self.spans:
+            each = metrics.span_scores(guesses, truths)
+        else:
+            each = metrics.class_scores([t for tags in guesses for t in tags], [t for tags in truths for t in tags], self.labels)
+        return each | metrics.averages(each) if each else {}
 
     def show(self, row: Row, prediction: Prediction) -> str:
         return " ".join(

@@ -33,13 +33,20 @@ def write_predictions(
     ]
     confident = _confident(task, rows, predictions)
     temperature = {} if confident is None else _temperature(*confident, found["ece"].value)
+    notes = task.notes(rows)
+    per_class = [
+        (name, *(f"{x:.4f}" for x in each[:3]), f"{each.support:,}") for name, each in task.report(rows, predictions).items()
+    ]
     write_scores(
         folder, title,
-        {"rows": f"{len(rows):,}", "task": task.config.kind, **{f"{k} signature": v for k, v in signatures.items()}, **temperature},
-        {name: (x.value, x.low, x.high) for name, x in found.items()},
-        task.confusion(rows, predictions), errors, None if confident is None else reliability(*confident),
+        {
+            "rows": f"{len(rows):,}", "task": task.config.kind, **notes,
+            **{f"{k} signature": v for k, v in signatures.items()}, **temperature,
+        },
+        {task.title(name): (x.value, x.low, x.high) for name, x in found.items()},
+        task.confusion(rows, predictions), errors, None if confident is None else reliability(*confident), per_class=per_class,
     )  # fmt: skip
-    return {name: f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})" for name, x in found.items()} | temperature
+    return {task.title(name): f"{x.value:.4f} ({x.low:.4f} to {x.high:.4f})" for name, x in found.items()} | notes | temperature
 
 
 def text_of(task: Task, row: Row) -> str:
@@ -78,5 +85,10 @@ def _confident(task: Task, rows: Sequence[Row], predictions: Sequence[Prediction
 
 
 def _temperature(probabilities: Any, labels: Any, ece: float) -> dict[str, str]:
-    fitted, left = scaled(probabilities, labels)
-    return {"temperature": f"{fitted:.3g} calibrates these rows: ece {ece:.4f} becomes {left:.4f}, each half scaled by the other's"}
+    fitted = scaled(probabilities, labels)
+    if not fitted.helps:
+        return {"temperature": f"none helps: each half scaled by the other's temperature, ece {ece:.4f} becomes {fitted.ece:.4f}"}
+    return {
+        "temperature": f"{fitted.temperature:.3g} calibrates these rows: ece {ece:.4f} becomes {fitted.ece:.4f}, each half "
+        "scaled by the other's"
+    }

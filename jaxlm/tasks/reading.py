@@ -1,7 +1,7 @@
 """Reading: a span of a context that answers a question, and one of some choices."""
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -88,8 +88,18 @@ class ExtractiveQa(Task):
 
         return of_columns(metrics.weighted_squad(), columns)
 
+    def notes(self, rows: Sequence[Row]) -> dict[str, str]:
+        return answer_notes(texts_of(row["answers"]) for row in rows)
+
     def show(self, row: Row, prediction: Prediction) -> str:
         return f"{prediction['answer']!r} (score {prediction['score']:.2f}, no answer {prediction['no_answer']:+.2f})"
+
+
+def answer_notes(answers: Iterable[Sequence[str]]) -> dict[str, str]:
+    """How answers are compared, where that is not by SQuAD's rules."""
+    if metrics.choose_words(answers) != "characters":
+        return {}
+    return {"answers": "of a script without spaces: compared by characters, as CMRC 2018 does"}
 
 
 def texts_of(answers: Any) -> list[str]:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxlm.config import unknown
 from jaxlm.data import CorruptConfig, Example, Table, TextEncoder, Tokenizer
 from jaxlm.generate import NO_RULES, DecodeConfig, LogitsRules
-from jaxlm.metrics import Weighted
+from jaxlm.metrics import PerClass, Weighted
+from jaxlm.metrics.texts import Tokenizer as BleuTokenizer
 from jaxlm.train import Objective
 
 PRETRAINING = ("causal", "masked", "replaced", "span", "mixture", "prefix", "denoising")
@@ -61,6 +62,12 @@ class TaskConfig:
     scores: Literal["auto", "translation", "summarisation", "answers"] = "auto"
     """What text_to_text is scored with: BLEU, chrF and TER; ROUGE; exact match and F1. auto: answers where rows have
     them, else translation."""
+    tokenize: BleuTokenizer = "auto"
+    """How BLEU cuts texts into words, by sacrebleu's name. auto: zh, ja-mecab or ko-mecab by the script of the references,
+    char for others without spaces, else 13a."""
+    positive: str | None = None
+    """The positive class of two, which precision, recall, F1, AUROC and AUPRC are of; empty: the one called positive, pos,
+    yes, true or 1, else the second."""
     chat_template: str | None = None
     """Jinja template of a conversation; empty: the tokenizer's own, or a plain one."""
     packed: bool = True
@@ -91,6 +98,10 @@ class TaskConfig:
             raise ValueError(f"class_weights {self.class_weights} is for classification and multilabel, not for {self.kind}")
         if self.label_smoothing and self.kind not in (*PRETRAINING, "classification", "tagging", "text_to_text", "chat"):
             raise ValueError(f"label_smoothing {self.label_smoothing:g} is for classes and tokens, not for {self.kind}")
+        if self.tokenize != "auto" and self.kind != "text_to_text":
+            raise ValueError(f"tokenize {self.tokenize} is for the BLEU of text_to_text, not for {self.kind}")
+        if self.positive is not None and self.kind != "classification":
+            raise ValueError(f"positive {self.positive!r} is for classification, not for {self.kind}")
         doubled = [label for label in self.labels if self.labels.count(label) > 1]
         if doubled:
             raise ValueError(f"labels names {doubled[0]!r} twice")
@@ -222,6 +233,18 @@ class Task:
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
         """How scores were computed, for others to repeat, where a score has a signature."""
+        return {}
+
+    def title(self, score: str) -> str:
+        """The name of a score for a person."""
+        return score
+
+    def notes(self, rows: Sequence[Row]) -> dict[str, str]:
+        """What a reader of the scores has to know, by a name for it."""
+        return {}
+
+    def report(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> dict[str, PerClass]:
+        """Scores of each class (or type of span), and their means, where the task has classes."""
         return {}
 
     def confusion(self, rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[Sequence[str], np.ndarray] | None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxlm import metrics
 from jaxlm.config import unknown
 from jaxlm.data import Chat, Example, TextEncoder, Tokenizer, check_messages, pack_chats
-from jaxlm.tasks.reading import texts_of
+from jaxlm.tasks.reading import answer_notes, texts_of
 from jaxlm.tasks.task import Examples, Prediction, Row, Task, TaskConfig, of_columns
 from jaxlm.train import Objective, objectives
 
@@ -132,7 +132,7 @@ class TextToText(_Written):
     def statistic(self) -> Callable[..., dict[str, float]]:
         scores = {
             "answers": metrics.weighted_squad(), "summarisation": metrics.weighted_summarisation(),
-            "translation": metrics.weighted_translation(),
+            "translation": metrics.weighted_translation(self.config.tokenize),
         }[self._kind]  # fmt: skip
         return of_columns(scores, lambda predictions, rows: ([p["text"] for p in predictions], self._references(rows)))
 
@@ -142,10 +142,20 @@ class TextToText(_Written):
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
         if self.answers:
             return {}
-        of = metrics.summarisation if self._kind == "summarisation" else metrics.translation
         references = self._references(rows)
-        texts = [each if isinstance(each, str) else each[0] for each in references]
-        return of(texts, references).signatures
+        texts = [each if isinstance(each, str) else each[0] for each in references]  # a signature does not depend on them
+        if self._kind == "summarisation":
+            return metrics.summarisation(texts, references).signatures
+        return metrics.translation(texts, references, self.config.tokenize).signatures
+
+    def notes(self, rows: Sequence[Row]) -> dict[str, str]:
+        references = self._references(rows)
+        if self.answers:
+            return answer_notes(references)
+        if self._kind == "summarisation":
+            return {}
+        name, reason = metrics.choose_tokenizer(references, self.config.tokenize)
+        return {"BLEU's tokenizer": f"{name}: {reason} (task.tokenize names another)" if reason else name}
 
 
 class ChatTask(_Written):

@@ -204,6 +204,10 @@ class EvaluateOptions(LoadOptions):
     out: str | None = None
     """Folder for scores.json and the predictions; empty: evaluation/ in the run's folder, or ./evaluation (of a suite a folder
     in it)."""
+    tokenize: str | None = None
+    """How BLEU cuts texts into words, by sacrebleu's name (zh, 13a, …); empty: as in training, else by the references' script."""
+    positive: str | None = None
+    """The positive class of two, for precision, recall and F1; empty: as in training, else the one called so, else the second."""
     against: str | None = None
     """Another model's predictions.jsonl for the same rows, to be compared with by a paired test."""
     length: int | None = None
@@ -233,6 +237,9 @@ def evaluate(words: Sequence[str]) -> int:
 
     trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length)
+    scoring = {name: value for name in ("tokenize", "positive") if (value := getattr(options, name)) is not None}
+    if scoring:
+        task.config = configs.build(type(task.config), {**configs.to_dict(task.config), **scoring})
     _tell_settings(trained, task)
     held = usable(task, _held_out(trained.run, task, options, row_flags))
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
@@ -281,6 +288,8 @@ def _is_suite(options: EvaluateOptions, row_flags: Mapping[str, configs.Text]) -
         raise ValueError(f"task {options.task} needs --data FILE: rows in the harness's format")
     if options.against or row_flags:
         raise ValueError(f"against, header and columns are not for task {options.task}, whose rows have one format")
+    if options.tokenize or options.positive:
+        raise ValueError(f"tokenize and positive are not for task {options.task}, whose scores are the harness's")
     return True
 
 

@@ -128,3 +128,93 @@ def test_mistakes(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert str(error.value) == message
+
+
+# --- languages written without spaces ---------------------------------------------------------
+
+
+def cmrc(prediction, answers):
+    """(EM, F1) by the published definition of CMRC 2018 (Cui et al. 2019, section 3.3), the long way: every run of characters
+    of one text is looked for in the other."""
+    marks = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"
+
+    def cut(text):
+        return [char for char in text.lower().strip() if char not in marks]
+
+    exact, best = 0.0, 0.0
+    for answer in answers:
+        guess, truth = cut(prediction), cut(answer)
+        exact = max(exact, float(guess == truth))
+        runs = [guess[i:j] for i in range(len(guess)) for j in range(i + 1, len(guess) + 1)]
+        shared = max((len(run) for run in runs if any(truth[k : k + len(run)] == run for k in range(len(truth)))), default=0)
+        if shared:
+            precision, recall = shared / len(guess), shared / len(truth)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return exact, best
+
+
+def test_chinese_answers_are_scored_as_cmrc_2018_scores_them():
+    rng = random.Random(0)
+    for _ in range(300):
+        answers = ["".join(rng.choices("我你他。，·《》", k=rng.randint(1, 8))) + "人" for _ in range(rng.randint(1, 3))]
+        prediction = "".join(rng.choices("我你他人。，·「", k=rng.randint(0, 9)))
+        exact, f1 = cmrc(prediction, answers)
+        found = squad([prediction], [answers])
+        assert found == pytest.approx({"exact": 100 * exact, "f1": 100 * f1}), (prediction, answers)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "f1"),
+    [
+        ("《红楼梦》", "红楼梦。", 1.0),
+        ("美国国家橄榄球联盟NFL", "国家橄榄球联盟", 2 * 7 / (10 + 7)),  # NFL is one word
+        ("北京的故宫", "故宫北京", 2 * 2 / (5 + 4)),  # a run, and no bag: 北京 or 故宫
+        ("2018年3.5万人", "2018年", 2 * 2 / (5 + 2)),  # a number is one word
+        ("ラーメンが好き", "ラーメン", 2 * 4 / (7 + 4)),
+        ("กรุงเทพ", "กรุง", 2 * 3 / (6 + 3)),  # a vowel sign belongs to its letter
+    ],
+)
+def test_characters_stand_for_words(prediction, answer, f1):
+    assert squad([prediction], [[answer]])["f1"] == pytest.approx(100 * f1)
+
+
+def test_what_decides_between_words_and_characters():
+    assert squad(["Denver team"], [["Denver"]])["f1"] == pytest.approx(200 / 3)
+    assert squad(["丹佛队"], [["丹佛"]])["f1"] == pytest.approx(80)
+    assert squad(["丹佛队"], [["丹佛"]], words="spaces")["f1"] == 0
+    # A question is scored as most of the answers are written.
+    mixed = squad(["the NFL", "丹佛"], [["NFL"], ["丹佛野马队"]])
+    assert mixed["f1"] == pytest.approx(50 * (2 / 3 + 4 / 7))
+    with pytest.raises(ValueError, match="unknown words 'letters'"):
+        squad(["a"], [["a"]], words="letters")
+
+
+def test_characters_in_resamples_and_without_answers():
+    case = (["我爱猫", "", "狗"] * 9, [["爱猫"], [], ["我的狗"]] * 9, [0.1, 0.9, 0.4] * 9)
+    quick, slow = bootstrap(weighted_squad(), *case, n=20), bootstrap(squad, *case, n=20)
+    assert quick.keys() == slow.keys()
+    for name, interval in quick.items():
+        assert interval == pytest.approx(slow[name]), name
+    assert squad(*case)["unanswerable_f1"] == 100
+
+
+@pytest.mark.realdata
+def test_answers_of_xquad_in_chinese_score_themselves(data):
+    import json
+
+    file = data / "qa-xquad-en-zh" / "xquad.zh.json"
+    answers = [
+        [answer["text"] for answer in question["answers"]]
+        for article in json.loads(file.read_text(encoding="utf8"))["data"]
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+    whole = [each[0] for each in answers]
+    assert squad(whole, answers) == {"exact": 100, "f1": 100}
+    cut = [text[:-1] for text in whole]  # one character too few costs little; by spaces it would cost all
+    by_characters, by_spaces = squad(cut, answers)["f1"], squad(cut, answers, words="spaces")["f1"]
+    assert by_characters > 60 > 40 > by_spaces
+    for text, each in zip(cut, answers, strict=True):
+        if not any(char.isascii() for char in text + each[0]):
+            expected = cmrc(text, each)
+            assert squad([text], [each], words="characters") == pytest.approx({"exact": 100 * expected[0], "f1": 100 * expected[1]})

@@ -84,7 +84,8 @@ def test_a_set_without_a_best_temperature():
 def test_each_half_is_scaled_by_the_others_temperature():
     logits, labels = logits_and_labels(5, 3.0)
     sure = softmax(logits)
-    found, ece = scaled(sure, labels)
+    found, ece, helps = scaled(sure, labels)
+    assert helps
     assert found == pytest.approx(fit_temperature(logits, labels), rel=1e-6)
     even, odd = np.arange(len(labels)) % 2 == 0, np.arange(len(labels)) % 2 == 1
     by_hand = softmax(logits, 1.0)
@@ -93,7 +94,31 @@ def test_each_half_is_scaled_by_the_others_temperature():
     assert ece == pytest.approx(calibration(by_hand, labels)["ece"], rel=1e-6)
     assert ece < calibration(sure, labels)["ece"] / 3
     assert scaled([[1.0, 0.0], [0.5, 0.5]], [1, 0])[0] == 100.0, "a class of probability 0 was right"
-    assert scaled([[0.75, 0.25]], [0]) == (0.01, 0.0), "one row is its own other half"
+    assert scaled([[0.75, 0.25]], [0]) == (0.01, 0.0, False), "one row is its own other half, and proves nothing"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_temperature_helps_only_where_the_other_half_gets_better(seed):
+    """Of few rows of a calibrated model a fit to one half tells little about the other; where that one gets worse, by ece or
+    nll, it is not said to help."""
+    rng = np.random.default_rng(seed)
+    table = softmax(rng.normal(size=(30, 2)))
+    labels = (rng.random(30) < table[:, 1]).astype(int)
+    halves = np.arange(30) % 2 == 0, np.arange(30) % 2 == 1
+    logits, by_hand = np.log(table), table.copy()
+    for half, other in (halves, halves[::-1]):
+        by_hand[half] = softmax(logits[half], fit_temperature(logits[other], labels[other]))
+    before, after = calibration(table, labels), calibration(by_hand, labels)
+    assert scaled(table, labels).helps == (after["ece"] < before["ece"] and after["nll"] <= before["nll"])
+    if seed == 0:
+        assert not all(_helps_by_seed()), "some of such halves get worse"
+
+
+def _helps_by_seed():
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        table = softmax(rng.normal(size=(30, 2)))
+        yield scaled(table, (rng.random(30) < table[:, 1]).astype(int)).helps
 
 
 @pytest.mark.parity

@@ -14,6 +14,7 @@ from sacrebleu.significance import PairedTest
 from jaxlm.metrics import (
     approximate_randomisation,
     bootstrap,
+    choose_tokenizer,
     paired,
     summarisation,
     translation,
@@ -96,8 +97,50 @@ def test_japanese_is_cut_into_words_by_mecab():
 def test_a_missing_tokenizer_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "MeCab", None)
     monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
-    with pytest.raises(ValueError, match=r"^tokenize 'ja-mecab' needs a package that is not here: pip install 'sacrebleu\[ja\]'$"):
+    with pytest.raises(ValueError, match=r"^tokenize 'ja-mecab' needs what is not here: pip install 'sacrebleu\[ja\]'$"):
         translation(["猫"], ["猫"], "ja-mecab")
+
+
+REFERENCES_BY_SCRIPT = {
+    "zh": ["昨天天气很好，我们去公园玩了一天。", "他在 Microsoft 工作了三年。"],
+    "13a": ["Yesterday the weather was fine.", "Das Wetter war gestern schön, sagte 王."],
+    "ja-mecab": ["昨日は天気が良かったので、公園に行きました。", "コンピュータを買った。"],
+    "ko-mecab": ["어제 날씨가 좋아서 공원에 갔습니다.", "그는 3년 동안 일했다."],
+    "char": ["เมื่อวานอากาศดีมาก", "ເຂົາເຮັດວຽກ"],
+}
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("expected", REFERENCES_BY_SCRIPT)
+def test_the_tokenizer_follows_the_references_script(expected, there, monkeypatch):
+    monkeypatch.setattr("jaxlm.metrics.texts._there", lambda name: there or name in ("zh", "char", "13a"))
+    instead = {"ja-mecab": "char", "ko-mecab": "13a"}.get(expected, expected)
+    chosen = choose_tokenizer([[text, text] for text in REFERENCES_BY_SCRIPT[expected]])
+    assert chosen.name == (expected if there else instead)
+    assert ("is not installed (pip install" in chosen.reason) == (chosen.name != expected)
+
+
+@pytest.mark.parametrize("tokenize", ["zh", "13a", "char"])
+def test_detected_scores_are_sacrebleus_and_so_are_those_of_resamples(tokenize):
+    references = REFERENCES_BY_SCRIPT[tokenize] * 4
+    texts = [text[: 2 * len(text) // 3] + text[: len(text) // 4] for text in references]
+    found = translation(texts, references)
+    bleu = BLEU(tokenize=tokenize)
+    assert found.values["bleu"] == bleu.corpus_score(texts, [references]).score > 20
+    assert found.signatures["bleu"] == str(bleu.get_signature()) and f"|tok:{tokenize}|" in found.signatures["bleu"]
+    quick = bootstrap(weighted_translation(), texts, references, n=20)
+    slow = bootstrap(lambda *arrays: translation(*arrays).values, texts, references, n=20)
+    for name, interval in quick.items():
+        assert interval == pytest.approx(slow[name]), name
+
+
+def test_a_named_tokenizer_is_taken_whatever_the_script():
+    assert choose_tokenizer(["天气很好"], "13a") == ("13a", "")
+    assert (
+        translation(["天气很好"], ["天气不好"], "13a").values["bleu"]
+        == 0
+        < translation(["天气很好了"], ["天气很好吗"]).values["bleu"]
+    )
 
 
 # --- summaries -------------------------------------------------------------------------------
@@ -162,7 +205,8 @@ def test_rouge_155_published_scores(data):
         (lambda: translation(["a", "b"], [["a"], []]), "text 1 has no reference"),
         (
             lambda: translation(["a"], ["a"], "13b"),
-            "unknown tokenize '13b': did you mean '13a'? allowed: 13a, zh, ja-mecab, char, intl, none",
+            "unknown tokenize '13b': did you mean '13a'? allowed: auto, 13a, intl, zh, ja-mecab, ko-mecab, flores101, "
+            "flores200, char, none",
         ),
         (lambda: summarisation(["a"], ["a"], words="greek"), "unknown words 'greek': allowed: auto, latin, unicode"),
     ],
