@@ -52,6 +52,7 @@ ROOMS = {
         "roles",
         "rows",
         "corpus",
+        "documents",
         "cache",
         "packing",
         "vocabulary",

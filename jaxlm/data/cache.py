@@ -1,12 +1,14 @@
 """A cache folder: documents → a tokenised corpus on disk, split into train and held-out, built once.
 
 It is built in steps, each finished by a rename, so that a cut-off build goes on where it stopped:
-read (`text.bin`), split, train the tokenizer on the train part alone, tokenise in shards, join, and
-last of all `meta.json`. A folder with a `meta.json` is complete and never written again.
+read (`text.bin`), mark duplicates, split, train the tokenizer on the train part alone, tokenise in shards, join, and
+last of all `meta.json`. What grows with the number of documents stays on disk: 57 bytes of each besides its text and tokens.
+A folder with a `meta.json` is complete and never written again.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -23,12 +25,13 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import diff
-from jaxlm.data.corpus import Corpora, Corpus, DataConfig, HoldoutConfig, digest, encode, groups, token_dtype
+from jaxlm.data.corpus import SPANS, Corpora, Corpus, DataConfig, HoldoutConfig, bytes_of, encode, groups, token_dtype
+from jaxlm.data.documents import RECORD, mark_first, split, write_records
 from jaxlm.data.sources import SourceConfig, describe, documents
 from jaxlm.data.tokenizer import Tokenizer, expand, load_tokenizer, train_tokenizer
 from jaxlm.report import bar, say
 
-FORMAT = 1  # of the folder: raise it when the files change their meaning
+FORMAT = 2  # of the folder: raise it when the files change their meaning
 SHARD_BYTES = 64 * 2**20  # text in one shard of tokens: what a cut-off build loses at most
 TRAINING_BYTES = 2**30  # text that a tokenizer is trained on at most: documents evenly spread over the train part
 STREAM_HEAD = 10_000  # documents read ahead from a stream, to hold some out and to train the tokenizer
@@ -99,7 +102,7 @@ def build_corpora(config: DataConfig) -> Corpora:
 
 def _open(folder: pathlib.Path, part: str) -> Corpus:
     arrays = [np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("tokens", "offsets", "spans")]
-    return Corpus(arrays[0], arrays[1], np.memmap(folder / "text.bin", np.uint8, "r"), arrays[2])
+    return Corpus(arrays[0], arrays[1], np.memmap(folder / "text.bin", np.uint8, "r"), arrays[2], folder / part)
 
 
 def _build(folder: pathlib.Path, config: DataConfig, held: dict[str, Any]) -> None:
@@ -114,9 +117,10 @@ def _build(folder: pathlib.Path, config: DataConfig, held: dict[str, Any]) -> No
     parts = []  # (folder of the source, train or heldout, its text, its spans)
     duplicates = []
     for place, source in zip(places, config.sources, strict=True):
-        text, found = _spool(place, source)
-        duplicates.append(int(found["duplicates"]))
-        train_spans, held_spans = _split(text, found, config.holdout, source)
+        text, records = _spool(place, source)
+        first = _distinct(place, records)
+        duplicates.append(len(records) - int(np.count_nonzero(first)))
+        train_spans, held_spans = _split(place, text, records, first, config.holdout, source)
         parts += [(place, "train", text, train_spans), (place, "heldout", text, held_spans)]
 
     if not (folder / "tokenizer").exists():
@@ -149,88 +153,65 @@ def _build(folder: pathlib.Path, config: DataConfig, held: dict[str, Any]) -> No
 # --- the steps --------------------------------------------------------------------------------
 
 
-def _spool(place: pathlib.Path, source: SourceConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Read a source once into `text.bin`, duplicates dropped; and what the split needs to know of each document."""
-    index = place / "documents.npz"
+def _spool(place: pathlib.Path, source: SourceConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Read a source once into `text.bin`; returns its bytes and the records of its documents, duplicates included."""
+    index = place / "documents.bin"
     if not index.exists():
         place.mkdir(exist_ok=True)
         read = itertools.islice(documents(source), STREAM_HEAD if source.streaming else None)
-        seen: set[bytes] = set()
-        ends, characters, scores, duplicates = [0], [], [], 0
-        with _finished(place / "text.bin") as unfinished, unfinished.open("wb") as out:
-            for text in filter(None, read):
-                raw = text.encode("utf8", "replace")
-                mark = digest(raw)
-                if mark in seen:
-                    duplicates += 1
-                    continue
-                seen.add(mark)
-                out.write(raw)
-                ends.append(ends[-1] + len(raw))
-                characters.append(len(text))
-                scores.append(int.from_bytes(mark[:8]))
-        if not scores:
-            raise ValueError(f"source {source.path or source.kind!r} gives no text")
-        with _finished(index) as unfinished, unfinished.open("wb") as out:
-            np.savez(
-                out,
-                ends=np.array(ends, np.int64),
-                characters=np.array(characters, np.int64),
-                scores=np.array(scores, np.uint64),
-                duplicates=np.array(duplicates),
-            )
-    with np.load(index) as found:
-        return np.memmap(place / "text.bin", np.uint8, "r"), dict(found)
+        with _finished(index) as records, _finished(place / "text.bin") as text:
+            if not write_records(read, text, records):
+                raise ValueError(f"source {source.path or source.kind!r} gives no text")
+    return np.memmap(place / "text.bin", np.uint8, "r"), np.memmap(index, RECORD, "r")
+
+
+def _distinct(place: pathlib.Path, records: np.ndarray) -> np.ndarray:
+    """Which documents are the first with their text, (N,) bool."""
+    file = place / "first.npy"
+    if not file.exists():
+        with _finished(file) as unfinished:
+            first = np.lib.format.open_memmap(unfinished, "w+", np.bool_, (len(records),))
+            mark_first(records["hash"], first, place / "partitions")
+            first.flush()
+    return np.load(file, mmap_mode="r")
 
 
 def _split(
-    text: np.ndarray, found: dict[str, np.ndarray], holdout: HoldoutConfig, source: SourceConfig
+    place: pathlib.Path, text: np.ndarray, records: np.ndarray, first: np.ndarray, holdout: HoldoutConfig, source: SourceConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """The spans of text to train on and to hold out, each int64 (n, 2)."""
-    ends, scores = found["ends"], found["scores"]
-    spans = np.stack([ends[:-1], ends[1:]], axis=1)
-    name = source.path or source.kind
-    if holdout.by == "tail":
-        if source.streaming:
-            raise ValueError(f"holdout by 'tail' cannot work with streaming source {name!r}, which has no end: use 'document'")
-        past = np.cumsum(found["characters"])
-        cut = int(past[-1] * (1 - holdout.fraction))
-        d = int(np.searchsorted(past, cut, side="right"))  # the document that holds the cut
-        start, stop = spans[d]
-        inside = cut - int(past[d] - found["characters"][d])
-        middle = start + len(text[start:stop].tobytes().decode()[:inside].encode())
-        train = np.concatenate([spans[:d], [[start, middle]] if inside else spans[:0]])
-        held = np.concatenate([[[middle, stop]], spans[d + 1 :]])
-    else:
-        if len(spans) < 2:
-            raise ValueError(f"source {name!r} has one document, none to hold out: use holdout by 'tail'")
-        if source.streaming:  # the first ones: what comes later in a stream is not known yet
-            chosen = np.arange(len(spans)) < min(math.ceil(holdout.fraction * len(spans)), len(spans) - 1)
-        else:
-            chosen = scores < np.uint64(int(holdout.fraction * 2**64))
-            chosen[scores.argmin()], chosen[scores.argmax()] = True, False  # at least one each, whatever the order
-        train, held = spans[~chosen], spans[chosen]
-    if not len(train):
-        raise ValueError(f"source {name!r} has too little text to hold out {holdout.fraction} of it")
-    return train, held
+    files = [place / f"{part}.spans.npy" for part in ("train", "heldout")]
+    if not files[1].exists():
+        with _finished(files[1]) as held, _finished(files[0]) as train:
+
+            def spans(file: pathlib.Path, n: int) -> np.ndarray:
+                return np.lib.format.open_memmap(file, "w+", np.int64, (n, 2))
+
+            name = str(source.path or source.kind)
+            split(
+                text, records, first, holdout, name, source.streaming, functools.partial(spans, train),
+                functools.partial(spans, held),
+            )  # fmt: skip
+    return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")
 
 
 def _sample(parts: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[str]:
     """Texts to train a tokenizer on: all, or every k-th document where that would be too much."""
-    size = sum(int((spans[:, 1] - spans[:, 0]).sum()) for _, spans in parts)
+    each = math.ceil(sum(bytes_of(spans) for _, spans in parts) / TRAINING_BYTES)
     for text, spans in parts:
-        for start, stop in spans[:: math.ceil(size / TRAINING_BYTES)]:
-            yield text[start:stop].tobytes().decode()
+        for first in range(0, len(spans), SPANS * each):
+            for start, stop in spans[first : first + SPANS * each : each].tolist():
+                yield text[start:stop].tobytes().decode()
 
 
 def _tokenise(
     place: pathlib.Path, part: str, text: np.ndarray, spans: np.ndarray, tokenizer: Tokenizer, advance: Callable[[int], None]
 ) -> int:
-    """Write `part`'s tokens, offsets and spans, shard by shard; returns how many tokens were made just now."""
+    """Write `part`'s tokens and offsets, shard by shard; returns how many tokens were made just now."""
     if (place / f"{part}.tokens.npy").exists():
         advance(len(spans))
         return 0
-    fresh, shards, lengths = 0, [], []
+    fresh, shards = 0, []
     for first, last in groups(spans, SHARD_BYTES):
         shard = place / f"{part}-{first}-{last}.npz"
         shards.append(shard)
@@ -241,20 +222,23 @@ def _tokenise(
             with _finished(shard) as unfinished, unfinished.open("wb") as out:
                 np.savez(out, tokens=made, lengths=counts)
             fresh += len(made)
-        with np.load(shard) as kept:
-            lengths.append(kept["lengths"])
 
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
-    for name, array in (("offsets", offsets), ("spans", spans)):
-        with _finished(place / f"{part}.{name}.npy") as unfinished, unfinished.open("wb") as out:
-            np.save(out, array)
+    with _finished(place / f"{part}.offsets.npy") as unfinished:
+        offsets = np.lib.format.open_memmap(unfinished, "w+", np.int64, (len(spans) + 1,))
+        offsets[0] = filled = 0
+        for shard in shards:
+            with np.load(shard) as kept:
+                lengths = kept["lengths"]
+            offsets[filled + 1 : filled + 1 + len(lengths)] = offsets[filled] + np.cumsum(lengths)
+            filled += len(lengths)
+        offsets.flush()
     with _finished(place / f"{part}.tokens.npy") as unfinished:
         tokens = np.lib.format.open_memmap(unfinished, "w+", token_dtype(tokenizer), (int(offsets[-1]),))
         filled = 0
         for shard in shards:
             with np.load(shard) as kept:
                 tokens[filled : filled + len(kept["tokens"])] = kept["tokens"]
-                filled += int(kept["lengths"].sum())
+                filled += len(kept["tokens"])
         tokens.flush()
     for shard in shards:
         shard.unlink()

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import lzma
 import math
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -15,6 +16,7 @@ from jaxlm.data.rows import RowsConfig
 from jaxlm.data.sources import SourceConfig
 from jaxlm.data.tokenizer import Tokenizer, TokenizerConfig
 
+SPANS = 1 << 20  # documents whose spans are looked at together: those of a large corpus stay on disk
 BATCH_BYTES = 4 * 2**20  # text given to the tokenizer at once: enough to keep its threads busy
 
 
@@ -94,6 +96,8 @@ class Corpus:
     """UTF-8 bytes that the documents' texts lie in, uint8."""
     spans: np.ndarray
     """Document d's text is `text[spans[d, 0]:spans[d, 1]]`; int64, (n_docs, 2)."""
+    place: pathlib.Path | None = None
+    """Where it lies on disk: the beginning of its files' names, also of those that are derived from it."""
 
     @property
     def n_docs(self) -> int:
@@ -102,11 +106,17 @@ class Corpus:
     @functools.cached_property
     def bytes(self) -> int:
         """UTF-8 bytes of all the texts; end-of-text tokens stand for none."""
-        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+        return bytes_of(self.spans)
 
     def texts(self) -> Iterator[str]:
         """The text of each document, exactly as it was read."""
         return (self.text[start:stop].tobytes().decode() for start, stop in self.spans)
+
+
+def bytes_of(spans: np.ndarray) -> int:
+    """Bytes of text in all spans (n, 2)."""
+    parts = (np.asarray(spans[start : start + SPANS]) for start in range(0, len(spans), SPANS))
+    return sum(int((part[:, 1] - part[:, 0]).sum()) for part in parts)
 
 
 def in_memory(texts: Iterable[str], tokenizer: Tokenizer) -> Corpus:
@@ -200,10 +210,18 @@ def encode(
 
 def groups(spans: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
     """Ranges of documents that begin within the same `size` bytes of text."""
-    lengths = spans[:, 1] - spans[:, 0]
-    bins = (np.cumsum(lengths) - lengths) // size
-    edges = [0, *(np.flatnonzero(np.diff(bins)) + 1).tolist(), len(spans)]
-    return itertools.pairwise(edges)
+    first, before, total = 0, 0, 0
+    for start in range(0, len(spans), SPANS):
+        part = np.asarray(spans[start : start + SPANS])
+        ends = total + np.cumsum(part[:, 1] - part[:, 0])
+        bins = np.concatenate([[total], ends[:-1]]) // size
+        for edge in (start + np.flatnonzero(np.diff(bins, prepend=before))).tolist():
+            if edge > first:
+                yield first, edge
+                first = edge
+        before, total = int(bins[-1]), int(ends[-1])
+    if first < len(spans):
+        yield first, len(spans)
 
 
 def token_dtype(tokenizer: Tokenizer) -> type:
