@@ -42,6 +42,7 @@ ROOMS = {
     ],
     "data": [
         "special",
+        "steps",
         "tokenizer_files",
         "tokenizer",
         "sources",
@@ -52,7 +53,7 @@ ROOMS = {
         "roles",
         "rows",
         "corpus",
-        "documents",
+        "spooling",
         "cache",
         "packing",
         "vocabulary",

@@ -26,10 +26,12 @@ import numpy as np
 
 from jaxlm.config import diff
 from jaxlm.data.corpus import SPANS, Corpora, Corpus, DataConfig, HoldoutConfig, bytes_of, encode, groups, token_dtype
-from jaxlm.data.documents import RECORD, mark_first, split, write_records
 from jaxlm.data.sources import SourceConfig, describe, documents
+from jaxlm.data.spooling import RECORD, mark_first, split, write_records
+from jaxlm.data.steps import alone as _alone
+from jaxlm.data.steps import finished as _finished
 from jaxlm.data.tokenizer import Tokenizer, expand, load_tokenizer, train_tokenizer
-from jaxlm.report import bar, say
+from jaxlm.report import bar
 
 FORMAT = 2  # of the folder: raise it when the files change their meaning
 SHARD_BYTES = 64 * 2**20  # text in one shard of tokens: what a cut-off build loses at most
@@ -147,7 +149,8 @@ def _build(folder: pathlib.Path, config: DataConfig, held: dict[str, Any]) -> No
     }
     with _finished(folder / "meta.json") as unfinished:
         unfinished.write_text(json.dumps(meta, indent=2), encoding="utf8")
-    begun.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        begun.unlink()
 
 
 # --- the steps --------------------------------------------------------------------------------
@@ -243,34 +246,3 @@ def _tokenise(
     for shard in shards:
         shard.unlink()
     return fresh
-
-
-@contextlib.contextmanager
-def _finished(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to; it becomes `file` (or folder) in one rename, and only when nothing went wrong."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    if unfinished.is_dir():
-        shutil.rmtree(unfinished)
-    yield unfinished
-    if unfinished.is_file():
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-    unfinished.replace(file)
-
-
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Hold the lock of a folder: two processes that start at once build it once."""
-    import filelock
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say(f"Waiting for the process that is building {folder}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -8,13 +8,21 @@ B rows of the batch · L tokens of a row · O options of a choice.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from jaxlm.data.steps import alone, finished
+
 Row = dict[str, Any]  # arrays and scalars, or rows again: {"encoder": …, "decoder": …}
 Batch = dict[str, Any]
+
+PIECES = 1 << 20
+"""Pieces of documents that are packed together, about: it takes some 200 MB of memory."""
+PIECE = np.dtype([("start", "<i8"), ("tokens", "<i4"), ("first", "?")])
+"""Where a piece begins in the stream, its tokens, and whether it is the first of its document."""
 
 
 class Rows(Protocol):
@@ -84,27 +92,28 @@ class Packed:
 
     Documents do not see each other: `segments` counts them from 1 (0: padding) and `positions` starts
     at 0 in each. A document's first token is predicted from `bos_id`; a later piece of it starts from
-    the token before the cut. Which piece lies where is decided by `best_fit_decreasing`.
+    the token before the cut. Which piece lies where is decided by `plan`.
     """
 
-    def __init__(self, stream: np.ndarray, offsets: np.ndarray, length: int, bos_id: int, eos_id: int):
-        """`offsets` (n_docs + 1,): document d is `stream[offsets[d]:offsets[d + 1]]`."""
+    def __init__(
+        self, stream: np.ndarray, offsets: np.ndarray, length: int, bos_id: int, eos_id: int, place: pathlib.Path | None = None
+    ):
+        """`offsets` (n_docs + 1,): document d is `stream[offsets[d]:offsets[d + 1]]`. Of many documents the plan is kept in the
+        folder `place`, where there is one, and made once."""
         self.stream, self.length, self.bos_id, self.eos_id = stream, length, bos_id, eos_id
-        self.starts, self.stops, self.first = cut(offsets, length)
-        self.order, self.bounds = best_fit_decreasing(self.stops - self.starts, length)
+        self._pieces, self._bounds = plan(offsets, length, place)
 
     def __len__(self) -> int:
-        return len(self.bounds) - 1
+        return len(self._bounds) - 1
 
     def __getitem__(self, i: int) -> Row:
         row, at = self.blank(), 0
-        for segment, piece in enumerate(self.order[self.bounds[i] : self.bounds[i + 1]], 1):
-            start, stop = self.starts[piece], self.stops[piece]
-            n = stop - start
+        own = self._pieces[self._bounds[i] : self._bounds[i + 1]]
+        for segment, (start, n, first) in enumerate(own.tolist(), 1):
             here = slice(at, at + n)
-            row["targets"][here] = self.stream[start:stop]
-            row["tokens"][at] = self.bos_id if self.first[piece] else self.stream[start - 1]
-            row["tokens"][at + 1 : at + n] = self.stream[start : stop - 1]
+            row["targets"][here] = self.stream[start : start + n]
+            row["tokens"][at] = self.bos_id if first else self.stream[start - 1]
+            row["tokens"][at + 1 : at + n] = self.stream[start : start + n - 1]
             row["weights"][here] = 1
             row["segments"][here] = segment
             row["positions"][here] = np.arange(n)
@@ -115,6 +124,81 @@ class Packed:
         """A row of padding alone."""
         row = Windows(self.stream, self.length, self.bos_id, self.eos_id).blank()
         return row | {"segments": np.zeros(self.length, np.int32), "positions": np.zeros(self.length, np.int32)}
+
+
+def plan(offsets: np.ndarray, length: int, place: pathlib.Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which pieces of documents lie in which row: row b is `pieces[bounds[b]:bounds[b + 1]]`, PIECE each.
+
+    Groups of neighbouring documents with about PIECES pieces are packed with `best_fit_decreasing`, each by itself, so that
+    memory is bounded by one group. With `place` the plan of several groups is kept in that folder and opened from there the
+    next time; one that was cut off goes on behind its last whole group.
+    """
+    files = None if place is None else (place / "pieces.npy", place / "bounds.npy")
+    if files is None or not files[1].exists():
+        groups = list(_groups(offsets, length))
+        if files is None or place is None or len(groups) < 2:
+            return _joined([_pack(offsets[first : last + 1], length) for first, last in groups])
+        with alone(place):
+            place.mkdir(exist_ok=True)
+            if not files[1].exists():  # another process may have made it while this one waited
+                _write_plan(offsets, length, place, groups)
+    return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    pieces = [np.empty(0, PIECE), *(own for own, _ in parts)]
+    rows = [np.zeros(0, np.int64), *(np.diff(bounds) for _, bounds in parts)]
+    return np.concatenate(pieces), np.concatenate([[0], np.cumsum(np.concatenate(rows))])
+
+
+def _write_plan(offsets: np.ndarray, length: int, place: pathlib.Path, groups: list[tuple[int, int]]) -> None:
+    """A file for each group, then both arrays of them all."""
+    files = [place / f"{number:06d}.npz" for number in range(len(groups))]
+    sizes = np.zeros((len(groups) + 1, 2), np.int64)  # pieces and rows before each group
+    for number, (file, (first, last)) in enumerate(zip(files, groups, strict=True)):
+        if not file.exists():
+            pieces, bounds = _pack(offsets[first : last + 1], length)
+            with finished(file) as unfinished, unfinished.open("wb") as out:
+                np.savez(out, pieces=pieces, bounds=bounds)
+        with np.load(file) as kept:
+            rows = len(kept["bounds"]) - 1
+            sizes[number + 1] = sizes[number] + (int(kept["bounds"][-1]), rows)
+    with finished(place / "bounds.npy") as bounds_file, finished(place / "pieces.npy") as pieces_file:
+        all_pieces = np.lib.format.open_memmap(pieces_file, "w+", PIECE, (int(sizes[-1, 0]),))
+        all_bounds = np.lib.format.open_memmap(bounds_file, "w+", np.int64, (int(sizes[-1, 1]) + 1,))
+        for file, (piece, row) in zip(files, sizes.tolist(), strict=False):
+            with np.load(file) as kept:
+                all_pieces[piece : piece + len(kept["pieces"])] = kept["pieces"]
+                all_bounds[row : row + len(kept["bounds"])] = piece + kept["bounds"]
+        all_pieces.flush()
+        all_bounds.flush()
+    for file in files:
+        file.unlink()
+
+
+def _groups(offsets: np.ndarray, length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbouring documents that begin within the same PIECES pieces."""
+    count, total, first, before = len(offsets) - 1, 0, 0, 0
+    for start in range(0, count, PIECES):
+        part = np.asarray(offsets[start : start + PIECES + 1], np.int64)
+        ends = total + np.cumsum(-(-np.diff(part) // length))
+        bins = np.concatenate([[total], ends[:-1]]) // PIECES
+        for edge in (start + np.flatnonzero(np.diff(bins, prepend=before))).tolist():
+            if edge > first:
+                yield first, edge
+                first = edge
+        before, total = int(bins[-1]), int(ends[-1])
+    if first < count:
+        yield first, count
+
+
+def _pack(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of some documents in the order of their rows, and the bounds of the rows."""
+    starts, stops, first = cut(offsets, length)
+    order, bounds = best_fit_decreasing(stops - starts, length)
+    pieces = np.empty(len(order), PIECE)
+    pieces["start"], pieces["tokens"], pieces["first"] = starts[order], (stops - starts)[order], first[order]
+    return pieces, bounds
 
 
 def cut(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -293,7 +293,8 @@ def eval_batches(
 def _rows(config: DataConfig, tokenizer: Tokenizer, corpus: Corpus) -> Rows:
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     if config.layout == "packed":
-        return Packed(corpus.tokens, corpus.offsets, config.length, **ids)
+        place = corpus.place and corpus.place.with_name(f"{corpus.place.name}.packed-{config.length}")
+        return Packed(corpus.tokens, corpus.offsets, config.length, **ids, place=place)
     return Windows(corpus.tokens, config.length, **ids)
 
 

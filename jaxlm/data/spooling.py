@@ -40,9 +40,9 @@ def write_records(texts: Iterable[str], text_file: pathlib.Path, record_file: pa
             buffer[filled] = (end, len(text), (int.from_bytes(mark[:8]), int.from_bytes(mark[8:])))
             filled += 1
             if filled == len(buffer):
-                index.write(buffer.tobytes())
+                index.write(buffer.view(np.uint8))
                 filled = 0
-        index.write(buffer[:filled].tobytes())
+        index.write(buffer[:filled].view(np.uint8))
     return count
 
 
