@@ -66,8 +66,9 @@ class Generator:
         that its slots are written over.
         """
         cache = empty_cache(self.model.config, tokens_BL.shape[0], size)
-        logits_BLV, cache = self.model.apply(params, {"tokens_BL": tokens_BL}, cache)
-        logits_BV = jax.lax.dynamic_index_in_dim(logits_BLV, length - 1, axis=1, keepdims=False)
+        end_B = jnp.broadcast_to(length - 1, tokens_BL.shape[:1])
+        logits_BLV, cache = self.model.apply(params, {"tokens_BL": tokens_BL}, cache, at_B=end_B)
+        logits_BV = logits_BLV[:, 0]
         last_B = jax.lax.dynamic_index_in_dim(tokens_BL, length - 1, axis=1, keepdims=False)
         return self._sampled(
             logits_BV, cache.replace(length=length), keys_B, knobs, seen, allowed_BV, last_B, watermark, rules, past

@@ -2,9 +2,9 @@
 
 from jaxlm.model.cache import Cache, empty_cache, only
 from jaxlm.model.config import HeadConfig, MoeConfig, RotaryConfig, TransformerConfig
+from jaxlm.model.cross_entropy import linear_cross_entropy
 from jaxlm.model.detection import Detection
 from jaxlm.model.functions import Model, Params
-from jaxlm.model.heads import linear_cross_entropy
 
 __all__ = [
     "Cache", "Detection", "HeadConfig", "Model", "MoeConfig", "Params", "RotaryConfig", "TransformerConfig", "empty_cache",

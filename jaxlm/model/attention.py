@@ -46,7 +46,7 @@ class Attention(nn.Module):
         return k_BSKH if self.config.qk_norm == "none" else self.key_norm(k_BSKH), v_BSKH
 
     def _core(
-        self, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, bias_BNLS: jax.Array | None
+        self, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, bias_NY: jax.Array | None
     ) -> Callable[[int | None], jax.Array]:
         """What is left to compute once the window is known."""
         c = self.config
@@ -56,14 +56,14 @@ class Attention(nn.Module):
         def core(window: int | None) -> jax.Array:
             return attend(
                 q_BLNH, k_BSKH, v_BSKH, dataclasses.replace(mask, window=window),
-                scale=c.attention_scale, softcap=c.attention_softcap, bias_BNLS=bias_BNLS, drop=drop, kernel=c.kernel,
+                scale=c.attention_scale, softcap=c.attention_softcap, bias_NY=bias_NY, drop=drop, kernel=c.kernel,
                 context=c.context,
             )  # fmt: skip
 
         return core
 
     def _cached(
-        self, q_BLNH: jax.Array, held: KeyValue, at: At, mask: Mask, bias_BNLS: jax.Array | None
+        self, q_BLNH: jax.Array, held: KeyValue, at: At, mask: Mask, bias_NY: jax.Array | None
     ) -> Callable[[int | None], jax.Array]:
         """The same of keys and values in a cache."""
         c = self.config
@@ -71,14 +71,14 @@ class Attention(nn.Module):
         def core(window: int | None) -> jax.Array:
             return attend_cache(
                 q_BLNH, held, at, dataclasses.replace(mask, window=window),
-                scale=c.attention_scale, softcap=c.attention_softcap, bias_BNLS=bias_BNLS, kernel=c.kernel, context=c.context,
+                scale=c.attention_scale, softcap=c.attention_softcap, bias_NY=bias_NY, kernel=c.kernel, context=c.context,
             )  # fmt: skip
 
         return core
 
     def __call__(
         self, x_BLD: jax.Array, held: KeyValue | None, local: jax.Array | bool, mask: Mask,
-        angles: tuple[Angles, Angles] | None, bias_BNLS: jax.Array | None, at: At | None,
+        angles: tuple[Angles, Angles] | None, bias_NY: jax.Array | None, at: At | None,
     ) -> tuple[jax.Array, KeyValue | None]:  # fmt: skip
         """Attention of each token to its own text. `local` is whether this layer sees a window only, `angles` are
         the rotary angles of layers that see all and of layers that do not, `at` is where the new tokens stand in what the
@@ -91,9 +91,9 @@ class Attention(nn.Module):
         if held is not None:
             assert mask.seen is not None and at is not None, "a cache comes with the number of tokens it holds"
             held = write(held[0], k_BSKH, at), write(held[1], v_BSKH, at)
-            core = self._cached(q_BLNH, held, at, mask, bias_BNLS)
+            core = self._cached(q_BLNH, held, at, mask, bias_NY)
         else:
-            core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_BNLS)
+            core = self._core(q_BLNH, k_BSKH, v_BSKH, mask, bias_NY)
 
         kinds = set(c.layer_pattern)
         if len(kinds) == 1 or isinstance(local, bool):

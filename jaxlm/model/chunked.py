@@ -1,7 +1,7 @@
 """Attention over blocks of keys, one after the other: memory linear in length, on any platform.
 
 Letters: B batch · L query length · S key length · N query heads · K key/value heads · G query heads per
-key/value head (N / K) · H head width.
+key/value head (N / K) · H head width · Y distances of key and query.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.model.cache import At, KeyValue, block_of
+from jaxlm.model.distance_bias import add_block_gradient, block_bias, grouped
 from jaxlm.model.mask import Mask
 
 
@@ -27,7 +28,7 @@ class Plan(NamedTuple):
 
 def chunked(
     q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
-    scale: float, softcap: float | None, bias_BNLS: jax.Array | None, block: int = 512,
+    scale: float, softcap: float | None, bias_NY: jax.Array | None, block: int = 512,
 ) -> jax.Array:  # fmt: skip
     """Attention without the matrix of scores: a running softmax over blocks of keys for each block of queries (Milakov
     and Gimelshein 2018), the scores computed again for the gradient (Dao et al. 2022, "FlashAttention", alg. 1 and 4).
@@ -38,12 +39,12 @@ def chunked(
     S = k_BSKH.shape[1]
     plan = Plan(even(q_BLNH.shape[1], block), even(S, block), S, softcap)
     k, v = (fill(jnp.swapaxes(x, 1, 2), {2: plan.keys}) for x in (k_BSKH, v_BSKH))
-    return _shaped(plan, q_BLNH, k_BSKH.shape[2], mask, scale, bias_BNLS, lambda q, bias, mask: _stream(plan, q, k, v, bias, mask))
+    return _shaped(plan, q_BLNH, k_BSKH.shape[2], mask, scale, bias_NY, lambda q, bias, mask: _stream(plan, q, k, v, bias, mask))
 
 
 def chunked_cache(
     q_BLNH: jax.Array, held: KeyValue, at: At, mask: Mask,
-    scale: float, softcap: float | None, bias_BNLS: jax.Array | None, size: int,
+    scale: float, softcap: float | None, bias_NY: jax.Array | None, size: int,
 ) -> jax.Array:  # fmt: skip
     """The same over what a layer's cache holds, in blocks of `size` places, of which there must be a whole number: each is
     read as it lies and where it lies, whichever rows of the cache are asked for, and of int8 no more than a block is
@@ -54,24 +55,23 @@ def chunked_cache(
     def stream(q: jax.Array, bias: jax.Array | None, mask: Mask) -> jax.Array:
         return stream_forward(plan, q, *held, bias, mask, lambda x, j: block_of(x, at, j, size, q.dtype))[0]
 
-    return _shaped(plan, q_BLNH, whole.shape[1], mask, scale, bias_BNLS, stream)
+    return _shaped(plan, q_BLNH, whole.shape[1], mask, scale, bias_NY, stream)
 
 
 def _shaped(
-    plan: Plan, q_BLNH: jax.Array, K: int, mask: Mask, scale: float, bias_BNLS: jax.Array | None,
+    plan: Plan, q_BLNH: jax.Array, K: int, mask: Mask, scale: float, bias_NY: jax.Array | None,
     stream: Callable[[jax.Array, jax.Array | None, Mask], jax.Array],
 ) -> jax.Array:  # fmt: skip
     """What `stream` mixes for queries in whole blocks."""
-    (B, L, N, H), S = q_BLNH.shape, plan.size
+    B, L, N, H = q_BLNH.shape
     q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3) * jnp.asarray(scale, q_BLNH.dtype)
-    bias_BKGLS = None if bias_BNLS is None else bias_BNLS.reshape(bias_BNLS.shape[0], K, N // K, L, S)
     if mask.key_segments_BS is not None:
         query = jnp.ones((1, L), jnp.int32) if mask.query_segments_BL is None else mask.query_segments_BL
         mask = dataclasses.replace(
             mask, query_segments_BL=fill(query, {1: plan.rows}), key_segments_BS=fill(mask.key_segments_BS, {1: plan.keys})
         )
-    bias = None if bias_BKGLS is None else fill(bias_BKGLS, {3: plan.rows, 4: plan.keys})
-    mixed_BKGLH = stream(fill(q_BKGLH, {3: plan.rows}), bias, mask)[:, :, :, :L]
+    bias_KGY = grouped(bias_NY, K, max(plan.rows, plan.keys))
+    mixed_BKGLH = stream(fill(q_BKGLH, {3: plan.rows}), bias_KGY, mask)[:, :, :, :L]
     return jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
 
 
@@ -112,8 +112,8 @@ def _block_mask(plan: Plan, mask: Mask, i: Any, j: Any) -> jax.Array | None:
     query, key = mask.query_segments_BL, mask.key_segments_BS
     query = None if query is None else _slice(query, 1, i, plan.rows)
     key = None if key is None else _slice(key, 1, j, plan.keys)
-    # Only the distance of query and key counts: block j's keys begin at 0 here, block i's queries that much later.
-    ahead = i * plan.rows - j * plan.keys + (0 if mask.seen is None else mask.seen)
+    # Only the distance of query and key counts: block j's keys begin at 0 here.
+    ahead = _ahead(plan, mask, i, j)
     prefix_B = None if mask.prefix_B is None else mask.prefix_B - j * plan.keys
     shown = dataclasses.replace(mask, query_segments_BL=query, key_segments_BS=key, seen=ahead, prefix_B=prefix_B)
     shown_BLS = shown.dense(plan.rows, plan.keys)
@@ -123,15 +123,21 @@ def _block_mask(plan: Plan, mask: Mask, i: Any, j: Any) -> jax.Array | None:
     return None if shown_BLS is None else shown_BLS[:, None, None]
 
 
-def _block_scores(plan: Plan, q: jax.Array, k: jax.Array, bias: jax.Array | None, i: Any, j: Any) -> tuple[jax.Array, Any]:
+def _ahead(plan: Plan, mask: Mask, i: Any, j: Any) -> Any:
+    """How many places behind block j's first key block i's first query stands."""
+    return i * plan.rows - j * plan.keys + (0 if mask.seen is None else mask.seen)
+
+
+def _block_scores(
+    plan: Plan, q: jax.Array, k: jax.Array, bias: jax.Array | None, mask: Mask, i: Any, j: Any
+) -> tuple[jax.Array, Any]:
     """Scores of the queries in block i and the keys in block j, and the slope of the cap where there is one."""
     scores_BKGLS, slope = jnp.einsum("BKGLH,BKSH->BKGLS", q, k, preferred_element_type=jnp.float32), None
     if plan.softcap is not None:
         bent = jnp.tanh(scores_BKGLS / plan.softcap)
         scores_BKGLS, slope = plan.softcap * bent, 1 - jnp.square(bent)
     if bias is not None:
-        bias = _slice(_slice(bias, 3, i, plan.rows), 4, j, plan.keys)
-        scores_BKGLS = scores_BKGLS + bias.astype(jnp.float32)
+        scores_BKGLS = scores_BKGLS + block_bias(bias, _ahead(plan, mask, i, j), plan.rows, plan.keys)
     return scores_BKGLS, slope
 
 
@@ -155,7 +161,8 @@ def stream_forward(
     plan: Plan, q: jax.Array, k: Any, v: Any, bias: jax.Array | None, mask: Mask,
     take: Callable[[Any, Any], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Of q (B, K, G, L, H), scaled, and k, v (B, K, S, H), whole blocks each: what is mixed, like q, and the logarithm of
+    """Of q (B, K, G, L, H), scaled, k, v (B, K, S, H), whole blocks each, and a bias by distance (K, G, Y), a block wider than
+    needed on both sides: what is mixed, like q, and the logarithm of
     the sum of all weights (B, K, G, L) in float32; where a query sees no key, that is float32's lowest number. `take` gives
     a block of k or v by its number; both may then be anything with S as their arrays' third axis."""
     take = take or (lambda x, j: _slice(x, 2, j, plan.keys))
@@ -170,7 +177,7 @@ def stream_forward(
         def keys(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             most_BKGL, total_BKGL, mixed_BKGLH = carry
             v_BKSH, shown = take(v, j), _block_mask(plan, mask, i, j)
-            scores, _ = _block_scores(plan, q_BKGLH, take(k, j), bias, i, j)
+            scores, _ = _block_scores(plan, q_BKGLH, take(k, j), bias, mask, i, j)
             scores = _hide(shown, scores, low)
             higher_BKGL = jnp.maximum(most_BKGL, jnp.max(scores, axis=-1))
             # Hidden a second time: where no key was seen yet, the highest score is that of the hidden.
@@ -194,9 +201,9 @@ def stream_forward(
 
 
 def _stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
-    q, k, v, bias = saved[:4]
+    q, k, v = saved[:3]
     dq, dk, dv, dbias = stream_backward(plan, saved, grad)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None if bias is None else dbias.astype(bias.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None
 
 
 def stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
@@ -212,14 +219,13 @@ def stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
         def rows(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             dq, dbias, dk_BKSH, dv_BKSH = carry
             q_BKGLH, grad_BKGLH = _slice(q, 3, i, plan.rows), _slice(grad, 3, i, plan.rows)
-            scores, slope = _block_scores(plan, q_BKGLH, k_BKSH, bias, i, j)
+            scores, slope = _block_scores(plan, q_BKGLH, k_BKSH, bias, mask, i, j)
             weights = jnp.exp(scores - _slice(logs, 3, i, plan.rows)[..., None])
             weights = _hide(_block_mask(plan, mask, i, j), weights, 0)
             dscores = jnp.einsum("BKGLH,BKSH->BKGLS", grad_BKGLH, v_BKSH, preferred_element_type=jnp.float32)
             dscores = weights * (dscores - _slice(along, 3, i, plan.rows)[..., None])
             if bias is not None:
-                block = dscores if bias.shape[0] > 1 else jnp.sum(dscores, axis=0, keepdims=True)
-                dbias = jax.lax.dynamic_update_slice(dbias, block, (0, 0, 0, i * plan.rows, j * plan.keys))
+                dbias = add_block_gradient(dbias, dscores, _ahead(plan, mask, i, j))
             if slope is not None:
                 dscores = dscores * slope
             dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
@@ -239,11 +245,11 @@ def stream_backward(plan: Plan, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
 
     carry: tuple[Any, ...] = (
         jnp.zeros_like(q, dtype=jnp.float32),
-        None if bias is None else jnp.zeros_like(bias, dtype=jnp.float32),
+        None if bias is None else jnp.zeros((q.shape[0], *bias.shape), jnp.float32),
     )
     (dq, dbias), (dk, dv) = jax.lax.scan(keys, carry, jnp.arange(k.shape[2] // plan.keys, dtype=jnp.int32))
     dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in (dk, dv))
-    return dq, dk, dv, dbias
+    return dq, dk, dv, None if dbias is None else jnp.sum(dbias, axis=0)
 
 
 _stream.defvjp(_stream_forward, _stream_backward)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.model.chunked import even, fill, sight
+from jaxlm.model.distance_bias import block_bias, grouped
 from jaxlm.model.mask import Mask
-from jaxlm.parallel.rules import COMPUTED, Rules, spec
+from jaxlm.parallel.rules import COMPUTED, Rules, constrain, spec
 
 
 def rest_of(mask: Mask, length: int, size: int, biased: bool) -> Mask | None:
@@ -28,9 +29,23 @@ def rest_of(mask: Mask, length: int, size: int, biased: bool) -> Mask | None:
 
 
 def cudnn(
-    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float, bias_BNLS: jax.Array | None
-) -> jax.Array:
-    L, S = q_BLNH.shape[1], k_BSKH.shape[1]
+    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float, bias_NY: jax.Array | None,
+    rules: Rules = COMPUTED,
+) -> jax.Array:  # fmt: skip
+    """cuDNN's fused attention. JAX splits it over rows and heads, and wants queries, keys and values split alike."""
+    L, N, S = *q_BLNH.shape[1:3], k_BSKH.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not (mesh.empty or mesh.size == 1):
+        q, kv = (spec(axes, x.shape, mesh, rules) for axes, x in (("BLNH", q_BLNH), ("BLKH", k_BSKH)))
+        if q[2] != kv[2]:
+            k_BSKH, v_BSKH = per_query_head(q_BLNH, k_BSKH, v_BSKH)
+        # The rule of K is that of N, and both are split alike here.
+        q_BLNH, k_BSKH, v_BSKH = (constrain(x, "BLNH", rules) for x in (q_BLNH, k_BSKH, v_BSKH))
+    bias_BNLS = None
+    if bias_NY is not None:
+        heads = grouped(bias_NY, N)
+        assert heads is not None
+        bias_BNLS = block_bias(heads, 0 if mask.seen is None else mask.seen, L, S)[:, :, 0].astype(q_BLNH.dtype)
     rest = rest_of(mask, L, S, bias_BNLS is not None)
     causal = mask.causal and rest is not mask
     shown_BLS = None if rest is None else rest.dense(L, S)
@@ -38,7 +53,7 @@ def cudnn(
         q_BLNH,
         k_BSKH,
         v_BSKH,
-        bias=None if bias_BNLS is None else bias_BNLS.astype(q_BLNH.dtype),
+        bias=bias_BNLS,
         mask=None if shown_BLS is None else shown_BLS[:, None],
         scale=scale,
         is_causal=causal,
@@ -46,6 +61,12 @@ def cudnn(
         local_window_size=(mask.window - 1, 0) if causal and mask.window is not None else None,
         implementation="cudnn",
     )
+
+
+def per_query_head(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values repeated for each query head, where devices split query heads that share them."""
+    repeats = q_BLNH.shape[2] // k_BSKH.shape[2]
+    return jnp.repeat(k_BSKH, repeats, axis=2), jnp.repeat(v_BSKH, repeats, axis=2)
 
 
 LANES = 128
@@ -83,7 +104,7 @@ def splash(
         q, kv = (spec(axes, x.shape, mesh, rules) for axes, x in (("BLNH", q_BLNH), ("BSKH", k_BSKH)))
         if q[2] != kv[2] and k_BSKH.shape[2] > 1:
             # Query heads are split but key/value heads cannot be: each query head brings its own.
-            k_BSKH, v_BSKH = (jnp.repeat(x, q_BLNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+            k_BSKH, v_BSKH = per_query_head(q_BLNH, k_BSKH, v_BSKH)
             kv = q
         rows_only = None if query is None else PartitionSpec(q[0], None)
         # Pallas does not say over which devices its results vary, so that cannot be checked.

@@ -1,12 +1,8 @@
 """What stands on the hidden states: heads over the vocabulary with their loss, and heads over labels.
 
 Letters: B batch · L length · D model width · U the same, after a dense layer · W width of the token embeddings ·
-V vocabulary · C classes, or in the loss a chunk of the length.
+V vocabulary · C classes.
 """
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,137 +10,9 @@ import jax.numpy as jnp
 
 from jaxlm.model.cache import Cache
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.layers import Linear, Norm, activate, divisor, parameter
+from jaxlm.model.cross_entropy import draw_tokens, linear_cross_entropy, token_nll, token_scores, vocabulary_logits
+from jaxlm.model.layers import Linear, Norm, activate, parameter
 from jaxlm.model.transformer import Batch, Output, Transformer
-from jaxlm.parallel.rules import constrain, length_ways
-
-
-def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
-    """cap · tanh(logits / cap): bounded, and nearly the logits where they are small (Gemma 2, 2024, §2)."""
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-def _logits(hidden_BCD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, cap: float | None) -> jax.Array:
-    table_VD = table_VD.astype(hidden_BCD.dtype)
-    if hidden_BCD.shape[0] * hidden_BCD.shape[1] <= 64:
-        # As few rows as in decoding: with the table first a CPU multiplies about twice as fast.
-        logits_VBC = jnp.einsum("VD,BCD->VBC", table_VD, hidden_BCD, preferred_element_type=jnp.float32)
-        logits_BCV = jnp.moveaxis(logits_VBC, 0, 2)
-    else:
-        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
-    if bias_V is not None:
-        logits_BCV = logits_BCV + bias_V.astype(jnp.float32)[None, None, :]
-    return constrain(soft_cap(logits_BCV, cap), "BLV")
-
-
-def _cut(length: int, chunk: int) -> tuple[int, int]:
-    """Devices that share the length, and chunks of it; each holds a part of every device's places, so that all have work."""
-    ways = length_ways() if length % length_ways() == 0 else 1
-    return ways, length // ways // divisor(length // ways, chunk)
-
-
-def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """(B, L, …) → (number of chunks, B, chunk, …): along the length, so that rows stay on their devices."""
-    ways, count = _cut(x.shape[1], chunk)
-    split = x.reshape(x.shape[0], ways, count, -1, *x.shape[2:])
-    return jnp.moveaxis(split, 2, 0).reshape(count, x.shape[0], -1, *x.shape[2:])
-
-
-def _joined(y: jax.Array, length: int, chunk: int) -> jax.Array:
-    """What chunks gave, in the order of the length again."""
-    ways, count = _cut(length, chunk)
-    split = y.reshape(count, y.shape[1], ways, -1, *y.shape[3:])
-    return jnp.moveaxis(split, 0, 2).reshape(y.shape[1], length, *y.shape[3:])
-
-
-def _over_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, chunk: int) -> tuple[Any, Any]:
-    """`lax.scan` over chunks of the length; a single chunk is computed without the loop."""
-    xs = jax.tree.map(lambda x: _chunks(x, chunk), xs)
-    if jax.tree.leaves(xs)[0].shape[0] > 1:
-        return jax.lax.scan(step, carry, xs)
-    carry, ys = step(carry, jax.tree.map(lambda x: x[0], xs))
-    return carry, jax.tree.map(lambda y: y[None], ys)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def linear_cross_entropy(
-    hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, targets_BL: jax.Array, weights_BL: jax.Array,
-    chunk: int, z_loss: float, cap: float | None, smoothing: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Sum over tokens of weight · (cross-entropy + z_loss · log²Z), and of weight · cross-entropy, in nats.
-
-    In the first sum the target is (1 − smoothing) on the token and `smoothing` spread evenly over the vocabulary
-    (Szegedy et al. 2016, §7), in the second it is the token alone.
-
-    Logits exist for up to `chunk` positions of each row (on each device, where the length is split) at a time, in
-    float32, and never for the whole batch. Under differentiation the gradients are computed together with the logits, so
-    that those are computed once. Only the first sum is differentiable, and only in `hidden_BLD`, `table_VD` and `bias_V`.
-
-    log²Z is the z-loss of Chowdhery et al. 2022, "PaLM", §5.
-    """
-
-    def step(sums: Any, part: Any) -> tuple[Any, None]:
-        hidden_BCD, targets_BC, weights_BC = part
-        logits_BCV = _logits(hidden_BCD, table_VD, bias_V, cap)
-        return _add(sums, logits_BCV, *_losses(logits_BCV, targets_BC), weights_BC, z_loss, smoothing), None
-
-    sums, _ = _over_chunks(step, (jnp.zeros(()), jnp.zeros(())), (hidden_BLD, targets_BL, weights_BL), chunk)
-    return sums
-
-
-def _losses(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
-    return lse_BC - picked_BC, lse_BC
-
-
-def _add(
-    sums: Any, logits_BCV: jax.Array, nll_BC: jax.Array, lse_BC: jax.Array, weights_BC: jax.Array, z_loss: float, smoothing: float
-) -> Any:
-    loss_BC = nll_BC
-    if smoothing:
-        loss_BC = (1 - smoothing) * nll_BC + smoothing * (lse_BC - jnp.mean(logits_BCV, axis=-1))
-    if z_loss:
-        loss_BC = loss_BC + z_loss * jnp.square(lse_BC)
-    return sums[0] + jnp.sum(loss_BC * weights_BC), sums[1] + jnp.sum(nll_BC * weights_BC)
-
-
-def _forward(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss, cap, smoothing):  # type: ignore[no-untyped-def]
-    def step(carry: Any, part: Any) -> tuple[Any, jax.Array]:
-        sums, grad_VD, grad_V = carry
-        hidden_BCD, targets_BC, weights_BC = part
-        logits_BCV = _logits(hidden_BCD, table_VD, bias_V, cap)
-        nll_BC, lse_BC = _losses(logits_BCV, targets_BC)
-        # d/dlogits of nll is softmax − onehot, of log²Z it is 2 · logZ · softmax.
-        softmax_BCV = jnp.exp(logits_BCV - lse_BC[:, :, None])
-        onehot_BCV = targets_BC[:, :, None] == jnp.arange(logits_BCV.shape[-1])[None, None, :]
-        grad_BCV = softmax_BCV * (1 + 2 * z_loss * lse_BC[:, :, None]) - (1 - smoothing) * onehot_BCV.astype(jnp.float32)
-        if smoothing:
-            grad_BCV = grad_BCV - smoothing / logits_BCV.shape[-1]
-        grad_BCV = grad_BCV * weights_BC[:, :, None]
-        if cap is not None:
-            grad_BCV = grad_BCV * (1 - jnp.square(logits_BCV / cap))
-        if grad_V is not None:
-            grad_V += jnp.sum(grad_BCV, axis=(0, 1))
-        grad_BCV = constrain(grad_BCV.astype(hidden_BCD.dtype), "BLV")
-        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, table_VD.astype(hidden_BCD.dtype))
-        grad_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (_add(sums, logits_BCV, nll_BC, lse_BC, weights_BC, z_loss, smoothing), grad_VD, grad_V), grad_BCD
-
-    bias_grad = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
-    carry = ((jnp.zeros(()), jnp.zeros(())), jnp.zeros(table_VD.shape, jnp.float32), bias_grad)
-    (sums, grad_VD, grad_V), grad_XBCD = _over_chunks(step, carry, (hidden_BLD, targets_BL, weights_BL), chunk)
-    grad_BLD = _joined(grad_XBCD, hidden_BLD.shape[1], chunk)
-    return sums, (grad_BLD, grad_VD.astype(table_VD.dtype), grad_V)
-
-
-def _backward(chunk, z_loss, cap, smoothing, gradients, cotangents):  # type: ignore[no-untyped-def]
-    scale, _ = cotangents
-    scaled = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients)
-    return *scaled, None, None
-
-
-linear_cross_entropy.defvjp(_forward, _backward)
 
 
 class VocabularyHead(nn.Module):
@@ -203,7 +71,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Float32 logits (B, L, V) of last hidden states."""
-        return _logits(*self.head(hidden_BLD, self.transformer.embed.table), self.config.logit_softcap)
+        return vocabulary_logits(*self.head(hidden_BLD, self.transformer.embed.table), self.config.logit_softcap)
 
     def __call__(
         self, batch: Batch, cache: Cache | None = None, last: bool = False, at_B: jax.Array | None = None
@@ -245,44 +113,21 @@ class LanguageModel(nn.Module):
         time and are computed again in the backward pass. Also the router loss, None without experts."""
         output = self.transformer(batch)
         scored = batch["decoder"] if self.config.architecture == "encoder_decoder" else batch
-        hidden_BLD, table_VD, bias_V = self.head(output.hidden_BLD, self.transformer.embed.table)
-
-        @jax.checkpoint
-        def step(sum_B: jax.Array, part: Any) -> tuple[jax.Array, None]:
-            hidden_BCD, targets_BC, weights_BC = part
-            nll_BC, _ = _losses(_logits(hidden_BCD, table_VD, bias_V, self.config.logit_softcap), targets_BC)
-            return sum_B - jnp.sum(nll_BC * weights_BC, axis=1), None
-
-        parts = (hidden_BLD, scored["targets_BL"], scored["weights_BL"])
-        zeros_B = jnp.zeros(hidden_BLD.shape[0], jnp.float32)
-        return _over_chunks(step, zeros_B, parts, chunk)[0], router_loss(self.config, output)
+        parts = self.head(output.hidden_BLD, self.transformer.embed.table)
+        nll_BL = token_nll(*parts, scored["targets_BL"], chunk, self.config.logit_softcap)
+        return -jnp.sum(nll_BL * scored["weights_BL"], axis=1), router_loss(self.config, output)
 
     def scores(self, batch: Batch, *, chunk: int) -> tuple[jax.Array, jax.Array]:
         """(B, L) float32 log p(target) in nats, and (B, L) whether no token is likelier; logits exist for `chunk` positions at
         a time."""
-        hidden_BLD, table_VD, bias_V = self.head(self.transformer(batch).hidden_BLD, self.transformer.embed.table)
-
-        def step(carry: None, part: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            hidden_BCD, targets_BC = part
-            logits_BCV = _logits(hidden_BCD, table_VD, bias_V, self.config.logit_softcap)
-            nll_BC, _ = _losses(logits_BCV, targets_BC)
-            return carry, (-nll_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC)
-
-        _, (logp_XBC, first_XBC) = _over_chunks(step, None, (hidden_BLD, batch["targets_BL"]), chunk)
-        length = hidden_BLD.shape[1]
-        return _joined(logp_XBC, length, chunk), _joined(first_XBC, length, chunk)
+        parts = self.head(self.transformer(batch).hidden_BLD, self.transformer.embed.table)
+        return token_scores(*parts, batch["targets_BL"], chunk, self.config.logit_softcap)
 
     def draw(self, batch: Batch, *, chunk: int, key: jax.Array) -> jax.Array:
         """(B, L) int32: at each position a token drawn from the model's own distribution."""
         parts = self.head(self.transformer(batch).hidden_BLD, self.transformer.embed.table)
         hidden_BLD, table_VD, bias_V = jax.tree.map(jax.lax.stop_gradient, parts)
-
-        def step(key: jax.Array, hidden_BCD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            key, own = jax.random.split(key)
-            return key, jax.random.categorical(own, _logits(hidden_BCD, table_VD, bias_V, self.config.logit_softcap))
-
-        _, drawn_XBC = _over_chunks(step, key, hidden_BLD, chunk)
-        return _joined(drawn_XBC, hidden_BLD.shape[1], chunk).astype(jnp.int32)
+        return draw_tokens(hidden_BLD, table_VD, bias_V, chunk, self.config.logit_softcap, key)
 
 
 class PairHead(nn.Module):

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jaxlm.model.cache import At, KeyValue, read
 from jaxlm.model.chunked import chunked, chunked_cache
 from jaxlm.model.dense import xla
-from jaxlm.model.fused import LANES, cudnn, rest_of, splash
+from jaxlm.model.fused import LANES, cudnn, per_query_head, rest_of, splash
 from jaxlm.model.mask import Mask
 from jaxlm.model.ring import ring, why_not_ring
 from jaxlm.parallel.rules import COMPUTED, Rules, constrain, length_ways, platform, spec
@@ -45,13 +45,14 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    bias_BNLS: jax.Array | None = None,
+    bias_NY: jax.Array | None = None,
     drop: tuple[float, jax.Array] | None = None,
     kernel: Kernel = "auto",
     context: Sharing = "auto",
 ) -> jax.Array:
     """softmax(q·kᵀ · scale + bias)·v over the keys that `mask` shows, the softmax in float32 (Vaswani et al. 2017,
-    eq. 1) → (B, L, N, H). `scale` is 1/√H by default; `bias_BNLS` may have 1 for B; `drop` is the share of the
+    eq. 1) → (B, L, N, H). `scale` is 1/√H by default; `bias_NY` is added by the
+    distance of key and query (`distance_bias`), for up to as many places as there are keys; `drop` is the share of the
     weights that is dropped, and the key to draw them with.
 
     Query heads share key/value heads in groups of N / K (Ainslie et al. 2023, "GQA"). A kernel that is asked for by
@@ -59,18 +60,18 @@ def attend(
     `context` says how its devices share it.
     """
     scale = 1 / math.sqrt(q_BLNH.shape[-1]) if scale is None else scale
-    how = sharing(context, q_BLNH, k_BSKH, mask, bias_BNLS, drop) if length_ways() > 1 else None
+    how = sharing(context, q_BLNH, k_BSKH, mask, drop) if length_ways() > 1 else None
     if how == "ring":
-        return ring(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap)
+        return ring(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_NY)
     rules = COMPUTED if how is None else HEADS if how == "ulysses" else WHOLE
     if how == "ulysses":
         # All-to-all (Jacobs et al. 2023, "DeepSpeed Ulysses"): each device changes its part of the length for some heads.
         if k_BSKH.shape[2] % _ways(rules["K"]):
-            k_BSKH, v_BSKH = (jnp.repeat(x, q_BLNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+            k_BSKH, v_BSKH = per_query_head(q_BLNH, k_BSKH, v_BSKH)
         q_BLNH, k_BSKH, v_BSKH = (constrain(x, axes, rules) for x, axes in ((q_BLNH, "BLNH"), (k_BSKH, "BLKH"), (v_BSKH, "BLKH")))
     elif how == "gather":
         k_BSKH, v_BSKH = (constrain(x, "BLKH", rules) for x in (k_BSKH, v_BSKH))
-    mixed_BLNH = _attend(kernel, q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, drop, rules)
+    mixed_BLNH = _attend(kernel, q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_NY, drop, rules)
     return mixed_BLNH if how is None else constrain(mixed_BLNH, "BLNH")
 
 
@@ -82,7 +83,7 @@ def attend_cache(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    bias_BNLS: jax.Array | None = None,
+    bias_NY: jax.Array | None = None,
     kernel: Kernel = "auto",
     context: Sharing = "auto",
 ) -> jax.Array:
@@ -90,44 +91,34 @@ def attend_cache(
     size = jax.tree.leaves(held)[0].shape[2]
     if kernel == "chunked" and length_ways() == 1 and not at.ring and at.holder_BGS is None and size % CACHE_BLOCK == 0:
         scale = 1 / math.sqrt(q_BLNH.shape[-1]) if scale is None else scale
-        return chunked_cache(q_BLNH, held, at, mask, scale, softcap, bias_BNLS, CACHE_BLOCK)
+        return chunked_cache(q_BLNH, held, at, mask, scale, softcap, bias_NY, CACHE_BLOCK)
     k_BSKH, v_BSKH = (read(x, at, q_BLNH.shape[1], q_BLNH.dtype) for x in held)
-    return attend(q_BLNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, bias_BNLS=bias_BNLS, kernel=kernel, context=context)
+    return attend(q_BLNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, bias_NY=bias_NY, kernel=kernel, context=context)
 
 
 def _attend(
     kernel: Kernel, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float,
-    softcap: float | None, bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None, rules: Rules,
+    softcap: float | None, bias_NY: jax.Array | None, drop: tuple[float, jax.Array] | None, rules: Rules,
 ) -> jax.Array:  # fmt: skip
-    chosen = choose(kernel, q_BLNH, k_BSKH, mask, softcap, bias_BNLS, drop)
+    chosen = choose(kernel, q_BLNH, k_BSKH, mask, softcap, bias_NY, drop)
     if chosen == "splash":
         return splash(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, rules)
     if chosen == "cudnn":
-        return cudnn(q_BLNH, k_BSKH, v_BSKH, mask, scale, bias_BNLS)
+        return cudnn(q_BLNH, k_BSKH, v_BSKH, mask, scale, bias_NY, rules)
     if chosen == "chunked":
-        return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, 512 if mask.seen is None else CACHE_BLOCK)
-    return xla(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_BNLS, drop)
+        return chunked(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_NY, 512 if mask.seen is None else CACHE_BLOCK)
+    return xla(q_BLNH, k_BSKH, v_BSKH, mask, scale, softcap, bias_NY, drop)
 
 
 # --- how a length is shared --------------------------------------------------------------------
 
 
-def sharing(
-    context: Sharing, q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask,
-    bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None,
-) -> Sharing:  # fmt: skip
+def sharing(context: Sharing, q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask, drop: tuple[float, jax.Array] | None) -> Sharing:
     """How the devices that share this length attend: as asked, or by the first way that can. The log says why not."""
     heads = _ways(HEADS["N"])
     reasons: dict[Sharing, str | None] = {
         "ring": why_not_ring(q_BLNH, k_BSKH)
-        or next(
-            (
-                f"it has no {name}"
-                for name, given in (("bias", bias_BNLS), ("dropout", drop), ("cache", mask.seen))
-                if given is not None
-            ),
-            None,
-        ),
+        or next((f"it has no {name}" for name, given in (("dropout", drop), ("cache", mask.seen)) if given is not None), None),
         "ulysses": f"{heads} devices (tensor × context) do not divide {q_BLNH.shape[2]} heads" if q_BLNH.shape[2] % heads else None,
         "gather": None,
     }
@@ -151,10 +142,10 @@ LARGE = 2**30
 
 def choose(
     kernel: Kernel, q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask,
-    softcap: float | None, bias_BNLS: jax.Array | None, drop: tuple[float, jax.Array] | None,
+    softcap: float | None, bias_NY: jax.Array | None, drop: tuple[float, jax.Array] | None,
 ) -> Kernel:  # fmt: skip
     """The kernel that will compute this: the one named, or the first in the order of this platform that can."""
-    asked = functools.partial(why_not, q_BLNH=q_BLNH, k_BSKH=k_BSKH, mask=mask, softcap=softcap, bias_BNLS=bias_BNLS, drop=drop)
+    asked = functools.partial(why_not, q_BLNH=q_BLNH, k_BSKH=k_BSKH, mask=mask, softcap=softcap, bias_NY=bias_NY, drop=drop)
     if kernel != "auto":
         if (why := asked(kernel)) is None:
             return kernel
@@ -173,7 +164,7 @@ def _say(name: str, why: str) -> None:
 
 def why_not(
     kernel: Kernel, *, q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask,
-    softcap: float | None = None, bias_BNLS: jax.Array | None = None, drop: tuple[float, jax.Array] | None = None,
+    softcap: float | None = None, bias_NY: jax.Array | None = None, drop: tuple[float, jax.Array] | None = None,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot compute this here; None if it can."""
     (L, _, H), S, dtype = q_BLNH.shape[1:], k_BSKH.shape[1], q_BLNH.dtype
@@ -187,12 +178,12 @@ def why_not(
             f"head width {H} is above 128 or no multiple of 8": H > 128 or H % 8 > 0,
             # What it cannot say is given as a bias, and the gradient of one needs even lengths.
             f"segments, prefixes, windows and biases need even lengths, given {L} and {S}": bool(L % 2 or S % 2)
-            and (bias_BNLS is not None or rest_of(mask, L, S, False) is not None),
+            and (bias_NY is not None or rest_of(mask, L, S, False) is not None),
         },
         "splash": {
             "it needs a TPU": platform() != "tpu",
             "it has no dropout": drop is not None,
-            "it has no bias": bias_BNLS is not None,
+            "it has no bias": bias_NY is not None,
             "it has no cache": mask.seen is not None,
             "it has no prefix": mask.prefix_B is not None,
             f"{min(L, S)} tokens are fewer than its block of {LANES}": min(L, S) < LANES,

@@ -13,10 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.precision import quantized_product
-from jaxlm.parallel.rules import COMPUTED, RESIDUAL, constrain
+from jaxlm.parallel.rules import COMPUTED, RESIDUAL, DeviceSum, constrain, split_over
 
 Angles = tuple[jax.Array, jax.Array]
 
@@ -178,12 +179,43 @@ class Embed(nn.Module):
         self.table = parameter(self, "table", self.axes, nn.initializers.normal(self.config.init_std)).astype(jnp.float32)
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        # Its vectors are brought together first, as a matrix is before its product: a look-up in parts of vectors would
-        # have to change every token's place and part at once, for which the compiler copies all of them to every device.
-        table = constrain(self.table, self.axes)
         # Places are split after the sum over parts of the vocabulary: before it the whole table would have to be there.
-        found_BLD = constrain(jnp.take(table, ids_BL, axis=0).astype(self.config.dtype), "BLD")
+        found_BLD = constrain(look_up(self.axes, self.table, ids_BL).astype(self.config.dtype), "BLD")
         return constrain(found_BLD, "BLD", RESIDUAL)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def look_up(axes: str, table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """Rows of a table of these logical axes. Each device adds up the table's gradient over its own tokens, which is summed
+    over devices once."""
+    # The table's rows are made whole first, as a matrix is before its product: a look-up in parts of rows would have to change
+    # every token's place and part at once, for which the compiler copies all of them to every device.
+    return jnp.take(constrain(table_VD, axes), ids_BL, axis=0)
+
+
+def _look_up_forward(axes: str, table_VD: jax.Array, ids_BL: jax.Array) -> tuple[jax.Array, Any]:
+    return look_up(axes, table_VD, ids_BL), (table_VD.shape, ids_BL)
+
+
+def _look_up_backward(axes: str, saved: Any, grad_BLD: jax.Array) -> tuple[jax.Array, None]:
+    shape, ids_BL = saved
+    rows, length = (split_over(letter, size) for letter, size in zip("BL", ids_BL.shape, strict=True))
+    vocabulary, total = split_over(axes[0], shape[0]), DeviceSum.of(axes, shape, rows, length)
+
+    def local(ids_BL: jax.Array, grad_BLD: jax.Array) -> jax.Array:
+        """The sum of one device's tokens, in its own part of the vocabulary."""
+        size = shape[0] // vocabulary.ways
+        place_BL = ids_BL - size * jax.lax.axis_index(vocabulary.axes) if vocabulary.axes else ids_BL
+        place_BL = jnp.where((place_BL >= 0) & (place_BL < size), place_BL, size)
+        return total(jnp.zeros((size, shape[1]), grad_BLD.dtype).at[place_BL].add(grad_BLD, mode="drop"))
+
+    if not total.over and not vocabulary.axes:
+        return local(ids_BL, grad_BLD), None
+    tokens = PartitionSpec(rows.axes or None, length.axes or None)
+    return jax.shard_map(local, in_specs=(tokens, tokens), out_specs=total.out_specs, check_vma=False)(ids_BL, grad_BLD), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def activate(kind: str, x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """How a token knows its place: rotary angles and their stretching, sinusoids, biases of the attention scores.
 
-Letters: B batch · L query length · S key length · D model width · N query heads · H head width · R buckets.
+Letters: B batch · L query length · S key length · D model width · N query heads · H head width · R buckets ·
+Y distances of key and query.
 """
 
 import math
@@ -86,11 +87,12 @@ class RelativeBias(nn.Module):
     causal: bool
 
     @nn.compact
-    def __call__(self, distances_BLS: jax.Array) -> jax.Array:
+    def __call__(self, distance_Y: jax.Array) -> jax.Array:
+        """(N, Y), of distances key − query."""
         c = self.config
         table_RN = parameter(self, "table", "RN", nn.initializers.normal(c.init_std))
-        buckets_BLS = relative_buckets(distances_BLS, self.causal, c.relative_buckets, c.relative_distance)
-        return jnp.moveaxis(jnp.take(table_RN.astype(jnp.float32), buckets_BLS, axis=0), 3, 1)
+        bucket_Y = relative_buckets(distance_Y, self.causal, c.relative_buckets, c.relative_distance)
+        return jnp.take(table_RN.astype(jnp.float32), bucket_Y, axis=0).T
 
 
 def relative_buckets(distances: jax.Array, causal: bool, buckets: int, farthest: int) -> jax.Array:
@@ -109,13 +111,3 @@ def relative_buckets(distances: jax.Array, causal: bool, buckets: int, farthest:
     ratio = jnp.log(jnp.maximum(apart, 1).astype(jnp.float32) / near) / math.log(farthest / near)
     far = near + (ratio * (buckets - near)).astype(jnp.int32)
     return offset + jnp.where(apart < near, apart, jnp.minimum(far, buckets - 1))
-
-
-def alibi(distances_BLS: jax.Array, heads: int) -> jax.Array:
-    """(1 or B, N, L, S): a penalty that grows with the distance, by a slope of each head's own (Press et al. 2022,
-    "Train Short, Test Long", §3; other numbers of heads than powers of two as in the released code)."""
-    whole = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
-    slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
-    far_BLS = jnp.abs(distances_BLS).astype(jnp.float32)
-    return -jnp.asarray(slopes, jnp.float32)[None, :, None, None] * far_BLS[:, None]

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.model.chunked import Plan, stream_backward, stream_forward
+from jaxlm.model.distance_bias import grouped
+from jaxlm.model.fused import per_query_head
 from jaxlm.model.mask import Mask
 from jaxlm.parallel.rules import COMPUTED, spec
 
@@ -39,7 +41,10 @@ class _Facts(NamedTuple):
     prefix_B: jax.Array | None
 
 
-def ring(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float, softcap: float | None) -> jax.Array:
+def ring(
+    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, scale: float, softcap: float | None,
+    bias_NY: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
     """Ring attention (Liu et al. 2023): each device computes its own queries against the keys and values that come by, and
     joins the parts by the logarithms of their sums; its memory is linear in its own part of the length. The gradient sends
     keys and values round once more, with their gradients.
@@ -54,7 +59,7 @@ def ring(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, sc
     q_spec, kv_spec = (spec(axes, x.shape, mesh, COMPUTED) for axes, x in (("BLNH", q_BLNH), ("BLKH", k_BSKH)))
     if q_spec[2] != kv_spec[2] and k_BSKH.shape[2] > 1:
         # Query heads are split but key/value heads cannot be: each query head brings its own.
-        k_BSKH, v_BSKH = (jnp.repeat(x, q_BLNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+        k_BSKH, v_BSKH = per_query_head(q_BLNH, k_BSKH, v_BSKH)
         kv_spec = q_spec
     segmented = mask.key_segments_BS is not None
     query = jnp.ones((1, L), jnp.int32) if segmented and mask.query_segments_BL is None else mask.query_segments_BL
@@ -66,8 +71,9 @@ def ring(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, sc
     plain = dataclasses.replace(mask, query_segments_BL=None, key_segments_BS=None, prefix_B=None)
     run = functools.partial(_device, _Ring(ways, 2 if balanced else 1, softcap, plain))
     # What a custom gradient varies over cannot be checked.
-    split = jax.shard_map(run, in_specs=(q_spec, kv_spec, kv_spec, fact_specs), out_specs=q_spec, check_vma=False)
-    return split(q_BLNH * jnp.asarray(scale, q_BLNH.dtype), k_BSKH, v_BSKH, facts)
+    heads = None if bias_NY is None else PartitionSpec(q_spec[2], None)  # all distances of a device's own heads
+    split = jax.shard_map(run, in_specs=(q_spec, kv_spec, kv_spec, fact_specs, heads), out_specs=q_spec, check_vma=False)
+    return split(q_BLNH * jnp.asarray(scale, q_BLNH.dtype), k_BSKH, v_BSKH, facts, bias_NY)
 
 
 def why_not_ring(q_BLNH: jax.Array, k_BSKH: jax.Array) -> str | None:
@@ -79,7 +85,9 @@ def why_not_ring(q_BLNH: jax.Array, k_BSKH: jax.Array) -> str | None:
     return f"{ways} devices (parallel.context) do not divide {L} and {S} tokens" if L % ways or S % ways else None
 
 
-def _device(ring: _Ring, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, facts: _Facts) -> jax.Array:
+def _device(
+    ring: _Ring, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, facts: _Facts, bias_NY: jax.Array | None
+) -> jax.Array:
     """One device's part."""
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
@@ -87,7 +95,9 @@ def _device(ring: _Ring, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
         q_BLNH, k_BSKH, v_BSKH = (_to_zigzag(ring.ways, x) for x in (q_BLNH, k_BSKH, v_BSKH))
         facts = _Facts(*(None if x is None else _to_zigzag(ring.ways, x) for x in facts))
     q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3)
-    mixed_BKGLH = _turn(ring, q_BKGLH, jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2), facts)
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    plan, *_ = _plan(ring, q_BKGLH, k_BKSH)
+    mixed_BKGLH = _turn(ring, q_BKGLH, k_BKSH, v_BKSH, facts, grouped(bias_NY, K, max(plan.rows, plan.keys)))
     mixed_BLNH = jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
     return _from_zigzag(ring.ways, mixed_BLNH) if ring.halves == 2 else mixed_BLNH
 
@@ -161,8 +171,8 @@ def _pass(ways: int, x: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _turn(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: _Facts) -> jax.Array:
-    return _turn_forward(ring, q, k, v, facts)[0]
+def _turn(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: _Facts, bias: jax.Array | None) -> jax.Array:
+    return _turn_forward(ring, q, k, v, facts, bias)[0]
 
 
 def _plan(ring: _Ring, q: jax.Array, k: jax.Array) -> tuple[Plan, int, int]:
@@ -170,7 +180,9 @@ def _plan(ring: _Ring, q: jax.Array, k: jax.Array) -> tuple[Plan, int, int]:
     return Plan(_block(L), _block(S), S, ring.softcap), L, S
 
 
-def _turn_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: _Facts) -> tuple[jax.Array, Any]:
+def _turn_forward(
+    ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: _Facts, bias: jax.Array | None
+) -> tuple[jax.Array, Any]:
     (plan, L, S), me = _plan(ring, q, k), jax.lax.axis_index(AXIS)
 
     def step(carry: Any, n: jax.Array) -> tuple[Any, None]:
@@ -180,7 +192,7 @@ def _turn_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: 
         for i, (mixed, logs) in enumerate(parts):
             for j in range(ring.halves):
                 mask = _met(ring, met, me, other, i, j, L, S)
-                some, log = stream_forward(plan, _part(ring, q, 3, i), _part(ring, k_, 2, j), _part(ring, v_, 2, j), None, mask)
+                some, log = stream_forward(plan, _part(ring, q, 3, i), _part(ring, k_, 2, j), _part(ring, v_, 2, j), bias, mask)
                 higher = jnp.maximum(logs, log)
                 old, new = jnp.exp(logs - higher), jnp.exp(log - higher)
                 # Each part is a mean over its own keys: weighed by their sums it is the mean over all.
@@ -195,15 +207,15 @@ def _turn_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: 
     (_, parts), _ = jax.lax.scan(step, start, jnp.arange(ring.ways, dtype=jnp.int32))
     mixed = jnp.concatenate([mixed for mixed, _ in parts], axis=3).astype(q.dtype)
     logs = jnp.concatenate([logs for _, logs in parts], axis=3)
-    return mixed, (q, k, v, facts, mixed, logs)
+    return mixed, (q, k, v, facts, bias, mixed, logs)
 
 
 def _turn_backward(ring: _Ring, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
-    q, k, v, facts, mixed, logs = saved
+    q, k, v, facts, bias, mixed, logs = saved
     (plan, L, S), me = _plan(ring, q, k), jax.lax.axis_index(AXIS)
 
     def step(carry: Any, n: jax.Array) -> tuple[Any, None]:
-        (k_, v_, key, dk, dv), dq = carry
+        (k_, v_, key, dk, dv), dq, dbias = carry
         other, met = (me - n) % ring.ways, facts._replace(key_BS=key)
         dqs, dks, dvs = ([0.0] * ring.halves for _ in range(3))
         for i in range(ring.halves):
@@ -211,16 +223,17 @@ def _turn_backward(ring: _Ring, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
             for j in range(ring.halves):
                 theirs = [_part(ring, x, 2, j) for x in (k_, v_)]
                 mask = _met(ring, met, me, other, i, j, L, S)
-                a, b, c, _ = stream_backward(plan, (mine[0], *theirs, None, mask, mine[1], mine[2]), mine[3])
+                a, b, c, d = stream_backward(plan, (mine[0], *theirs, bias, mask, mine[1], mine[2]), mine[3])
                 dqs[i], dks[j], dvs[j] = dqs[i] + a, dks[j] + b, dvs[j] + c
+                dbias = None if bias is None else dbias + d
         dq = dq + jnp.concatenate(dqs, axis=3)
         dk, dv = dk + jnp.concatenate(dks, axis=2), dv + jnp.concatenate(dvs, axis=2)
-        return (_pass(ring.ways, (k_, v_, key, dk, dv)), dq), None
+        return (_pass(ring.ways, (k_, v_, key, dk, dv)), dq, dbias), None
 
     zeros = [jnp.zeros_like(x, dtype=jnp.float32) for x in (k, v, q)]
-    start = (k, v, facts.key_BS, *zeros[:2]), zeros[2]
-    ((_, _, _, dk, dv), dq), _ = jax.lax.scan(step, start, jnp.arange(ring.ways, dtype=jnp.int32))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    start = (k, v, facts.key_BS, *zeros[:2]), zeros[2], None if bias is None else jnp.zeros_like(bias)
+    ((_, _, _, dk, dv), dq, dbias), _ = jax.lax.scan(step, start, jnp.arange(ring.ways, dtype=jnp.int32))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias
 
 
 _turn.defvjp(_turn_forward, _turn_backward)

@@ -21,11 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.model.attention import Attention
 from jaxlm.model.cache import At, Cache, KeyValue, Read, Source
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.distance_bias import alibi, distance_range
 from jaxlm.model.layers import Angles, Embed, Linear, Mlp, Norm, divisor
-from jaxlm.model.mask import Mask, distances, places
+from jaxlm.model.mask import Mask, places
 from jaxlm.model.moe import Moe
 from jaxlm.model.pipeline import pipelined, stages
-from jaxlm.model.positions import RelativeBias, alibi, rotary_angles, sinusoids
+from jaxlm.model.positions import RelativeBias, rotary_angles, sinusoids
 from jaxlm.parallel.rules import gathered
 
 Batch = Mapping[str, Any]
@@ -38,7 +39,8 @@ class Context:
     mask: Mask
     angles: tuple[Angles, Angles] | None = None
     """Rotary angles of layers that see all and of layers that see a window."""
-    bias_BNLS: jax.Array | None = None
+    bias_1NY: jax.Array | None = None
+    """Of the scores, by head and distance; its first dimension tells it from what each row has of its own."""
     at: At | None = None
     """In the cache."""
     read_BSD: jax.Array | None = None
@@ -89,7 +91,8 @@ class Block(nn.Module):
 
         start_BLD = x_BLD
         attention = Attention(c, self.train, name="attention")
-        y_BLD, own = attention(before("attention", x_BLD), own, local, context.mask, context.angles, context.bias_BNLS, context.at)
+        bias_NY = None if context.bias_1NY is None else context.bias_1NY[0]
+        y_BLD, own = attention(before("attention", x_BLD), own, local, context.mask, context.angles, bias_NY, context.at)
         y_BLD = checkpoint_name(y_BLD, "attention")
         x_BLD = after("attention", x_BLD, y_BLD)
         if context.read_mask is not None:
@@ -161,7 +164,7 @@ class Stack(nn.Module):
             number_X, local_X = jnp.arange(self.layers), jnp.asarray(c.local(self.layers))
             x_BLD, (_, _, auxiliary_X) = stack(x_BLD, number_X, local_X, None, None, context)
             return Output(self._end(x_BLD), None, jnp.sum(auxiliary_X))
-        of_rings = self._of_rings(context, place_BL, cache, bias)
+        of_rings = self._of_rings(context, place_BL, cache)
         layer_X = parted(layer_X, self.layers, c.share_layers)
         x_BLD, own_X, source_X, auxiliary = self._apart(layer_X, x_BLD, cache, context, of_rings)
         if cache is not None:
@@ -191,7 +194,7 @@ class Stack(nn.Module):
         return gathered(x_BLD if c.norm_position == "post" else Norm(c, c.norm, name="final_norm")(x_BLD))
 
     def _bias(self) -> Callable[[jax.Array], jax.Array] | None:
-        """Distances (1 or B, L, S) → what is added to the scores, (1 or B, N, L, S)."""
+        """Distances (Y,) → the bias of the scores by head and distance, (N, Y)."""
         c = self.config
         if c.position == "relative":
             return RelativeBias(c, self.causal, name="relative_bias")
@@ -219,7 +222,7 @@ class Stack(nn.Module):
                 local = rotary_angles(positions_BL, dataclasses.replace(c, rope=c.rope.local), c.rope.local.theta)
             context = dataclasses.replace(context, angles=(angles, local))
         elif bias is not None:
-            context = dataclasses.replace(context, bias_BNLS=bias(distances(length, size, seen)))
+            context = dataclasses.replace(context, bias_1NY=bias(distance_range(size))[None])
         if read is not None:
             states_BSD, source = read
             mask = Mask(segments_BL, source.get("segments_BL"), causal=False)
@@ -228,9 +231,7 @@ class Stack(nn.Module):
             context = dataclasses.replace(context, read_mask=Mask(None, cache.source.segments_BS, causal=False))
         return context
 
-    def _of_rings(
-        self, context: Context, place_BL: jax.Array, cache: Cache | None, bias: Callable[[jax.Array], jax.Array] | None
-    ) -> Context:
+    def _of_rings(self, context: Context, place_BL: jax.Array, cache: Cache | None) -> Context:
         """What layers share whose cache is a ring: keys are its last places, of which those before the text are not seen."""
         room = min((most for most in cache.limits if most is not None), default=None) if cache is not None else None
         if cache is None or room is None or room >= cache.size:
@@ -250,7 +251,6 @@ class Stack(nn.Module):
             context,
             mask=Mask(query, key, seen, prefix_B, causal=self.causal),
             at=At(cache.length, holder_BGS, ring=True),
-            bias_BNLS=None if bias is None else bias(distances(length, room, seen)),
         )
 
     def _apart(

@@ -6,10 +6,12 @@ model names letters only, so what is split over which devices is decided here al
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, tuple[str, ...]]
@@ -49,6 +51,78 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rul
             over = over[:-1]
         parts.append(over if free and math.prod(sizes[axis] for axis in over) > 1 else None)
     return PartitionSpec(*parts)
+
+
+class Split(NamedTuple):
+    """The mesh axes over which a dimension is split, and the number of devices that they make."""
+
+    axes: tuple[str, ...]
+    ways: int
+
+
+def split_over(letter: str, size: int, rules: Rules = COMPUTED) -> Split:
+    """How the mesh that is set splits a dimension of this logical axis and size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return Split((), 1)
+    axes = tuple(axis for axis in _axes(spec((letter,), (size,), mesh, rules)[0]) if mesh.shape[axis] > 1)
+    return Split(axes, math.prod(mesh.shape[axis] for axis in axes))
+
+
+class DeviceSum(NamedTuple):
+    """The sum over devices of an array that each of them computes of its own tokens, to be split as a stored array is.
+
+    It is scattered at once where the devices that are summed over hold parts of the stored array (fsdp). Left to the compiler
+    it is often summed whole and cut afterwards, which sends twice as much.
+    """
+
+    over: tuple[str, ...]
+    """Mesh axes that are summed over."""
+    inner: tuple[tuple[str, ...], ...]
+    """Mesh axes that split each dimension of what a device computes."""
+    scattered: dict[str, int]
+    """The dimension over which each of some axes scatters the sum."""
+
+    @classmethod
+    def of(cls, axes: str, shape: Sequence[int], *splits: Split) -> "DeviceSum":
+        """For an array of these logical axes, summed over the devices of `splits`."""
+        mesh = jax.sharding.get_abstract_mesh()
+        over = tuple(axis for split in splits for axis in split.axes)
+        if mesh.empty:
+            return cls(over, ((),) * len(shape), {})
+        inner = tuple(_axes(part) for part in spec(axes, shape, mesh, COMPUTED))
+        stored = [_axes(part) for part in spec(axes, shape, mesh, STORED)]
+        return cls(over, inner, {axis: i for i, part in enumerate(stored) for axis in part if axis in over and not inner[i]})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """One device's part of the sum, under `shard_map`."""
+        for axis, dimension in self.scattered.items():
+            # Along the dimension that is the first in memory: along the last one a TPU's compiler sums the array whole and cuts it.
+            order = (dimension, *(i for i in range(x.ndim) if i != dimension))
+            x = with_layout_constraint(x, Layout(order))
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+        rest = tuple(axis for axis in self.over if axis not in self.scattered)
+        return jax.lax.psum(x, rest) if rest else x
+
+    @property
+    def out_specs(self) -> PartitionSpec:
+        scattered = (tuple(axis for axis, at in self.scattered.items() if at == i) for i in range(len(self.inner)))
+        return PartitionSpec(*((*there, *new) or None for there, new in zip(self.inner, scattered, strict=True)))
+
+
+def sum_over_devices(x_IJ: jax.Array, axes: str, rows: Split, length: Split) -> jax.Array:
+    """Sum an array over its leading two dimensions, of which every device of `rows` and `length` holds one entry; the other
+    dimensions have these logical axes."""
+    total = DeviceSum.of(axes, x_IJ.shape[2:], rows, length)
+    if not total.over:
+        return jnp.sum(x_IJ, axis=(0, 1))
+    given = PartitionSpec(rows.axes or None, length.axes or None, *(part or None for part in total.inner))
+    return jax.shard_map(lambda x: total(x[0, 0]), in_specs=given, out_specs=total.out_specs, check_vma=False)(x_IJ)
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def constrain(x: jax.Array, axes: str, rules: Rules = COMPUTED, free: bool = False) -> jax.Array:

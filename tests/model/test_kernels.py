@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ class Case:
     sources: bool = False  # keys have segments of their own, as a decoder's view of an encoder
     seen: int | None = None
     softcap: float | None = None
-    bias: int = 0  # rows of the bias
+    bias: bool = False
     scale: float | None = None
 
 
@@ -51,13 +52,14 @@ CASES = {
     "softcap": Case(softcap=1.5, scale=0.7),
     "gqa": Case(K=2, segments=True),
     "mqa": Case(K=1, causal=False),
-    "bias": Case(bias=3, K=2),
-    "bias-for-all-rows": Case(bias=1, causal=False),
-    "everything": Case(bias=1, K=2, softcap=2.0, segments=True, window=13, scale=0.5),
+    "bias": Case(bias=True, K=2),
+    "bias-both-sides": Case(bias=True, causal=False),
+    "everything": Case(bias=True, K=2, softcap=2.0, segments=True, window=13, scale=0.5),
     "cross": Case(L=19, S=50, causal=False, sources=True),
     "cross-longer": Case(L=50, S=7, causal=False),
     "cache": Case(L=5, S=50, seen=30),
     "cache-window": Case(L=20, S=50, seen=17, window=8, K=2),
+    "cache-bias": Case(L=20, S=50, seen=17, bias=True, K=2),
     "one-token": Case(L=1, S=50, seen=41),
     "even-blocks": Case(L=64, S=64, K=2, window=20),
 }
@@ -78,7 +80,7 @@ def tensors(case: Case, rows: int = 3):
     q = jax.random.normal(keys[0], (rows, case.L, case.N, case.H))
     k = jax.random.normal(keys[1], (rows, case.S, case.K, case.H))
     v = jax.random.normal(keys[2], (rows, case.S, case.K, case.H))
-    bias = jax.random.normal(keys[3], (case.bias, case.N, case.L, case.S)) if case.bias else None
+    bias = jax.random.normal(keys[3], (case.N, 2 * case.S - 1)) if case.bias else None
     return (q, k, v, bias), jax.random.normal(keys[4], q.shape)
 
 
@@ -112,14 +114,15 @@ def sees(case: Case, rows: int = 3) -> np.ndarray:
     return shown
 
 
-def oracle(case: Case, shown_BLS, q_BLNH, k_BSKH, v_BSKH, bias_BNLS, kept_BNLS=None):
+def oracle(case: Case, shown_BLS, q_BLNH, k_BSKH, v_BSKH, bias_NY, kept_BNLS=None):
     k_BSNH, v_BSNH = (jnp.repeat(x, case.N // case.K, axis=2) for x in (k_BSKH, v_BSKH))
     scale = case.H**-0.5 if case.scale is None else case.scale
     scores_BNLS = scale * jnp.einsum("BLNH,BSNH->BNLS", q_BLNH, k_BSNH)
     if case.softcap is not None:
         scores_BNLS = case.softcap * jnp.tanh(scores_BNLS / case.softcap)
-    if bias_BNLS is not None:
-        scores_BNLS = scores_BNLS + bias_BNLS
+    if bias_NY is not None:
+        distance_LS = np.arange(case.S)[None] - (case.seen or 0) - np.arange(case.L)[:, None]
+        scores_BNLS = scores_BNLS + bias_NY[:, distance_LS + case.S - 1]
     weights_BNLS = jnp.where(shown_BLS[:, None], jnp.exp(scores_BNLS), 0)
     weights_BNLS = weights_BNLS / jnp.sum(weights_BNLS, axis=-1, keepdims=True)
     if kept_BNLS is not None:
@@ -160,14 +163,14 @@ def test_xla(name):
 
 def test_xla_in_blocks_of_queries():
     """From 128 queries on, a causal mask is computed in blocks that leave out the keys behind them."""
-    case = Case(L=150, S=150, N=2, K=1, bias=1, softcap=2.0, segments=True)
+    case = Case(L=150, S=150, N=2, K=1, bias=True, softcap=2.0, segments=True)
     check(case, lambda q, k, v, bias: xla(q, k, v, mask_of(case), scale_of(case), case.softcap, bias, None))
 
 
 @pytest.mark.parametrize("length", [50, 150])
 def test_dropout_keeps_its_gradient(length):
     """Dropped weights count for nothing, forward and backward, the kept ones are made larger; in blocks too."""
-    case, key, rate = Case(L=length, S=length, N=4, K=2, bias=1, softcap=2.0, segments=True), jax.random.key(3), 0.3
+    case, key, rate = Case(L=length, S=length, N=4, K=2, bias=True, softcap=2.0, segments=True), jax.random.key(3), 0.3
     kept = jax.random.bernoulli(key, 1 - rate, (3, 2, 2, length, length)).reshape(3, 4, length, length)
     assert 0.6 < float(kept.mean()) < 0.8
     run = lambda q, k, v, bias: xla(q, k, v, mask_of(case), scale_of(case), case.softcap, bias, (rate, key))  # noqa: E731
@@ -297,7 +300,7 @@ def shapes(L=256, S=None, N=8, K=8, H=64, B=4, dtype=jnp.bfloat16):
 
 DROP = (0.1, None)
 ROW = jax.ShapeDtypeStruct((4, 256), jnp.int32)
-BIAS = jax.ShapeDtypeStruct((1, 8, 256, 256), jnp.float32)
+BIAS = jax.ShapeDtypeStruct((8, 511), jnp.float32)
 CHOICES = [
     # platform, what differs from a plain causal bfloat16 call, kernel
     ("cpu", {}, "xla"),
@@ -311,15 +314,15 @@ CHOICES = [
     ("tpu", {"L": 300, "S": 200}, "xla"),
     ("tpu", {"L": 100}, "xla"),
     ("tpu", {"L": 1, "S": 4096, "mask": Mask(seen=0)}, "xla"),
-    ("tpu", {"bias_BNLS": BIAS}, "xla"),
+    ("tpu", {"bias_NY": BIAS}, "xla"),
     ("tpu", {"drop": DROP}, "xla"),
-    ("tpu", {"L": 32768, "bias_BNLS": BIAS}, "chunked"),
+    ("tpu", {"L": 32768, "bias_NY": BIAS}, "chunked"),
     ("gpu", {}, "cudnn"),
     ("gpu", {"K": 2, "mask": Mask(ROW, ROW)}, "cudnn"),
     ("gpu", {"mask": Mask(window=64)}, "cudnn"),
     ("gpu", {"L": 255}, "cudnn"),
     ("gpu", {"L": 255, "mask": Mask(ROW, ROW)}, "xla"),
-    ("gpu", {"bias_BNLS": BIAS}, "cudnn"),
+    ("gpu", {"bias_NY": BIAS}, "cudnn"),
     ("gpu", {"dtype": jnp.float32}, "xla"),
     ("gpu", {"dtype": jnp.float32, "L": 32768}, "chunked"),
     ("gpu", {"softcap": 30.0}, "xla"),
@@ -333,7 +336,7 @@ CHOICES = [
 def test_auto_chooses(on, caplog, name, call, kernel):
     on(name)
     given = {key: call[key] for key in ("L", "S", "N", "K", "H", "B", "dtype") if key in call}
-    rest = {key: call.get(key) for key in ("softcap", "bias_BNLS", "drop")}
+    rest = {key: call.get(key) for key in ("softcap", "bias_NY", "drop")}
     assert choose("auto", *shapes(**given), call.get("mask", Mask()), **rest) == kernel
     assert not caplog.records, "auto is no one's wish: nothing to say"
 
@@ -390,7 +393,7 @@ def test_what_cudnn_is_told_means_our_mask(monkeypatch, name):
     mask, biased = CUDNN[name]
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v = (jax.random.normal(key, (2, 50, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
-    bias = jax.random.normal(keys[3], (1, 4, 50, 50)) if biased else None
+    bias = jax.random.normal(keys[3], (4, 99)) if biased else None
     theirs, told = jax.nn.dot_product_attention, {}
 
     def spy(*arrays, implementation, **words):
@@ -406,13 +409,50 @@ def test_what_cudnn_is_told_means_our_mask(monkeypatch, name):
     assert told["local_window_size"] is None or (told["is_causal"] and told["mask"] is None and told["bias"] is None)
 
 
+@pytest.mark.parametrize(
+    "N, K, context, parallel",
+    [
+        (8, 8, "auto", {"fsdp": 8}),
+        (8, 4, "auto", {"data": 2, "tensor": 4}),
+        (8, 4, "auto", {"tensor": 8}),
+        (8, 1, "auto", {"data": 4, "tensor": 2}),
+        (8, 2, "gather", {"data": 2, "context": 4}),
+        (8, 2, "gather", {"context": 2, "tensor": 4}),
+        (8, 2, "ulysses", {"data": 2, "context": 2, "tensor": 2}),
+    ],
+    ids=str,
+)
+def test_cudnn_is_given_arrays_that_jax_splits(on, monkeypatch, N, K, context, parallel):
+    """JAX refuses to split cuDNN's attention unless queries, keys and values are split alike, over rows and heads alone."""
+    on("gpu")
+    theirs, found = jax.nn.dot_product_attention, {}
+
+    def spy(q, k, v, *, implementation, **words):
+        assert implementation == "cudnn"
+        for name, x in {"q": q, "k": k, "v": v}.items():
+            jax.debug.inspect_array_sharding(x, callback=lambda sharding, name=name, x=x: found.update({name: (sharding, x.shape)}))
+        return theirs(q, k, v, implementation="xla", **words)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    q, k = shapes(L=32, N=N, K=K, H=8, B=8)
+    run = jax.jit(lambda q, k, v: attend(q, k, v, Mask(), kernel="cudnn", context=context))
+    mesh = make_mesh(ParallelConfig(**{"data": 1, **parallel}))
+    with jax.set_mesh(mesh), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        run.lower(q, k, k).compile()
+    (q_split, shape), (k_split, k_shape), (v_split, _) = (found[name] for name in "qkv")
+    parts = [whole // part for whole, part in zip(shape, q_split.shard_shape(shape), strict=True)]
+    assert parts[1] == parts[3] == 1 and math.prod(parts) > 1, "rows and heads alone"
+    assert parts == [whole // part for whole, part in zip(k_shape, k_split.shard_shape(k_shape), strict=True)]
+    assert k_split.is_equivalent_to(v_split, 4) and q_split.is_equivalent_to(k_split, 4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CUDNN)
 def test_cudnn_on_a_gpu(name):
     mask, biased = CUDNN[name]
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (jax.random.normal(key, (2, 50, n, 16), jnp.bfloat16) for key, n in zip(keys, (4, 2, 2), strict=False))
-    bias = jax.random.normal(keys[3], (1, 4, 50, 50)) if biased else None
+    bias = jax.random.normal(keys[3], (4, 99)) if biased else None
     cotangent = jax.random.normal(keys[4], q.shape)
     inputs = (q, k, v, bias)
     assert choose("cudnn", q, k, mask, None, bias, None) == "cudnn"

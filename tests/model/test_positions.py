@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxlm.model import Model, RotaryConfig, TransformerConfig, empty_cache
+from jaxlm.model.distance_bias import alibi, block_bias, distance_range
 from jaxlm.model.mask import distances
-from jaxlm.model.positions import alibi, relative_buckets, rotary_angles, rotary_frequencies, rotate, sinusoids
+from jaxlm.model.positions import relative_buckets, rotary_angles, rotary_frequencies, rotate, sinusoids
 
 CONFIG = TransformerConfig(vocab_size=8, positions=64, width=64, heads=4, position="rotary")  # heads of 16
 
@@ -148,7 +149,7 @@ def test_distances_count_on_behind_a_cache():
 
 def test_alibi_by_hand():
     """Press et al. 2022, §3: 8 heads have the slopes 1/2, 1/4 … 1/256; the penalty is slope · distance on both sides."""
-    bias_BNLS = alibi(distances(5, 5, None), 8)
+    bias_BNLS = block_bias(alibi(distance_range(5), 8)[:, None], 0, 5, 5)[:, :, 0]
     assert bias_BNLS.shape == (1, 8, 5, 5)
     for n in range(8):
         np.testing.assert_allclose(bias_BNLS[0, n, 3], -np.array([3, 2, 1, 0, 1]) / 2 ** (n + 1))
@@ -180,7 +181,7 @@ def test_alibi_is_blooms_up_to_a_constant_a_row(heads):
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     L = 24
-    ours = np.asarray(alibi(distances(L, L, None), heads))[0]
+    ours = np.asarray(block_bias(alibi(distance_range(L), heads)[:, None], 0, L, L))[0, :, 0]
     theirs = build_alibi_tensor(torch.ones(1, L, dtype=torch.long), heads, torch.float32).numpy()
     assert theirs.shape == (heads, 1, L)
     gap_NLS = ours - theirs

@@ -49,22 +49,22 @@ def inputs(heads=N, shared=K, length=L, size=L, seed=1):
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-def both(mask, mesh=None, softcap=None, arrays=None, **options):
+def both(mask, mesh=None, softcap=None, arrays=None, bias=None, **options):
     """Values, and gradients of a weighted sum of them, which no query without a key takes part in."""
     q, k, v, weights = arrays or inputs()
     if mask.query_segments_BL is not None:
         weights = jnp.where(mask.query_segments_BL[:, :, None, None] > 0, weights, 0)
 
-    def total(q, k, v, mask):
-        mixed = attend(q, k, v, mask, softcap=softcap, **options)
+    def total(q, k, v, bias, mask):
+        mixed = attend(q, k, v, mask, softcap=softcap, bias_NY=bias, **options)
         return jnp.sum(mixed * weights), jnp.where(weights == 0, 0, mixed)
 
-    compute = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+    compute = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2) if bias is None else (0, 1, 2, 3), has_aux=True))
     if mesh is None:
-        (_, mixed), grads = compute(q, k, v, mask)
+        (_, mixed), grads = compute(q, k, v, bias, mask)
     else:
         with jax.set_mesh(mesh):
-            (_, mixed), grads = jax.block_until_ready(compute(q, k, v, mask))
+            (_, mixed), grads = jax.block_until_ready(compute(q, k, v, bias, mask))
     return [np.asarray(x) for x in (mixed, *grads)]
 
 
@@ -85,6 +85,15 @@ def test_every_mesh_is_plain_attention(mesh):
     """Two key/value heads on up to eight devices, with a cap: they are split, shared or repeated as the mesh asks."""
     mask = MASKS["causal, packed"]
     assert_same(both(mask, make_mesh(MESHES[mesh]), softcap=3.0, context="ring"), both(mask, softcap=3.0, kernel="xla"))
+
+
+@pytest.mark.parametrize("mesh", ["data 2, context 4", "fsdp 2, context 2, tensor 2"])
+@pytest.mark.parametrize("name", ["causal, packed", "both ways, window"])
+def test_biases_by_distance_go_round(name, mesh):
+    """ALiBi's and T5's: the same values and the same gradients, the bias' own among them, which sums over all devices."""
+    bias = jnp.asarray(np.random.default_rng(2).standard_normal((N, 2 * L - 1)), jnp.float32)
+    ours = both(MASKS[name], make_mesh(MESHES[mesh]), bias=bias, context="ring")
+    assert_same(ours, both(MASKS[name], bias=bias, kernel="xla"))
 
 
 def test_one_key_value_head_goes_round_for_all():
@@ -123,11 +132,11 @@ def test_what_cannot_go_round_goes_another_way(caplog):
     q, k, _, _ = inputs()
     drop = (0.1, jax.random.key(0))
     with jax.set_mesh(make_mesh(MESHES["data 2, context 4"])):
-        assert sharing("auto", q, k, Mask(), None, None) == "ring"
-        assert sharing("auto", q, k, Mask(), None, drop) == "ulysses"
-        assert sharing("auto", q[:, :, :3], k[:, :, :1], Mask(), None, drop) == "gather"
-        assert sharing("auto", q[:, :46], k[:, :46], Mask(), None, None) == "ulysses", "46 tokens on 4 devices"
-        assert sharing("ring", q, k, Mask(), None, drop) == "ulysses"
+        assert sharing("auto", q, k, Mask(), None) == "ring"
+        assert sharing("auto", q, k, Mask(), drop) == "ulysses"
+        assert sharing("auto", q[:, :, :3], k[:, :, :1], Mask(), drop) == "gather"
+        assert sharing("auto", q[:, :46], k[:, :46], Mask(), None) == "ulysses", "46 tokens on 4 devices"
+        assert sharing("ring", q, k, Mask(), drop) == "ulysses"
     assert [record.getMessage() for record in caplog.records] == ["attention by ring cannot be used here: it has no dropout"]
 
 
