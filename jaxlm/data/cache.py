@@ -88,7 +88,11 @@ def build_corpora(config: DataConfig) -> Corpora:
     if not (folder / "meta.json").exists():
         with _alone(folder):
             if not (folder / "meta.json").exists():  # another process may have built it while this one waited
-                _build(folder, config, held)
+                try:
+                    _build(folder, config, held)
+                except ValueError:  # data that is refused leaves nothing behind
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
     meta = json.loads((folder / "meta.json").read_text(encoding="utf8"))
     tokenizer = load_tokenizer(folder / "tokenizer")
     if config.tokenizer.kind == "huggingface" and pathlib.Path(expand(config.tokenizer.path or "")).is_dir():

@@ -1,8 +1,11 @@
 """One run in its folder: a config → every built part, trained, saved and told. The only place that composes."""
 
+import contextlib
 import functools
 import json
+import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,8 +44,23 @@ class Run:
 
     def __init__(self, config: ExperimentConfig):
         self.config, self.folder = config, config.folder
+        self._absent = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.start = Checkpoints(self.folder / "checkpoints").latest() or 0
-        self._check_same()
+        with self._nothing_left_if_refused():
+            self._check_same()
+
+    @contextlib.contextmanager
+    def _nothing_left_if_refused(self) -> Iterator[None]:
+        """Delete the folder of a run that is refused before its first step, if this process made it."""
+        try:
+            yield
+        except ValueError:
+            if speaks() and self.folder in self._absent and not self.start and not read_rows(self.folder / "metrics.jsonl"):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                for parent in self._absent[1:]:
+                    with contextlib.suppress(OSError):  # what others put there stays
+                        parent.rmdir()
+            raise
 
     def _check_same(self) -> None:
         """Raises ValueError where the folder holds a run with another config, also one without a checkpoint yet."""
@@ -127,7 +145,11 @@ class Run:
         return self.start >= self.steps and [row["step"] for row in record[-1:]] == [self.start]
 
     def train(self) -> str:
-        """Train to the end, or until interrupted; returns how it ended (see `Outcome`)."""
+        """Train to the end, or until interrupted; returns how it ended (see `Outcome`). A run that is refused leaves no folder."""
+        with self._nothing_left_if_refused():
+            return self._train()
+
+    def _train(self) -> str:
         c, mesh, job = self.config, self.mesh, self.job
         model = job.model()
         tuning, steps = Tuning(c.tune, model), self.steps

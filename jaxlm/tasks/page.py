@@ -17,8 +17,8 @@ def write_predictions(
     folder: pathlib.Path, title: str, task: Task, rows: Sequence[Row], predictions: Sequence[Prediction]
 ) -> dict[str, str]:
     """Write `predictions.jsonl`, `scores.json` and `scores.html` into a folder; returns the scores as a person reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = bootstrap(task.statistic(), predictions, rows)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json_lines(folder / "predictions.jsonl", ({**row, "prediction": p} for row, p in zip(rows, predictions, strict=True)))
     signatures = task.signatures(rows)
     numbers = {

@@ -242,6 +242,7 @@ def evaluate(words: Sequence[str]) -> int:
         task.config = configs.build(type(task.config), {**configs.to_dict(task.config), **scoring})
     _tell_settings(trained, task)
     held = usable(task, _held_out(trained.run, task, options, row_flags))
+    other = None if options.against is None else _predictions(options.against, len(held.rows))
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
     examples = None if task.generates else task.examples(held.rows, held.where)
     if task.refers and examples is not None:
@@ -255,16 +256,24 @@ def evaluate(words: Sequence[str]) -> int:
     say(held.summary())
     for name, text in write_predictions(folder, trained.name, task, held.rows, predictions).items():
         say(f"{name + ':':<24}{text}")
-    if options.against is not None:
-        other = [json.loads(line)["prediction"] for _, line in read_lines(pathlib.Path(options.against)) if line.strip()]
-        if len(other) != len(predictions):
-            raise ValueError(f"{options.against} holds {len(other):,} predictions, for {len(predictions):,} rows")
+    if other is not None:
         for name, found in paired_scores(task, held.rows, predictions, other).items():
             say(f"{name} less the other's: {found.difference:+.4f} ({found.low:+.4f} to {found.high:+.4f}), p = {found.p:.4g}")
         for name, p in paired_tests(task, held.rows, predictions, other).items():
             say(f"{name}: p = {p:.4g}")
     say(f"look at {folder}/scores.html")
     return 0
+
+
+def _predictions(file: str, rows: int) -> list[Any]:
+    """The predictions of a predictions.jsonl. Raises ValueError where they are not as many as the rows, or none."""
+    try:
+        found = [json.loads(line)["prediction"] for _, line in read_lines(pathlib.Path(file)) if line.strip()]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is no predictions.jsonl: each line holds an object with a prediction") from None
+    if len(found) != rows:
+        raise ValueError(f"{file} holds {len(found):,} predictions, for {rows:,} rows")
+    return found
 
 
 def _tell_settings(trained: "Trained", task: "Task") -> None:
