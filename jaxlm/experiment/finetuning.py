@@ -291,7 +291,7 @@ class Finetuning(Job):
         held = self.tables[1].rows
         with bar("predicting the held-out rows", len(held), "rows") as shown:
             examples = None if self.task.generates else self.examples[1]
-            predictions = self.predictor.predict(params(), held, examples, advance=shown.advance)
+            predictions = self.predictor.predict(params(), held, examples, advance=shown.advance, likelihood=True)
         assert predictions is not None, "nothing stops it"
         if not speaks():
             return {}, Verdict(), {}

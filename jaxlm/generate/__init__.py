@@ -6,12 +6,13 @@ from jaxlm.generate.contrastive import ContrastiveConfig, ContrastiveGenerator
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.processors import NO_RULES, LogitsRules
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample, seen_of
-from jaxlm.generate.settings import SETTINGS, GenerationSettings
+from jaxlm.generate.settings import NO_SETTINGS, SETTINGS, GenerationSettings
 from jaxlm.generate.speculative import Speculator, Stats
 from jaxlm.generate.watermark import Detection, Watermark, detect
 
 __all__ = [
     "NO_RULES",
+    "NO_SETTINGS",
     "SETTINGS",
     "BatchGenerator",
     "Constraint",

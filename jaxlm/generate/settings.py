@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxlm.generate.batch import DecodeConfig
 from jaxlm.generate.processors import LogitsRules
+from jaxlm.generate.request import BAD, BAD_LENGTH
 from jaxlm.generate.sample import SampleConfig
 
 # What changes the text in transformers and is not read here, with the values that say nothing.
@@ -16,6 +17,8 @@ _UNREAD: Mapping[str, tuple[Any, ...]] = {
     "forced_decoder_ids": (), "guidance_scale": (1, 1.0), "num_beam_groups": (1,), "penalty_alpha": (0.0,), "sequence_bias": (),
     "stop_strings": (), "top_h": (), "watermarking_config": (),
 }  # fmt: skip
+BEAMS = ("num_beams", "length_penalty", "early_stopping")
+"""Settings of a search, which texts that are drawn do not have."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 TOP_K = 50
 """Of transformers, where a model asks for sampling and names no other."""
@@ -95,6 +98,22 @@ class GenerationSettings:
         names = [field.name for field in dataclasses.fields(LogitsRules) if field.name not in _DECODE]
         return LogitsRules(**{name: self.values[name] for name in names if name in self.values})
 
+    def for_requests(self, stop: Collection[int]) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+        """What an engine's requests can hold of the constraints: sequences that must not occur, and the names of the settings that
+        are left out. Least lengths are `least`."""
+        rules = self.rules()
+        banned: tuple[tuple[int, ...], ...] = tuple((token,) for token in rules.suppress_tokens)
+        banned += tuple(word for word in rules.bad_words_ids if len(word) > 1 or word[0] not in stop)
+        fits = len(banned) <= BAD and all(len(word) <= BAD_LENGTH for word in banned)
+        held = {"min_length", "min_new_tokens", *(("bad_words_ids", "suppress_tokens") if fits else ())}
+        every = (field.name for field in dataclasses.fields(LogitsRules))
+        left = tuple(name for name in every if name in self.values and name not in held)
+        return banned if fits else (), (*left, *(name for name in BEAMS if name in self.values))
+
+    def least(self, prompt: int) -> int:
+        """Least new tokens behind `prompt` tokens of the decoder's."""
+        return self.values.get("min_new_tokens", max(0, self.values.get("min_length", 0) - prompt))
+
     def room(self, prompt: int, default: int) -> int:
         """Most new tokens behind `prompt` tokens of the decoder's (an encoder-decoder begins with 1), at least 1."""
         if "max_new_tokens" in self.values:
@@ -113,6 +132,9 @@ class GenerationSettings:
         parts += [f"overridden: {', '.join(over)}"] if over else []
         parts += [f"not applied: {', '.join(left)}"] if left else []
         return f"{self.where}: {'; '.join(parts)}" if parts else None
+
+
+NO_SETTINGS = GenerationSettings()
 
 
 def _shown(value: Any) -> str:

@@ -15,18 +15,23 @@ def read_generation(folder: pathlib.Path) -> dict[str, Any]:
 
     Without one the whole `config.json`, which holds such settings in older folders, as transformers reads them; {} without either.
     """
-    file = folder / GENERATION
-    values: Mapping[str, Any]
-    if file.is_file():
-        try:
-            values = json.loads(file.read_text(encoding="utf8"))
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} holds {str(values)[:60]!r}: expected an object")
+    if (folder / GENERATION).is_file():
+        values = _read(folder / GENERATION)
+    elif is_hugging_face(folder):  # completed with the family's defaults, which may leave out what the class no longer knows
+        values = {**read_json(folder), **_read(folder / "config.json")}
     else:
-        values = read_json(folder) if is_hugging_face(folder) else {}
+        values = {}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {str(values)[:60]!r}: expected an object")
+    return values
 
 
 def write_generation(folder: pathlib.Path, values: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data import Chat, TextEncoder, Tokenizer
-from jaxlm.generate import SampleConfig
+from jaxlm.generate import NO_SETTINGS, GenerationSettings, SampleConfig
 from jaxlm.generate.request import BAD, BAD_LENGTH, BIASES, TOP, Request
 from jaxlm.generate.request import STOPS as STOP_IDS
 from jaxlm.serve.errors import ApiError
@@ -81,11 +81,14 @@ class Asker:
 
     def __init__(
         self, tokenizer: Tokenizer, chat: Chat | None, stop_ids: Sequence[int], limits: Limits, *,
-        split_special_tokens: bool = False,
+        split_special_tokens: bool = False, settings: GenerationSettings = NO_SETTINGS,
     ):  # fmt: skip
+        """`settings` are the model's own: what a request leaves out is as they have it."""
+        self.settings = settings
         self.tokenizer, self.chat, self.limits = tokenizer, chat, limits
         self._encoder = TextEncoder(tokenizer, split_special_tokens=split_special_tokens)
         self._stop_ids = frozenset([tokenizer.eos_id, *stop_ids])
+        self._banned, self.left_out = settings.for_requests(self._stop_ids)
 
     def completion(self, body: Mapping[str, Any], owner: str) -> Ask:
         """Of `/v1/completions`. ApiError for what cannot be answered."""
@@ -213,18 +216,21 @@ class Asker:
         common: dict[str, Any] = {
             "sample": self._sample(fields), "stop": stop, "logprobs": how.asked, "prompt_logprobs": how.prompt, "owner": owner,
             "bias": self._bias(fields), "allowed": self._allowed(fields), "bad": self._bad_words(fields),
-            "cache_salt": fields.text("cache_salt") or "", "min_tokens": fields.whole("min_tokens", 0, 1 << 31) or 0,
+            "cache_salt": fields.text("cache_salt") or "",
         }  # fmt: skip
+        least = fields.whole("min_tokens", 0, 1 << 31)
         guided = Guided(fields, self.tokenizer, stop)
         made: list[Request] = []
         for prompt in prompts:
             if not prompt:
                 raise bad("the prompt is empty: without special tokens it must hold at least one character", _PROMPT_FIELD[route])
-            size = min(default, context - len(prompt)) if wanted is None else wanted
+            most = min(default, self.settings.room(len(prompt), default)) if route == CHAT else default
+            size = min(most, context - len(prompt)) if wanted is None else wanted
             if size < (wanted is None) or len(prompt) + size > context:
                 raise too_long(context, len(prompt), wanted, route)
-            if common["min_tokens"] > size:
-                raise bad(f"min_tokens is {common['min_tokens']}: the text may have {size} tokens", "min_tokens")
+            if least is not None and least > size:
+                raise bad(f"min_tokens is {least}: the text may have {size} tokens", "min_tokens")
+            common["min_tokens"] = min(self.settings.least(len(prompt)), size) if least is None else least
             made += [Request(prompt, size, seed=(seed + i) & 0x7FFFFFFF, guide=guided.text(), **common) for i in range(n)]
         return tuple(made)
 
@@ -239,7 +245,7 @@ class Asker:
 
     def _bad_words(self, fields: Fields) -> tuple[tuple[int, ...], ...]:
         """Token sequences of vLLM's `bad_words`: each word as it begins a text, and behind a space where that is another token."""
-        name, made = "bad_words", []
+        name, made = "bad_words", list(self._banned)
         for word in fields.texts(name, BAD, 1000):
             alone, behind = (tuple(self.tokenizer.encode(space + word.lstrip()).tolist()) for space in ("", " "))
             made += [alone] if alone else []
@@ -249,12 +255,17 @@ class Asker:
         return tuple(made)
 
     def _sample(self, fields: Fields) -> SampleConfig:
+        own = self.settings.values
+        temperature = 0.0 if own.get("do_sample") is False else own.get("temperature", 1.0)
+        top_k = fields.whole("top_k", -1, 1 << 31)
         given: dict[str, Any] = {
-            "temperature": fields.number("temperature", 1.0, 0, 2), "top_p": fields.number("top_p", 1.0, 0, 1),
-            "top_k": fields.whole("top_k", -1, 1 << 31), "min_p": fields.number("min_p", 0.0, 0, 1),
+            "temperature": fields.number("temperature", temperature, 0, 2),
+            "top_p": fields.number("top_p", own.get("top_p", 1.0), 0, 1),
+            "top_k": own.get("top_k") if top_k is None else top_k, "min_p": fields.number("min_p", own.get("min_p", 0.0), 0, 1),
+            "typical_p": own.get("typical_p"),
             "presence_penalty": fields.number("presence_penalty", 0.0, -2, 2),
             "frequency_penalty": fields.number("frequency_penalty", 0.0, -2, 2),
-            "repetition_penalty": fields.number("repetition_penalty", 1.0, 0.1, 10),
+            "repetition_penalty": fields.number("repetition_penalty", own.get("repetition_penalty", 1.0), 0.1, 10),
         }  # fmt: skip
         given["top_k"] = given["top_k"] if (given["top_k"] or 0) > 0 else None  # 0 and −1: off, as others spell it
         given["top_p"] = max(given["top_p"], 1e-6)  # 0: the likeliest token alone

@@ -72,6 +72,8 @@ def serve(argument: str, options: ServeOptions) -> None:
         service = serve_what(trained, options, engine)
         host = f"[{options.host}]" if ":" in options.host else options.host
         say(f"{service.name}: {', '.join(service.routes())}")
+        if service.asker is not None and (line := service.settings.told(missing=service.asker.left_out)):
+            say(line)
         try:
             if engine is not None:
                 engine.warm()

@@ -5,6 +5,7 @@ import time
 from typing import Any, Literal
 
 from jaxlm.data import Chat, Tokenizer
+from jaxlm.generate import NO_SETTINGS, GenerationSettings
 from jaxlm.models import Trained
 from jaxlm.serve.asks import Asker, Limits
 from jaxlm.serve.metrics import Metrics
@@ -32,6 +33,8 @@ class Service:
     stop_ids: tuple[int, ...] = ()
     vectors: Rows | None = None
     labels: Rows | None = None
+    settings: GenerationSettings = NO_SETTINGS
+    """The model's own for writing, for what requests leave out."""
     draining: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -44,7 +47,7 @@ class Service:
             context = self.engine.config.context
             limits = Limits(context, min(self.options.max_tokens or context, context), self.options.max_n, self.options.max_texts)
             split = self.options.split_special_tokens
-            self.asker = Asker(self.tokenizer, self.chat, self.stop_ids, limits, split_special_tokens=split)
+            self.asker = Asker(self.tokenizer, self.chat, self.stop_ids, limits, split_special_tokens=split, settings=self.settings)
 
     @property
     def mode(self) -> Literal["chat", "completion", "none"]:
@@ -95,6 +98,7 @@ def serve_what(trained: Trained, options: ServeOptions, engine: Any = None) -> S
         options, options.name or trained.name, trained.tokenizer, engine, chat, chats, tuple(trained.stop_ids()),
         Rows(trained, vectors, options.queue) if vectors is not None else None,
         Rows(trained, labels, options.queue) if labels is not None else None,
+        trained.generation() if options.generation_config == "auto" else NO_SETTINGS,
     )  # fmt: skip
     if not service.routes():
         kind = trained.model.config

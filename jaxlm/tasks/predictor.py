@@ -79,11 +79,22 @@ class Predictor:
 
     def predict(
         self, params: Any, rows: Sequence[Row], examples: Examples | None = None, *,
-        stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda n: None,
+        stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda n: None, likelihood: bool = False,
     ) -> list[Prediction] | None:  # fmt: skip
-        """A prediction for each row, or None once `stop()` is true."""
+        """A prediction for each row, or None once `stop()` is true. With `likelihood` those of a chat task hold that of the
+        assistant's turns too: `nll` in nats, of so many `tokens`."""
         if self.task.generates:
-            return self._write(params, rows, advance)
+            written = self._write(params, rows, advance)
+            answered = getattr(self.task, "answered", None) if likelihood else None
+            alone = None if answered is None else answered(rows)
+            if alone is None:
+                return written
+            passed = self.run(params, alone.items, loss=False)
+            assert passed is not None, "nothing stops it"
+            return [
+                {**p, "nll": -float(output["logprob_B"]), "tokens": int(output["tokens_B"])}
+                for p, output in zip(written, passed.outputs, strict=True)
+            ]
         examples = self.task.examples(rows) if examples is None else examples
         passed = self.run(params, examples.items, loss=False, stop=stop, advance=advance)
         return None if passed is None else self.task.read(rows, examples, passed.outputs)

@@ -1,7 +1,7 @@
 """Writing: a text for a text (translation, summarisation, generative question answering), and the assistant's turns."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxlm import metrics
 from jaxlm.config import unknown
 from jaxlm.data import Chat, Example, TextEncoder, Tokenizer, check_messages, pack_chats
 from jaxlm.tasks.reading import answer_notes, texts_of
-from jaxlm.tasks.task import Examples, Prediction, Row, Task, TaskConfig, of_columns
+from jaxlm.tasks.task import Examples, Prediction, Row, Task, TaskConfig, of_columns, together
 from jaxlm.train import Objective, objectives
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -25,7 +25,13 @@ class _Written(Task):
     generates = True
 
     def objective(self, chunk: int, z_loss: float = 0.0) -> Objective:
+        self.chunk = chunk
         return objectives.tokens(chunk, z_loss, self.config.label_smoothing)
+
+    def outputs(self, apply: Callable[..., Any], params: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The log-likelihood (nats) of each row's targets, and how many they are."""
+        logprob_B, _ = apply(params, batch, train=False, rng=None, method="log_likelihood", chunk=self.chunk)
+        return {"logprob_B": logprob_B, "tokens_B": batch.get("decoder", batch)["weights_BL"].sum(axis=1)}
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Tokens that each row's prediction is written behind, or that the encoder reads."""
@@ -221,8 +227,15 @@ class ChatTask(_Written):
             made.append(self.chat.prompt(turns).tolist())
         return made
 
+    def answered(self, rows: Sequence[Row]) -> Examples | None:
+        """Each conversation in a row of its own, for the likelihood of its assistant's turns; None where one has no reply."""
+        if any(isinstance(row["messages"], str) or row["messages"][-1]["role"] != "assistant" for row in rows):
+            return None
+        packed = pack_chats([self.chat.encode(row["messages"]) for row in rows], self.length, self.pad_id, packed=False)
+        return Examples([packed[i] for i in range(len(packed))], np.arange(len(packed))) if len(packed) == len(rows) else None
+
     def statistic(self) -> Callable[..., dict[str, float]]:
-        """ROUGE of the last reply."""
+        """ROUGE of the last reply, and the perplexity of the assistant's turns where predictions hold their likelihood."""
 
         def columns(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Sequence[Any]:
             last = [row["messages"][-1] for row in rows]
@@ -231,4 +244,10 @@ class ChatTask(_Written):
                     raise unknown("role of the last message, which is what a reply is compared with:", turn["role"], ["assistant"])
             return [p["text"] for p in predictions], [turn["content"] for turn in last]
 
-        return of_columns(metrics.weighted_summarisation(), columns)
+        def perplexity(predictions: Sequence[Prediction], rows: Sequence[Row]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+            if not all("nll" in p for p in predictions):
+                return lambda weights_NB: {}
+            nll_B, tokens_B = (np.array([p[name] for p in predictions], float) for name in ("nll", "tokens"))
+            return lambda weights_NB: {"perplexity": np.exp(np.minimum(weights_NB @ nll_B / (weights_NB @ tokens_B), 700.0))}
+
+        return together(metrics.Weighted(perplexity), of_columns(metrics.weighted_summarisation(), columns))

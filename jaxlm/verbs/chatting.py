@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlm import config as configs
 from jaxlm.report.console import say
-from jaxlm.verbs.decoding import BEAMS, Decoding, SamplingOptions, decoding_of
+from jaxlm.verbs.decoding import Decoding, SamplingOptions, decoding_of
 from jaxlm.verbs.words import split_words
 
 MAX_TOKENS = 512
@@ -43,7 +43,7 @@ def chat(words: Sequence[str]) -> int:
     engine.start()
     try:
         conversation = Conversation(trained, engine, options, decoding)
-        if line := decoding.told((*BEAMS, *decoding.rules.named())):
+        if line := decoding.told(conversation.left_out):
             say(line)
         converse(conversation, trained.name)
     finally:
@@ -91,6 +91,7 @@ class Conversation:
         self._chat, self._tokenizer, self._engine = chat, trained.tokenizer, engine
         self._options, self._decoding = options, decoding
         self._stop_ids, self._stop = stop_ids(trained, chat), turns_of(chat)
+        self._bad, self.left_out = decoding.settings.for_requests(self._stop_ids)
         self.reset()
 
     def reset(self) -> None:
@@ -109,7 +110,10 @@ class Conversation:
             raise ValueError(f"the conversation has {len(prompt)} tokens: the context of {self._engine.config.context} is full")
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         room = min(self._decoding.room(len(prompt)), room)
-        request = Request(prompt, room, self._decoding.sampling, self._options.seed, self._stop_ids)
+        request = Request(
+            prompt, room, self._decoding.sampling, self._options.seed, self._stop_ids, bad=self._bad,
+            min_tokens=min(self._decoding.settings.least(len(prompt)), room),
+        )  # fmt: skip
         ticket = self._engine.submit(request, events.put)
         text, said, ended = TextStream(self._tokenizer, self._stop, trim=True, prompt=prompt), "", False
         while not ended:

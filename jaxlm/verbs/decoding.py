@@ -17,8 +17,6 @@ _OVERRIDES = {
 }  # fmt: skip
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
 """Settings of drawing, which a search does not have."""
-BEAMS = ("num_beams", "length_penalty", "early_stopping")
-"""Settings of a search, which texts that are drawn do not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +81,8 @@ class Decoding:
 
     def told(self, missing: Any = ()) -> str | None:
         """One line that says which of the model's settings apply, None where it has none, but for those `missing` here."""
+        from jaxlm.generate.settings import BEAMS
+
         drawn = self.sampling.temperature > 0
         idle = BEAMS if drawn else ("top_k", "top_p", "min_p", "typical_p")
         told = dataclasses.replace(

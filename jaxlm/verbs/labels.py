@@ -250,7 +250,7 @@ def evaluate(words: Sequence[str]) -> int:
         assert passed is not None, "nothing stops it"
         task.refer(examples, passed.outputs)
     with bar("predicting", len(held.rows), "rows") as shown:
-        predictions = predictor.predict(trained.params, held.rows, examples, advance=shown.advance)
+        predictions = predictor.predict(trained.params, held.rows, examples, advance=shown.advance, likelihood=True)
     assert predictions is not None, "nothing stops it"
     folder = pathlib.Path(options.out) if options.out else (trained.run or pathlib.Path()) / "evaluation"
     say(held.summary())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxlm import config as configs
 from jaxlm.text_files import read_text
 from jaxlm.verbs.batches import MAX_TOKENS, Batched, generate_file
-from jaxlm.verbs.decoding import BEAMS, SamplingOptions, decoding_of
+from jaxlm.verbs.decoding import SamplingOptions, decoding_of
 from jaxlm.verbs.words import split_words
 
 
@@ -134,6 +134,7 @@ def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: A
     """The prompt and what a decoder writes behind it, as it comes."""
     from jaxlm.data import StreamDecoder, TextEncoder
     from jaxlm.generate import BatchGenerator, ContrastiveConfig, ContrastiveGenerator, Generator, Grammar, Speculator
+    from jaxlm.generate.settings import BEAMS
     from jaxlm.models import load_model
 
     tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
@@ -162,7 +163,7 @@ def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: A
             speculator = Speculator(model, mesh, tokenizer.vocab_size, options.lookup)
             tokens = speculator.stream(*asked, seed=options.seed, stop=stop, stats=stats)
     elif constraint is not None:  # what must match allows no other constraint beside it
-        tell(decoding.told((*rules.named(), *BEAMS)))
+        tell(decoding.told((*rules.named(), *BEAMS, "min_new_tokens")))
         grammar = Grammar(tokenizer, constraint, stop)
         tokens = Generator(model, mesh, tokenizer.vocab_size).stream(*asked, seed=options.seed, stop=stop, grammar=grammar)
     elif decoding.beams:

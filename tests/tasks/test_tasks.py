@@ -144,6 +144,10 @@ def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     again = json.loads((tmp_path / "evaluation" / "scores.json").read_text(encoding="utf8"))
     assert again[score]["value"] == pytest.approx(scores[score]["value"], abs=1e-3)
     assert (tmp_path / "evaluation" / "scores.html").is_file()
+    if kind == "chat":  # over the assistant's turns, as the loss that training recorded for the same rows
+        best = min((row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval"), key=lambda row: row["loss"])
+        assert again["perplexity"]["value"] == pytest.approx(best["perplexity"], rel=1e-3)
+        assert 1 < again["perplexity"]["low"] <= again["perplexity"]["value"] <= again["perplexity"]["high"]
     # Beside itself no test sees a difference.
     capsys.readouterr()
     assert cli.main(["evaluate", str(folder), "--out", "again", "--against", "evaluation/predictions.jsonl"]) == 0
