@@ -53,9 +53,6 @@ class Chat:
     stop_ids: frozenset[int]
     """The tokens that end an assistant's turn: those that the template writes after it, and the end of text."""
 
-    spelled: int
-    """Conversations so far that spell a special token in a message."""
-
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, *, split_special_tokens: bool = False):
         """`template` is a Jinja chat template; None: the tokenizer's own, else `DEFAULT_TEMPLATE`.
 
@@ -65,7 +62,8 @@ class Chat:
         import tokenizers
 
         hf = getattr(tokenizer, "hf", None)
-        self.tokenizer, self.split_special_tokens, self.spelled = tokenizer, split_special_tokens, 0
+        self.tokenizer, self.split_special_tokens = tokenizer, split_special_tokens
+        self._spelling: set[int] = set()
         self.template = template if template is not None else _own_template(tokenizer) or DEFAULT_TEMPLATE
         self._blocks = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
@@ -101,6 +99,11 @@ class Chat:
         special = [token.content for token in added.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._reserved = {i for i, token in added.items() if token.special} | self.stop_ids | frame
+
+    @property
+    def spelled(self) -> int:
+        """Different messages so far that spell a special token."""
+        return len(self._spelling)
 
     def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
         """The conversation as text; `generate`: with the header of the assistant's next turn.
@@ -243,7 +246,8 @@ class Chat:
 
     def _tokens(self, messages: Sequence[Message], text: str, marks: Marks | None) -> tuple[list[int], list[Span]]:
         """The ids of a rendered text and their spans; where special tokens are split, what a content spells is never one."""
-        self.spelled += any(self._special.search(message["content"]) for message in messages)
+        texts = (message["content"] for message in messages)
+        self._spelling.update(hash(content) for content in texts if self._special.search(content))
         contents = self._contents(messages, marks) if self.split_special_tokens and marks is not None else []
         found = self._rust.encode(text, add_special_tokens=False)
         ids: list[int] = []

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlm import metrics
-from jaxlm.data import Chat, Example
+from jaxlm.data import Chat, Example, Tokenizer
 from jaxlm.data.text_encoding import UNLIMITED
 from jaxlm.tasks.task import ONE, Examples, Outputs, Prediction, Row, Task, of_columns
 from jaxlm.train import Objective, objectives
@@ -112,6 +112,16 @@ class _Pairs(Task):
     @functools.cached_property
     def chat(self) -> Chat:
         return Chat(self.tokenizer, self.config.chat_template, split_special_tokens=self.config.split_special_tokens)
+
+    @property
+    def saved_tokenizer(self) -> Tokenizer:
+        """With the chat template, where there are conversations."""
+        talks = "chat" in vars(self) and self.chat.template != self.tokenizer.chat_template
+        return self.tokenizer.with_chat_template(self.chat.template) if talks else self.tokenizer
+
+    @property
+    def spelled(self) -> int:
+        return self.text_encoder.spelled + (self.chat.spelled if "chat" in vars(self) else 0)
 
     def check(self, row: Row, *, training: bool = True) -> None:
         """A conversation that the template cannot write is left out."""
