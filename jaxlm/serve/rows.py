@@ -41,21 +41,22 @@ class MeanOfStates(Task):
         return [{"anchor": output["anchor_BD"].tolist()} for output in outputs]
 
 
-def vectors_of(trained: Trained) -> Task | None:
+def vectors_of(trained: Trained, split_special_tokens: bool = False) -> Task | None:
     """The task that gives vectors of texts: the model's own head, or the mean of hidden states; None for an encoder-decoder."""
     config = trained.model.config
     if config.head.kind == "embedding":
-        return trained.task()
+        return trained.task(split_special_tokens=split_special_tokens)
     if config.architecture == "encoder_decoder":
         return None
-    return MeanOfStates(TaskConfig(kind="embedding"), trained.tokenizer, config.positions, architecture=config.architecture)
+    task = TaskConfig(kind="embedding", split_special_tokens=split_special_tokens)
+    return MeanOfStates(task, trained.tokenizer, config.positions, architecture=config.architecture)
 
 
-def labels_of(trained: Trained) -> Task | None:
+def labels_of(trained: Trained, split_special_tokens: bool = False) -> Task | None:
     """The task whose labels `/classify` tells; None for a model without a head for them."""
     if trained.model.config.head.kind != "sequence":
         return None
-    task = trained.task()
+    task = trained.task(split_special_tokens=split_special_tokens)
     return task if task.config.kind in LABELS else None
 
 

@@ -92,8 +92,9 @@ class Service:
 
 def serve_what(trained: Trained, options: ServeOptions, engine: Any = None) -> Service:
     """All that a model can do. ValueError for one that can do nothing here."""
-    chat, chats = chat_of(trained, options.split_special_tokens) if engine is not None else (None, False)
-    vectors, labels = vectors_of(trained), labels_of(trained)
+    split = options.split_special_tokens
+    chat, chats = chat_of(trained, split) if engine is not None else (None, False)
+    vectors, labels = vectors_of(trained, split), labels_of(trained, split)
     service = Service(
         options, options.name or trained.name, trained.tokenizer, engine, chat, chats, tuple(trained.stop_ids()),
         Rows(trained, vectors, options.queue) if vectors is not None else None,

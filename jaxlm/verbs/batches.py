@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxlm import text_files
 from jaxlm.report.console import bar, say
-from jaxlm.verbs.decoding import Decoding, SamplingOptions, decoding_of
+from jaxlm.verbs.decoding import Decoding, SamplingOptions, decoding_of, report_spelled
 
 Line = dict[str, Any]
 SLOTS = 16
@@ -212,13 +212,6 @@ def _batched(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding:
             advance(1)
 
     return start
-
-
-def report_spelled(texts: int, split: bool) -> None:
-    """Say how many texts spell a special token, and how they are read."""
-    if texts:
-        how = "ordinary text" if split else "that token"
-        say(f"{texts:,} texts spell a special token, which is read as {how} (--split-special-tokens {str(not split).lower()})")
 
 
 class _Prompts:

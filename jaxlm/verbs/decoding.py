@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxlm.devices import LoadOptions
+from jaxlm.report.console import say
 
 if TYPE_CHECKING:
     from jaxlm.generate import DecodeConfig, GenerationSettings, LogitsRules, SampleConfig
@@ -112,3 +113,10 @@ def decoding_of(trained: Any, options: SamplingOptions, default: int) -> Decodin
         rules = dataclasses.replace(rules, min_length=0)
     given = {name for flag, names in _OVERRIDES.items() if getattr(options, flag, None) is not None for name in names}
     return Decoding(sampling, decode, decode.rules(rules), settings, options.max_tokens, default, frozenset(given))
+
+
+def report_spelled(texts: int, split: bool) -> None:
+    """Say how many texts spell a special token, and how they are read."""
+    if texts:
+        how = "ordinary text" if split else "that token"
+        say(f"{texts:,} texts spell a special token, which is read as {how} (--split-special-tokens {str(not split).lower()})")

@@ -11,7 +11,7 @@ from jaxlm import config as configs
 from jaxlm.devices import LoadOptions
 from jaxlm.report.console import bar, say
 from jaxlm.text_files import read_lines, undecodable, write_json_lines
-from jaxlm.verbs.decoding import SAMPLING
+from jaxlm.verbs.decoding import SAMPLING, report_spelled
 from jaxlm.verbs.suites import evaluate_suite
 from jaxlm.verbs.words import rows_config, split_row_flags, split_words
 
@@ -49,6 +49,8 @@ class PredictOptions(LoadOptions):
     """The task, where a Hugging Face model's head leaves it open."""
     length: int | None = None
     """Most tokens of a row; empty: as in training, or the model's positions."""
+    split_special_tokens: bool = False
+    """Read special tokens that rows spell, such as </s>, as ordinary text; false: as in training, or as transformers does."""
     batch_size: int = 32
     """Rows computed at a time."""
 
@@ -67,7 +69,7 @@ def predict(words: Sequence[str]) -> int:
     from jaxlm.tasks import Predictor
 
     trained = load_model(argument, options=options)
-    task = trained.task(options.task, options.length)
+    task = trained.task(options.task, options.length, options.split_special_tokens)
     _tell_settings(trained, task)
     inputs = [_checked(task, item) for item in _rows(task, options, trained.run, row_flags)]
     rows = [item.row for item in inputs if item.row is not None]
@@ -83,6 +85,7 @@ def predict(words: Sequence[str]) -> int:
         bad = [item for item in inputs if item.row is None]
         left = f", of which {len(bad):,} could not be made: {bad[0].place}: {bad[0].why}" if bad else ""
         say(f"{options.out}: {len(results):,} predictions{left}")
+        report_spelled(task.spelled, task.config.split_special_tokens)
         return 0
     for item, prediction in results:
         say(f"{item.place}: {item.why}" if item.row is None or prediction is None else task.show(item.row, prediction))
@@ -212,6 +215,8 @@ class EvaluateOptions(LoadOptions):
     """Another model's predictions.jsonl for the same rows, to be compared with by a paired test."""
     length: int | None = None
     """Most tokens of a row; empty: as in training, or the model's positions (of a suite always these)."""
+    split_special_tokens: bool = False
+    """Read special tokens that rows spell, such as </s>, as ordinary text; false: as in training, or as transformers does."""
     batch_size: int = 32
     """Rows computed at a time."""
 
@@ -236,7 +241,7 @@ def evaluate(words: Sequence[str]) -> int:
     from jaxlm.tasks import Predictor, paired_scores, paired_tests, usable, write_predictions
 
     trained = load_model(argument, options=options)
-    task = trained.task(options.task, options.length)
+    task = trained.task(options.task, options.length, options.split_special_tokens)
     scoring = {name: value for name in ("tokenize", "positive") if (value := getattr(options, name)) is not None}
     if scoring:
         task.config = configs.build(type(task.config), {**configs.to_dict(task.config), **scoring})
@@ -254,6 +259,7 @@ def evaluate(words: Sequence[str]) -> int:
     assert predictions is not None, "nothing stops it"
     folder = pathlib.Path(options.out) if options.out else (trained.run or pathlib.Path()) / "evaluation"
     say(held.summary())
+    report_spelled(task.spelled, task.config.split_special_tokens)
     for name, text in write_predictions(folder, trained.name, task, held.rows, predictions).items():
         say(f"{name + ':':<24}{text}")
     if other is not None:
