@@ -1,6 +1,7 @@
 """What a text must match, as OpenAI's `response_format` and vLLM's `guided_…` fields say it."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlm.config import unknown
@@ -95,13 +96,23 @@ def _format(value: Any, white_space: str | None) -> Constraint | None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in kinds:
         raise unknown("response_format type", str(kind)[:60], kinds)
+    described = value.get("json_schema")
+    _only("response_format", value, ("type", "json_schema"))
+    if isinstance(described, dict):
+        _only("response_format.json_schema", described, ("name", "description", "schema", "strict"))
     if kind == "text":
         return None
     if kind == "json_object":
         return _any_object(white_space)
-    described = value.get("json_schema")
     schema = _schema(described.get("schema") if isinstance(described, dict) else None, "json_schema.schema")
     return Constraint(json_schema=schema, whitespace=white_space)
+
+
+def _only(name: str, value: dict[str, Any], fields: Sequence[str]) -> None:
+    """Refuse a field of an object that would be ignored."""
+    for field, inner in value.items():
+        if field not in fields and inner is not None:
+            raise unknown(f"field of {name}", field[:60], fields)
 
 
 def _schema(value: Any, name: str) -> str:

@@ -5,6 +5,10 @@ from typing import Any
 from jaxlm.serve.fields import bad
 
 MESSAGES = 4096
+_MORE = ("name", "reasoning", "reasoning_content")
+"""Keys that a chat template may read beside role and content, as vLLM hands them on."""
+_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of content parts, and the key that holds their text."""
 
 
 def read_messages(given: Any) -> list[dict[str, Any]]:
@@ -31,18 +35,20 @@ def read_messages(given: Any) -> list[dict[str, Any]]:
         if content is None and role == "assistant":  # of an answer that is a refusal, or of a call of a tool
             refusal = message.get("refusal")
             content = refusal if isinstance(refusal, str) else ""
-        name = message.get("name")
-        if name is not None and not isinstance(name, str):
-            raise bad(f"{where} has a name that is not a text", "messages")
-        own = {"role": "system" if role == "developer" else role, **({"content": content} if content is not None else {})}
-        made.append(own if name is None else {**own, "name": name})
+        own = {"role": "system" if role == "developer" else role, "content": content, **{key: message.get(key) for key in _MORE}}
+        for key in _MORE:
+            if not isinstance(own[key], str | None):
+                raise bad(f"{where} has a {key} that is not a text", "messages")
+        made.append({key: value for key, value in own.items() if value is not None})
     return made
 
 
 def _part(part: Any, where: str) -> str:
     """The text of a content part."""
+    if isinstance(part, str):
+        return part
     if isinstance(part, dict):
-        kind = part.get("type")
-        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
-            return part[kind]
+        text = part.get(_PARTS.get(str(part.get("type")), ""))
+        if isinstance(text, str):
+            return text
     raise bad(f"{where} holds a part that is not text: this server's models read text alone", "messages")

@@ -298,6 +298,7 @@ def test_parts_of_text_and_developers_are_understood(client, live):
         ({"extra_body": {"stream_options": {}}}, "stream_options", "needs stream"),
         ({"extra_body": {"response_format": {"type": "yaml"}}}, "response_format", "json_object"),
         ({"extra_body": {"response_format": {"type": "json_schema"}}}, "response_format", "must be a JSON schema"),
+        ({"extra_body": {"response_format": {"type": "json_object", "schema": {}}}}, "response_format", "schema"),
         ({"extra_body": {"guided_regex": "("}}, "guided_regex", "cannot be used"),
         ({"extra_body": {"guided_choice": []}}, "guided_choice", "at least one"),
         ({"extra_body": {"guided_choice": ["a"], "guided_regex": "a"}}, "guided_choice", "one of them"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from served import fake_server
 
 from jaxlm.serve.options import ServeOptions
+from jaxlm.serve.protocol import HONOURED
 
 ROUTES = ["/", "/healthz", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/classify", "/x"]
 METHODS = ["POST"] * 6 + ["GET", "PUT", "HEAD", "OPTIONS"]
@@ -16,8 +17,9 @@ FIELDS = [
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "n", "best_of", "echo",
     "logprobs", "top_logprobs", "stop", "seed", "stream", "stream_options", "suffix", "tools", "logit_bias", "user", "input",
     "encoding_format", "text", "pair", "presence_penalty", "response_format", "role", "content", "include_usage", "type",
-    "guided_regex", "guided_json", "guided_choice", "json_schema", "schema",
+    "guided_regex", "guided_json", "guided_choice", "json_schema", "schema", "name", "refusal", "regex", "grammar", "choice",
 ]  # fmt: skip
+FIELDS += sorted({*HONOURED["/v1/completions"], *HONOURED["/v1/chat/completions"]} - {*FIELDS})
 TEXTS = st.one_of(
     st.sampled_from(["parrot", "a", "", "user", "assistant", "text", "é\ud800", "\x00", "base64"]), st.text(max_size=20)
 )
@@ -38,6 +40,12 @@ NEARLY = st.fixed_dictionaries(
         "stop": TEXTS | st.lists(TEXTS, max_size=3), "stream": st.booleans(), "echo": st.booleans(),
         "logprobs": st.integers(0, 21) | st.booleans(), "top_logprobs": st.integers(0, 21), "seed": st.integers(),
         "temperature": st.floats(0, 2), "top_p": st.floats(0, 1), "input": TEXTS | st.lists(TEXTS, max_size=4),
+        "min_tokens": st.integers(0, 9), "stop_token_ids": st.lists(st.integers(0, 260), max_size=9), "ignore_eos": st.booleans(),
+        "allowed_token_ids": st.lists(st.integers(0, 256), max_size=5), "bad_words": st.lists(TEXTS, max_size=4),
+        "truncate_prompt_tokens": st.integers(-2, 20), "truncation_side": st.sampled_from(["left", "right", "up"]),
+        "include_stop_str_in_output": st.booleans(), "skip_special_tokens": st.booleans(), "add_special_tokens": st.booleans(),
+        "continue_final_message": st.booleans(), "prompt_logprobs": st.integers(0, 21), "return_token_ids": st.booleans(),
+        "structured_outputs": st.dictionaries(st.sampled_from(["regex", "choice", "json", "grammar"]), VALUES, max_size=2),
         "text": TEXTS | st.lists(TEXTS, max_size=4), "stream_options": st.just({"include_usage": True}) | VALUES,
     },
 )  # fmt: skip
