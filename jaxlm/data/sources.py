@@ -77,7 +77,8 @@ def documents(source: SourceConfig) -> Iterator[str]:
 def describe(source: SourceConfig) -> dict[str, Any]:
     """What the source is and a fingerprint of its content, as plain JSON; files are read through.
 
-    A streaming source is known by its name alone: its content arrives only once.
+    A streaming source is known by its name alone, as its content arrives only once; one that `datasets` saved into a local
+    folder by its fingerprint too.
     """
     path = expand(source.path or "")
     if source.kind == "embedded":
@@ -95,7 +96,10 @@ def describe(source: SourceConfig) -> dict[str, Any]:
         info = tfds_builder(path).info
         return {**known, "name": info.full_name, "examples": info.splits[source.split].num_examples}
     known = {**known, "name": pathlib.Path(path).name, "subset": source.subset}
-    return known if source.streaming else {**known, "fingerprint": _huggingface(source, path)._fingerprint}
+    if source.streaming and not is_saved(path):
+        return known
+    stored = dataclasses.replace(source, streaming=False)
+    return {**known, "fingerprint": _huggingface(stored, path)._fingerprint}
 
 
 def stream(source: SourceConfig) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm import text_files
+from jaxlm.config import diff, flatten, to_dict
 from jaxlm.report.console import bar, say
 from jaxlm.verbs.decoding import Decoding, SamplingOptions, decoding_of, report_spelled
 
@@ -74,12 +75,21 @@ def _line(record: Mapping[str, Any], where: str) -> Line:
 class Answers:
     """The file of answers: a line each, written as soon as it is there. What it holds already is kept and not done again."""
 
-    def __init__(self, file: str, lines: Sequence[Line]):
-        """ValueError where the file holds answers to other lines."""
+    def __init__(self, file: str, lines: Sequence[Line], made_by: Mapping[str, Any] | None = None):
+        """`made_by`: the model and the options, which are kept beside the file. ValueError where the file holds answers to other
+        lines, or by another model or with other options."""
         self._path, self._lines = pathlib.Path(file), lines
+        self._made_by = json.loads(json.dumps(made_by or {}))
+        self._beside = self._path.with_name(f"{self._path.name}.options.json")
         there = self._path.read_bytes() if self._path.is_file() else b""
         self._whole = there.rfind(b"\n") + 1  # a line that was being written when the process ended is no answer
         self.done = {self._index(text, number) for number, text in enumerate(there[: self._whole].split(b"\n")[:-1], 1)}
+
+        if self.done and self._beside.is_file():
+            changed = diff(json.loads(self._beside.read_text(encoding="utf8")), self._made_by)
+            if changed:
+                shown = ", ".join(f"{name} {old} → {new}" for name, (old, new) in changed.items())
+                raise ValueError(f"{file} holds answers made otherwise ({shown}): give another file for --out")
 
     def _index(self, text: bytes, number: int) -> int:
         where = f"{self._path}:{number}"
@@ -96,6 +106,7 @@ class Answers:
     def __enter__(self) -> "Answers":
         self._file = self._path.open("ab")
         self._file.truncate(self._whole)
+        self._beside.write_text(json.dumps(self._made_by, ensure_ascii=False), encoding="utf8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,11 +119,19 @@ class Answers:
         self.done.add(index)
 
 
+def _made_by(argument: str, options: SamplingOptions) -> dict[str, Any]:
+    """What answers depend on beside their lines: the model, of a folder a fingerprint of its files, and the options."""
+    from jaxlm.models import source_fingerprint
+
+    given = {name: value for name, value in flatten(to_dict(options)).items() if not name.startswith("parallel")}
+    return {"model": source_fingerprint(argument) if pathlib.Path(argument).is_dir() else argument, **given}
+
+
 def generate_file(argument: str, file: str, out: str, options: SamplingOptions) -> int:
     """Answer every line of `file` in `out`. The seed of a line is the seed plus its index, so that no line's text depends on which
     others are done with it."""
     lines = read_lines(file)
-    answers = Answers(out, lines)
+    answers = Answers(out, lines, _made_by(argument, options))
     left = [i for i in range(len(lines)) if i not in answers.done]
     if not left:
         say(f"{out}: all {len(lines):,} answers are there")

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from jaxlm import config as configs
 from jaxlm.data import cache, pipeline
 from jaxlm.data.cache import build_corpora
 from jaxlm.data.corpus import DataConfig, HoldoutConfig
@@ -15,6 +16,7 @@ from jaxlm.data.corrupt import CorruptConfig, make_corruption
 from jaxlm.data.pipeline import StreamBatches, train_batches
 from jaxlm.data.sources import SourceConfig
 from jaxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxlm.experiment import ExperimentConfig, Run
 
 TEXTS = [f"streamed document {i} " + "y" * (i * 7 % 23) for i in range(50)]
 ALONE = {"process_index": 0, "process_count": 1}
@@ -72,6 +74,34 @@ def test_a_stream_shorter_than_its_head_keeps_most_of_it(config, monkeypatch):
     corpora = build_corpora(config)
     assert list(corpora.heldout[0].texts()) == TEXTS[:13], "a quarter of 50, rounded up"
     assert list(corpora.train[0].texts()) == TEXTS[13:]
+
+
+def test_a_saved_data_set_with_other_content_is_refused(config, tmp_path):
+    import datasets
+
+    def saved(texts):
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+        return other(config, sources=(SourceConfig("huggingface", path=str(tmp_path / "saved"), streaming=True),))
+
+    build_corpora(saved(TEXTS))
+    build_corpora(saved(TEXTS))
+    with pytest.raises(ValueError, match="no longer fits its data"):
+        build_corpora(saved([text.upper() for text in TEXTS]))
+
+
+def test_a_run_of_epochs_needs_steps_where_the_length_of_the_stream_is_not_known(config, tmp_path):
+    """Without `eval_every` evaluations come every 200 steps: a stream has no epoch to go by."""
+    tree = {
+        "data": {"length": 8, "batch_size": 8, "epochs": 2, "tokenizer": {"kind": "bytes"}, "cache": str(tmp_path / "cache"),
+                 "sources": [{"kind": "huggingface", "path": str(folder_of(config)), "streaming": True}]},
+        "model": {"layers": 1, "width": 16, "heads": 2, "positions": 8}, "runs": str(tmp_path / "runs"),
+    }  # fmt: skip
+    run = Run(configs.build(ExperimentConfig, tree))
+    with pytest.raises(ValueError, match=r"data.epochs 2 of a long stream.*--train.steps"):
+        run.train()
+    assert not (tmp_path / "runs/run/config.yaml").exists()
+    known = Run(configs.build(ExperimentConfig, {**tree, "train": {"steps": 7}}))
+    assert known.steps == 7 and known.eval_every == 200
 
 
 @pytest.mark.parametrize("epochs", [1.0, 3.0])

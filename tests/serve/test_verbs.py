@@ -63,6 +63,22 @@ def test_each_line_of_a_file_has_an_answer(engine, tmp_path):
     assert {r.seed - 7: r.sample.temperature for r in engine.seen} == dict.fromkeys(range(6), 0.5)
 
 
+def test_answers_made_otherwise_are_not_continued(engine, tmp_path, capsys):
+    """With another temperature, or by another model: the file stays as it is, whether it is whole or not."""
+    file, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    assert generate(file, out, "--temperature", "0.5") == 0
+    whole = out.read_bytes()
+    half = b"".join(whole.splitlines(keepends=True)[:3])
+    for held in (whole, half):
+        out.write_bytes(held)
+        assert generate(file, out, "--temperature", "0.7") == 1
+        assert "temperature 0.5 → 0.7" in capsys.readouterr().err and out.read_bytes() == held
+        assert cli.main(["generate", "another", "--file", str(file), "--out", str(out), "--max-tokens", "20"]) == 1
+        assert "model model → another" in capsys.readouterr().err
+    assert generate(file, out, "--temperature", "0.5") == 0
+    assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
 def test_the_same_command_goes_on(engine, tmp_path, capsys):
     """Two answers and a half are there, as after a kill: the half one is done again, the whole ones are kept as they are."""
     file, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
