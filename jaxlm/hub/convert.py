@@ -18,6 +18,7 @@ from jaxlm.hub.encoders import ENCODERS
 from jaxlm.hub.family import Family, complete
 from jaxlm.hub.files import Tensors, find, has_weights, tensor_names
 from jaxlm.hub.loading import load
+from jaxlm.hub.model_card import PIPELINE_TAGS, CardFacts, model_card
 from jaxlm.hub.saving import Carried, save
 from jaxlm.hub.seq2seq import SEQ2SEQ
 from jaxlm.hub.tensors import Table
@@ -164,13 +165,13 @@ def save_folder(
     folder: pathlib.Path, model: Model, params: Params, *, tokenizer: pathlib.Path | None = None,
     like: Mapping[str, Any] | None = None, family: str | None = None, dtype: str = "float32", title: str = "",
     max_shard_bytes: int = 5_000_000_000, source: pathlib.Path | None = None,
-    generation: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None, facts: CardFacts | None = None,
 ) -> pathlib.Path:  # fmt: skip
     """Write the model as a Hugging Face folder in the form of transformers 5: config, tensors, tokenizer,
     generation config and model card. `like` is another `config.json`, from which the ids of special tokens, the
     names of labels and `problem_type` are taken; `source` the folder that the model was loaded from, if it was: what of
     it has no place among our parameters (an encoder's pooler) is taken over. `generation` are settings for writing text, with or
-    without the ids of special tokens, which are else those of the config."""
+    without the ids of special tokens, which are else those of the config. `facts` is what its model card says beside its size."""
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     chosen, theirs = family_for(model.config) if family is None else (FAMILIES[family], FAMILIES[family].json(model.config))
@@ -186,12 +187,15 @@ def save_folder(
     generates = model.config.head.kind == "language_model"
     ids = {k: v for k, v in theirs.items() if k.endswith("_token_id")}
     settings = {**ids, **generation} if generation else {"_from_model_config": True, **ids}
+    tag = pipeline_tag(model.config)
+    card = model_card(title or folder.name, chosen.name, model.parameters(), dtype, tag, facts or CardFacts(), __version__)
     # Their layouts have no place for a head over pairs.
     params, axes = ({name: part for name, part in tree.items() if name != "pair"} for tree in (params, model.axes))
     return save(
         folder, table_of(chosen, model.config), params, axes,
         dtype=dtype, config=theirs, generation_config=settings if generates else None, tokenizer=tokenizer,
-        card=_card(title or folder.name, chosen, model, dtype), max_shard_bytes=max_shard_bytes,
+        card=card,
+        max_shard_bytes=max_shard_bytes,
         carried=_carried(chosen, model.config, source),
     )  # fmt: skip
 
@@ -205,17 +209,8 @@ def _carried(family: Family, config: TransformerConfig, source: pathlib.Path | N
     return [Carried(family.prefix + name.removeprefix(family.prefix), name, stored) for name in found]
 
 
-def _card(title: str, family: Family, model: Model, dtype: str) -> str:
-    kinds = {
-        "language_model": "text-generation" if model.config.architecture == "decoder" else "text2text-generation",
-        "masked_lm": "fill-mask", "sequence": "text-classification", "token": "token-classification",
-        "span": "question-answering", "choice": "multiple-choice", "embedding": "feature-extraction",
-    }  # fmt: skip
-    task = kinds.get(model.config.head.kind)
-    lines = ["---", "library_name: transformers", *([f"pipeline_tag: {task}"] if task else []), "tags: [jaxlm]", "---", ""]
-    lines += [
-        f"# {title}",
-        "",
-        f"A {family.name} model of {model.parameters():,} parameters in {dtype}, written by jaxlm {__version__}.",
-    ]
-    return "\n".join(lines) + "\n"
+def pipeline_tag(config: TransformerConfig) -> str | None:
+    """The hub's name for what a model of this config does."""
+    if config.head.kind == "language_model":
+        return "text-generation" if config.architecture == "decoder" else "text2text-generation"
+    return PIPELINE_TAGS.get(config.head.kind)

@@ -9,6 +9,7 @@ from jaxlm import config as configs
 from jaxlm.devices import LoadOptions, MeshOptions
 from jaxlm.report.console import say
 from jaxlm.text_files import read_text
+from jaxlm.verbs.card_facts import card_facts
 from jaxlm.verbs.words import split_words
 
 
@@ -23,6 +24,11 @@ class ExportOptions:
     """The model_type to write; empty: the first that can describe the model."""
     adapter: bool = False
     """Write the adapters of a run alone, as PEFT's folder: the model that they stand on is named, not written."""
+    license: str | None = None
+    """The licence that the model card states, by the hub's name for it (mit, apache-2.0); empty: that of the model it was trained
+    from."""
+    language: tuple[str, ...] = ()
+    """ISO codes of the languages that the model card states; empty: those of the model it was trained from."""
     max_shard_gb: float = 5.0
     """Largest file of tensors, in 10⁹ bytes."""
 
@@ -52,6 +58,7 @@ def export(words: Sequence[str]) -> int:
         pathlib.Path(target), trained.model, trained.params, tokenizer=trained.tokenizer_folder, like=trained.json(),
         family=options.family, dtype=dtype, title=trained.name, max_shard_bytes=int(options.max_shard_gb * 1e9),
         source=trained.source, generation=trained.generation_json(),
+        facts=card_facts(trained, options.language, options.license or ""),
     )  # fmt: skip
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     return 0
