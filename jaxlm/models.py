@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlm import config as configs
 from jaxlm.data import Tokenizer, load_tokenizer
@@ -147,13 +148,35 @@ class Trained:
         """It is an encoder-decoder: it reads its prompt, and writes another text."""
         return self.model.config.architecture == "encoder_decoder"
 
-    def for_writing(self) -> "Trained":
-        """The same with the decoder's layers apart (`Model.apart`), as all that writes text has them: who lets go of this one
-        then holds the parameters once."""
+    def for_writing(self, free: bool = False) -> "Trained":
+        """Copy with the decoder's layers unstacked for decoding (`Model.apart`).
+
+        With `free` the stacked layers are deleted one parameter at a time, so that memory never holds the model twice; this one
+        is of no use afterwards.
+        """
         if "decoder" not in self.model.config.stacks:
             return self
         with jax.set_mesh(self.mesh):
-            return dataclasses.replace(self, params=jax.jit(self.model.apart)(self.params))
+            stacked = not isinstance(self.params["transformer"]["decoder"]["layers"], tuple)
+            if not free or not stacked or self.model.config.share_layers:
+                return dataclasses.replace(self, params=jax.jit(self.model.apart)(self.params))
+            return dataclasses.replace(self, params=self._unstacked())
+
+    def _unstacked(self) -> Params:
+        """`Model.apart` of the parameters, each of which is deleted as soon as its layers are made."""
+
+        @jax.jit
+        def layers_of(layers: Params) -> Any:
+            return self.model.apart({"transformer": {"decoder": {"layers": layers}}})["transformer"]["decoder"]["layers"]
+
+        transformer = self.params["transformer"]
+        made: list[dict[Any, Any]] = [{} for _ in range(self.model.config.stacks["decoder"])]
+        for path, leaf in flatten_dict(transformer["decoder"]["layers"]).items():
+            for layer, own in zip(made, jax.block_until_ready(layers_of(unflatten_dict({path: leaf}))), strict=True):
+                layer |= flatten_dict(own)
+            leaf.delete()
+        decoder = {**transformer["decoder"], "layers": tuple(map(unflatten_dict, made))}
+        return {**self.params, "transformer": {**transformer, "decoder": decoder}}
 
     def task(self, kind: str | None = None, length: int | None = None, split_special_tokens: bool = False) -> Task:
         """The task that it was trained for, or `kind` of a Hugging Face model, as far as its head is one's.

@@ -201,7 +201,7 @@ def caught(monkeypatch):
         from jaxlm import models
         from jaxlm.serve import speaking
 
-        monkeypatch.setattr(Trained, "for_writing", lambda self: self)
+        monkeypatch.setattr(Trained, "for_writing", lambda self, **_: self)
         monkeypatch.setattr(Trained, "generation", lambda self: GenerationSettings())
         monkeypatch.setattr(models, "load_model", lambda *_, **__: made)
         monkeypatch.setattr(speaking, "open_engine", lambda *_, **__: engine)

@@ -67,7 +67,7 @@ def serve(argument: str, options: ServeOptions) -> None:
         trained = load_model(argument, options=options)
         engine = None
         if writes(trained):
-            trained = trained.for_writing()
+            trained = trained.for_writing(free=True)
             engine = open_engine(trained, options.slots, options.context, options.queue, options.cache, options.exact)
         service = serve_what(trained, options, engine)
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -138,7 +138,7 @@ def generate_file(argument: str, file: str, out: str, options: SamplingOptions) 
         return 0
     from jaxlm.models import load_model
 
-    trained = load_model(argument, options=options).for_writing()
+    trained = load_model(argument, options=options).for_writing(free=True)
     decoding = decoding_of(trained, options, MAX_TOKENS)
     if line := decoding.told():
         say(line)

@@ -37,7 +37,7 @@ def chat(words: Sequence[str]) -> int:
     from jaxlm.models import load_model
     from jaxlm.serve.speaking import open_engine
 
-    trained = load_model(argument, options=options).for_writing()
+    trained = load_model(argument, options=options).for_writing(free=True)
     decoding = decoding_of(trained, options, MAX_TOKENS)
     engine = open_engine(trained, 1, options.context)
     engine.start()

@@ -98,7 +98,7 @@ def generate(words: Sequence[str]) -> int:
     from jaxlm.models import load_model
 
     constraint = _constraint(options)
-    trained = load_model(argument, options=options).for_writing()
+    trained = load_model(argument, options=options).for_writing(free=True)
     stats, write = Stats(), sys.stdout.write
     pieces = _read_and_written(trained, options) if trained.reads else _continued(trained, options, constraint, stats)
     for piece in pieces:
@@ -153,7 +153,7 @@ def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: A
             raise ValueError(f"draft and lookup do not have {names}: leave them off, or take these away (--generation-config none)")
         tell(decoding.told())
         if options.draft is not None:
-            small = load_model(options.draft, mesh).for_writing()
+            small = load_model(options.draft, mesh, options).for_writing(free=True)
             if small.tokenizer.fingerprint != tokenizer.fingerprint:
                 raise ValueError(f"draft {options.draft!r} has another tokenizer than {trained.name!r}: it cannot guess its tokens")
             speculator = Speculator(model, mesh, tokenizer.vocab_size, options.draft_tokens, small.model)

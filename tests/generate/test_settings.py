@@ -209,3 +209,55 @@ def test_a_model_is_read_in_its_own_precision_onto_any_mesh(tmp_path):
     with pytest.raises(ValueError, match="tensor 16 needs 16 devices: there are 8"):
         load_model(str(folder), options=LoadOptions(None, MeshOptions(tensor=16)))
     np.testing.assert_equal(dataclasses.asdict(MeshOptions())["data"], 1)
+
+
+def test_layers_are_unstacked_one_parameter_at_a_time():
+    """The same arrays as all at once; never more is held than the model and one of its parameters."""
+    from jaxlm.model import Model, TransformerConfig
+    from jaxlm.models import Trained, one_device
+
+    model = Model(TransformerConfig(vocab_size=40, positions=16, layers=3, width=16, heads=2))
+
+    def trained() -> Trained:
+        return Trained(model, jax.jit(model.init)(jax.random.key(0)), one_device(), "", pathlib.Path())
+
+    given = trained()
+    stacked = jax.tree.leaves(given.params["transformer"]["decoder"]["layers"])
+    held = []
+
+    class Counted(Model):
+        def apart(self, params):
+            held.append(sum(not leaf.is_deleted() for leaf in stacked))
+            return super().apart(params)
+
+    freed = dataclasses.replace(given, model=Counted(model.config)).for_writing(free=True)
+    jax.tree.map(np.testing.assert_array_equal, freed.params, trained().for_writing().params)
+    assert all(leaf.is_deleted() for leaf in stacked)
+    assert held == list(range(len(stacked), 0, -1)), "each is deleted before the next one's layers are made"
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_a_run_keeps_the_constraints_of_the_model_that_it_starts_from(tmp_path, capsys, monkeypatch):
+    """Fine-tuned for one step, BART still begins with its forced token, in the run's own predictions, in `predict` and once
+    exported; lengths and beams are the run's."""
+    monkeypatch.chdir(tmp_path)
+    _, _, folder = folder_of("bart", tmp_path, {"forced_bos_token_id": 30, "suppress_tokens": [7], "num_beams": 4, "min_length": 9})
+    rows = [{"source": f"w5 w{i}", "target": f"w12 w{i}"} for i in range(30, 50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    (tmp_path / "mine.yaml").write_text(
+        f"task: {{kind: text_to_text, target_length: 8, decode: {{max_tokens: 4}}}}\nmodel: {{init_from: {folder}}}\n"
+        "data: {train: rows.jsonl, length: 16, batch_size: 8}\ntrain: {steps: 1}\n"
+    )
+    assert cli.main(["train", "mine.yaml"]) == 0
+    lines = (tmp_path / "runs" / "mine" / "predictions.jsonl").read_text(encoding="utf8").splitlines()
+    predicted = [json.loads(line)["prediction"]["text"] for line in lines]
+    assert predicted and all(text.split()[0] == "w30" for text in predicted)
+    capsys.readouterr()
+    assert cli.main(["predict", "runs/mine", "--text", "w5 w9"]) == 0
+    told, line = capsys.readouterr().out.splitlines()
+    assert "forced_bos_token_id 30" in told and "num_beams" not in told and line.split()[0] == "w30"
+    assert cli.main(["export", "runs/mine", "out"]) == 0
+    written_settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written_settings["forced_bos_token_id"] == 30 and written_settings["suppress_tokens"] == [7]
+    assert written_settings["eos_token_id"] == 2

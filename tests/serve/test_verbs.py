@@ -32,7 +32,7 @@ def engine(monkeypatch):
         model=model, tokenizer=tokenizer, name="parrot", stop_ids=list, reads=False, generation=GenerationSettings
     )
     made = FakeEngine(context=64)
-    trained.for_writing = lambda: trained
+    trained.for_writing = lambda **_: trained
     monkeypatch.setattr(models, "load_model", lambda argument, **options: trained)
     monkeypatch.setattr(speaking, "open_engine", lambda *_, **__: made)
     monkeypatch.setattr(speaking, "chat_of", lambda *_: (Chat(tokenizer), False))
