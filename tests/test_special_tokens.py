@@ -325,6 +325,37 @@ def test_rows_that_a_decoder_learns_to_continue(folders, name):
             assert [*item["chosen"]["tokens"][:1], *item["chosen"]["targets"]] == [*expected(hf, tokenizer, text), *bare, *end]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "own-characters"])
+def test_a_completions_text_tokens_and_offsets_agree(folders, name, echo):
+    """The text is transformers', decoded behind its prompt; each token is the part of the text at its offset, the first one too."""
+    from jaxlm.generate.request import Event, Token
+    from jaxlm.serve.answers import CompletionAnswer
+    from jaxlm.serve.asks import Asker, Limits
+    from jaxlm.serve.choices import _Text
+    from jaxlm.serve.tokens import TokenTexts
+
+    tokenizer, hf = open_both(folders(name))
+    asker = Asker(tokenizer, None, [], Limits(128, 128, 1, 16))
+    new = hf(" saw a big dog", add_special_tokens=False)["input_ids"]
+    for prompt in ("the small", "ran", ""):
+        ask = asker.completion({"prompt": prompt, "max_tokens": 32, "logprobs": 1, "echo": echo}, "somebody")
+        ids, text = list(ask.requests[0].prompt), _Text(0, tokenizer, ask)
+        pieces = [text.take(Event(prompt=tuple(Token(i, -1.0, ((i, -1.0),)) for i in ids)))] if echo else []
+        pieces += [text.take(Event(tokens=(Token(i, -1.0, ((i, -1.0),)),))) for i in new]
+        pieces.append(text.take(Event(ended="length")))
+        whole, tokens = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.tokens]
+        behind = hf.decode([*ids, *new], skip_special_tokens=True)[len(hf.decode(ids, skip_special_tokens=True)) :]
+        assert whole == (prompt if echo else "") + behind
+        told = CompletionAnswer("model", ask, TokenTexts(tokenizer)).logprobs(tokens)
+        if hf.eos_token_id in ids[1:]:  # written after the prompt by its tokenizer: a token without text
+            continue
+        assert "".join(told["tokens"]) == whole
+        lengths = [len(token) for token in told["tokens"]]
+        assert told["text_offset"] == np.cumsum([0, *lengths])[:-1].tolist()
+        assert [list(top) for top in told["top_logprobs"]] == [[token] for token in told["tokens"]]
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_suites_and_diff(folders, monkeypatch, name):
     """Contexts and continuations as lm-evaluation-harness encodes them for a model of transformers; both sides of `diff`."""

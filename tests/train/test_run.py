@@ -151,7 +151,7 @@ def test_a_run_begins_from_one_that_holds_fewer_bits(make):
         ({"data__batch_size": 6}, ["data.batch_size 6", "4 device(s)", "multiple of 4", "such as 8"]),
         ({"train__accumulate": 4}, ["data.batch_size 8", "4 part(s)", "multiple of 16"]),
         ({"model__heads": 1}, ["parallel.tensor 2", "model.heads 1", "parallel.tensor may be 1"]),
-        ({"model__vocab_size": 100}, ["model.vocab_size 100", "257"]),
+        ({"model__vocab_size": 100}, ["the model 100", "257"]),
     ],
 )
 def test_what_the_mesh_or_the_tokenizer_does_not_allow(make, flags, parts):
