@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from jaxlm.config import nearest, unknown
+from jaxlm.data.columns import missing_columns
 from jaxlm.data.tokenizer import expand
 from jaxlm.text_files import PACKED, parse_json, read_lines, read_text, undecodable
 
@@ -229,7 +230,7 @@ def opened_parquet(file: pathlib.Path) -> Iterator[Any]:
 def _read_parquet(file: pathlib.Path, column: str) -> Iterator[str]:
     with opened_parquet(file) as table:
         if column not in table.schema_arrow.names:
-            raise unknown(f"column of {str(file)!r}:", column, table.schema_arrow.names)
+            raise _no_column(str(file), column, table.schema_arrow.names)
         for batch in table.iter_batches(columns=[column]):
             for i, value in enumerate(batch.column(0).to_pylist()):
                 yield _text({column: value}, column, f"{file} row {i}")
@@ -241,7 +242,7 @@ def _text(row: Any, column: str, where: str) -> str:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} holds {type(row).__name__}: expected an object with the column {column!r}")
     if column not in row:
-        raise unknown(f"column of {where}:", column, list(row))
+        raise _no_column(where, column, list(row))
     value = row[column]
     if isinstance(value, list | tuple) and value and all(isinstance(item, str | bytes) for item in value):
         return "\n".join(map(_decoded, value))
@@ -251,6 +252,10 @@ def _text(row: Any, column: str, where: str) -> str:
         texts = [name for name, other in row.items() if isinstance(other, str | bytes)]
         raise ValueError(f"column {column!r} of {where} holds {value!r:.60}, not a text; columns of text: {', '.join(texts)}")
     return value
+
+
+def _no_column(where: str, column: str, names: Sequence[str]) -> ValueError:
+    return missing_columns({"text": column}, names, where, {"text": "data.sources.0.column"})
 
 
 def _decoded(value: str | bytes) -> str:
@@ -268,7 +273,7 @@ def _digest(file: pathlib.Path) -> str:
 def _huggingface(source: SourceConfig, path: str) -> Any:
     held = huggingface(path, source.subset, source.split, source.streaming)
     if held.column_names is not None and source.column not in held.column_names:
-        raise unknown(f"column of {path!r}:", source.column, held.column_names)
+        raise _no_column(path, source.column, held.column_names)
     return held.select_columns([source.column]) if held.column_names is not None and not source.streaming else held
 
 

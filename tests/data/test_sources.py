@@ -48,7 +48,7 @@ def test_parquet(tmp_path):
 
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "n": [1, 2, 3]}), tmp_path / "a.parquet", row_group_size=2)
     assert list(documents(files(tmp_path / "a.parquet", column="body"))) == TEXTS
-    with pytest.raises(ValueError, match=r"unknown column of .* 'text': allowed: body, n"):
+    with pytest.raises(ValueError, match=r"no column 'text' .*its columns: body, n;"):
         list(documents(files(tmp_path / "a.parquet")))
     with pytest.raises(ValueError, match="holds 1, not a text"):
         list(documents(files(tmp_path / "a.parquet", column="n")))
@@ -83,7 +83,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     [
         ("a.txt", b"caf\xe9", "not UTF-8 text: byte 3 is 0xe9"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2 is not JSON"),
-        ("a.jsonl", b'{"body": "x", "id": 1}\n', "unknown column of .*a.jsonl:1: 'text': allowed: body, id"),
+        ("a.jsonl", b'{"body": "x", "id": 1}\n', "a.jsonl:1 has no column 'text' for the text .*; its columns: body, id;"),
         ("a.jsonl", b'{"text": null, "title": "x"}\n', "holds None, not a text; columns of text: title"),
         ("a.jsonl", b'["x"]\n', "expected an object with the column 'text'"),
         ("a.csv", b"text\nx\n", "unknown format of .*a.csv.* '.csv'.*allowed: .txt, .jsonl, .parquet"),
@@ -176,7 +176,7 @@ def test_huggingface_folders(saved, form, streaming):
     source = SourceConfig("huggingface", path=str(saved / form), streaming=streaming)
     assert list(documents(source)) == TEXTS
     assert describe(source) == describe(source)
-    with pytest.raises(ValueError, match=r"unknown column of .* 'txt': did you mean 'text'"):
+    with pytest.raises(ValueError, match=r"no column 'txt' .*did you mean 'text'"):
         list(documents(SourceConfig("huggingface", path=str(saved / form), column="txt", streaming=streaming)))
 
 
@@ -239,9 +239,16 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
     assert sorted(documents(source)) == sorted(TEXTS)
     assert list(documents(source)) == list(documents(source))
     assert describe(source) == {"kind": "tfds", "split": "train", "column": "text", "name": "tiny/1.0.0", "examples": 3}
-    with pytest.raises(ValueError, match=r"unknown column of .*allowed: .*text"):
+    with pytest.raises(ValueError, match=r"no column .*its columns: .*text"):
         list(documents(SourceConfig("tfds", path=str(builder.data_dir), column="body")))
     with pytest.raises(ValueError, match=r"cannot be read.*trian") as error:
         list(documents(SourceConfig("tfds", path=str(builder.data_dir), split="trian")))
     assert "\n" not in str(error.value)
     assert "tensorflow" not in sys.modules
+
+
+def test_a_column_that_holds_lines_is_read_as_a_text_of_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ["one", "two"]}\n{"text": "three\u2028four"}\n')
+    assert list(documents(SourceConfig("files", str(tmp_path / "a.jsonl")))) == ["one\ntwo", "three\u2028four"]
+    (tmp_path / "b.txt").write_bytes("caf\u00e9\r\n".encode("utf-16"))
+    assert list(documents(SourceConfig("files", str(tmp_path / "b.txt")))) == ["caf\u00e9\r\n"]
