@@ -179,8 +179,8 @@ class MultipleChoice(Task):
     def _number(row: Row, where: str) -> int:
         """A label is the number of a choice from 0, or its text; of choices that are numbers themselves a text means the
         choice."""
-        choices, label = list(row["choices"]), row["label"]
-        if isinstance(label, int) and 0 <= label < len(choices):
+        choices, label = [choice.strip() for choice in row["choices"]], row["label"]
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices):
             return int(label)
         if str(label) in choices:
             return choices.index(str(label))

@@ -48,6 +48,7 @@ def test_a_number_means_the_number_of_a_choice_and_a_text_the_choice():
     assert [label(i, ["1", "2", "3"]) for i in range(3)] == [0, 1, 2]
     assert [label(text, ["1", "2", "3"]) for text in ("1", "2", "3")] == [0, 1, 2]
     assert [label(given, ["a", "b"]) for given in ("b", "1", 1)] == [1, 1, 1] and label(7, ["5", "7"]) == 1
+    assert label("b", [" a", " b"]) == 1 and label(True, ["True", "False"]) == 0
     for wrong in ("c", 2, "²", -1):
         with pytest.raises(ValueError, match="neither a choice nor the number of one"):
             label(wrong, ["a", "b"])
