@@ -53,6 +53,8 @@ class TrainConfig:
     """Length of those samples in tokens; 0: none."""
 
     def __post_init__(self) -> None:
+        if self.metric is not None:
+            lower_is_better(self.metric)  # a name that no score has is told before anything is read
         for name in ("steps", "accumulate", "eval_every", "patience", "eval_rows", "log_every", "keep", "loss_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
