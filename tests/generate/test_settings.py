@@ -20,7 +20,7 @@ from jaxlm.models import held_dtype, load_model
 from jaxlm.serve.asks import Asker, Limits
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "hub"))
-from torch_models import BART, CASES, make
+from torch_models import BART, BASE, CASES, make
 
 
 def read(**given) -> GenerationSettings:
@@ -209,6 +209,36 @@ def test_a_model_is_read_in_its_own_precision_onto_any_mesh(tmp_path):
     with pytest.raises(ValueError, match="tensor 16 needs 16 devices: there are 8"):
         load_model(str(folder), options=LoadOptions(None, MeshOptions(tensor=16)))
     np.testing.assert_equal(dataclasses.asdict(MeshOptions())["data"], 1)
+
+
+@pytest.mark.parity
+def test_labels_on_a_mesh_are_those_of_one_device(tmp_path):
+    """`predict` of a classifier on eight devices, fewer rows than copies among them; bfloat16 within its own rounding."""
+    import transformers
+
+    theirs = make("BertForSequenceClassification", {**BASE, "num_labels": 3, "num_hidden_layers": 1})
+    theirs.config.id2label = {0: "good", 1: "bad", 2: "so so"}
+    folder = tmp_path / "bert"
+    theirs.save_pretrained(folder)
+    words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "w3", "pad_token": "w1", "sep_token": "w2", "cls_token": "w0"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    (tmp_path / "rows.txt").write_text("w5 w9 w12\nw40\nw6 w7\n", encoding="utf8")
+
+    def predicted(*flags: str) -> list[dict]:
+        out = tmp_path / "out.jsonl"
+        assert cli.main(["predict", str(folder), "--file", str(tmp_path / "rows.txt"), "--out", str(out), *flags]) == 0
+        return [json.loads(line)["prediction"] for line in out.read_text(encoding="utf8").splitlines()]
+
+    one = predicted()
+    assert {p["label"] for p in one} <= {"good", "bad", "so so"}
+    for flags, close in (
+        (["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"], 1e-5), (["--dtype", "bfloat16"], 0.03),
+    ):  # fmt: skip
+        other = predicted(*flags)
+        assert [p["label"] for p in other] == [p["label"] for p in one], flags
+        np.testing.assert_allclose([p["probability"] for p in other], [p["probability"] for p in one], atol=close)
 
 
 def test_layers_are_unstacked_one_parameter_at_a_time():
