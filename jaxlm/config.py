@@ -370,6 +370,8 @@ def describe(cls: type) -> list[tuple[str, str, str, str]]:
 def _spell(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "|".join(str(arg) for arg in typing.get_args(kind))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " | ".join("None" if arg is type(None) else _spell(arg) for arg in typing.get_args(kind))
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
 
 

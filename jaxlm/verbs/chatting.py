@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlm import config as configs
 from jaxlm.report.console import say
-from jaxlm.verbs.decoding import Decoding, SamplingOptions, decoding_of
+from jaxlm.verbs.decoding import Decoding, SamplingOptions, check_flags, decoding_of
 from jaxlm.verbs.words import split_words
 
 MAX_TOKENS = 512
@@ -34,6 +34,7 @@ def chat(words: Sequence[str]) -> int:
     """jaxlm chat MODEL [--system TEXT] [--max-tokens N] [--temperature T] [--seed S]: a conversation in the terminal."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(ChatOptions, None, flags).value
+    check_flags(options)
     from jaxlm.models import load_model
     from jaxlm.serve.speaking import open_engine
 

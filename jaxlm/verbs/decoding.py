@@ -25,7 +25,7 @@ class SamplingOptions(LoadOptions):
     """Flags of commands that write text. Empty ones are as the model's generation_config.json says."""
 
     max_tokens: int | None = None
-    """Maximum number of new tokens; empty: the model's own setting, else a default of the command."""
+    """Maximum number of new tokens; empty: the model's own setting, else 200, in a chat 512."""
     temperature: float | None = None
     """Sampling temperature; 0 selects the most likely token. Empty: the model's own setting, else 0.8, but 0 with beams and for an
     encoder-decoder."""
@@ -92,20 +92,30 @@ class Decoding:
         return told.told(self.given, missing)
 
 
+def _flags(options: SamplingOptions, kind: Any) -> dict[str, Any]:
+    """The flags that are fields of `kind`, None where they are not given; how many tokens is `Decoding.room`'s."""
+    return {f.name: getattr(options, f.name, None) for f in dataclasses.fields(kind) if f.name != "max_tokens"}
+
+
+def check_flags(options: SamplingOptions) -> None:
+    """Raise ValueError for a flag out of range, before a model is read."""
+    from jaxlm.generate import DecodeConfig, SampleConfig
+
+    for kind in (SampleConfig, DecodeConfig):
+        kind(**{name: value for name, value in _flags(options, kind).items() if value is not None})  # type: ignore[operator]
+
+
 def decoding_of(trained: Any, options: SamplingOptions, default: int) -> Decoding:
     """How `options` have this model write; `default` is the maximum number of new tokens where nobody says another. ValueError for
     settings or flags out of range."""
     from jaxlm.generate import DecodeConfig, GenerationSettings, SampleConfig
 
-    def flags(kind: Any) -> dict[str, Any]:
-        return {f.name: getattr(options, f.name, None) for f in dataclasses.fields(kind) if f.name != "max_tokens"}
-
     settings = trained.generation() if options.generation_config == "auto" else GenerationSettings()
-    drawn = flags(SampleConfig)
+    drawn = _flags(options, SampleConfig)
     if options.temperature is None and (getattr(options, "beams", None) or 1) > 1:
         drawn["temperature"] = 0.0
     sampling = settings.sampling(drawn, trained.model.config.architecture == "encoder_decoder")
-    decode = settings.decode(flags(DecodeConfig))
+    decode = settings.decode(_flags(options, DecodeConfig))
     if sampling.temperature > 0 and getattr(options, "beams", None) is None:
         decode = dataclasses.replace(decode, beams=1, n_best=1)
     rules = settings.rules()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxlm import config as configs
 from jaxlm.text_files import read_text
 from jaxlm.verbs.batches import MAX_TOKENS, Batched, generate_file
-from jaxlm.verbs.decoding import SamplingOptions, decoding_of
+from jaxlm.verbs.decoding import SamplingOptions, check_flags, decoding_of
 from jaxlm.verbs.words import split_words
 
 
@@ -92,12 +92,15 @@ def generate(words: Sequence[str]) -> int:
     with --file FILE --out FILE for many prompts."""
     (argument,), flags = split_words(words, "MODEL")
     options = configs.load(GenerateOptions, None, flags).value
+    check_flags(options)
     if options.file is not None and options.out is not None:
         return generate_file(argument, options.file, options.out, options)
-    from jaxlm.generate import Stats
+    from jaxlm.generate import ContrastiveConfig, Stats
     from jaxlm.models import load_model
 
     constraint = _constraint(options)
+    if options.penalty_alpha is not None and options.top_k is not None:  # mistakes are told before a model is read
+        ContrastiveConfig(options.top_k, options.penalty_alpha, options.max_tokens or MAX_TOKENS)
     trained = load_model(argument, options=options).for_writing(free=True)
     stats, write = Stats(), sys.stdout.write
     pieces = _read_and_written(trained, options) if trained.reads else _continued(trained, options, constraint, stats)
