@@ -102,7 +102,7 @@ def check_flags(options: SamplingOptions) -> None:
     from jaxlm.generate import DecodeConfig, SampleConfig
 
     for kind in (SampleConfig, DecodeConfig):
-        kind(**{name: value for name, value in _flags(options, kind).items() if value is not None})  # type: ignore[operator]
+        kind(**{name: value for name, value in _flags(options, kind).items() if value is not None})
 
 
 def decoding_of(trained: Any, options: SamplingOptions, default: int) -> Decoding:
