@@ -8,7 +8,7 @@ import pytest
 from jaxlm import cli, metrics
 from jaxlm.data import Table, TokenizerConfig, train_tokenizer
 from jaxlm.tasks import TASKS, TaskConfig, usable
-from jaxlm.tasks.reading import _place
+from jaxlm.tasks.reading import _place, _text_of
 
 TOKENIZER = train_tokenizer(TokenizerConfig(kind="bytes", special=("pad", "cls", "sep")), [])
 
@@ -123,6 +123,10 @@ LOOSE = [
 def test_loose_ends_of_an_answer_are_left_out(answer, tokens):
     answers = {"text": [answer], "answer_start": [CONTEXT.index(answer)]}
     assert _place(answers, SPANS, INSIDE) == tokens
+
+
+def test_an_answer_is_read_back_with_the_marks_on_its_last_letter():
+    assert _text_of("a cafe\u0301 ran", 2, 6) == "cafe\u0301" and _text_of("a cafe", 2, 6) == "cafe"
 
 
 def test_an_answer_that_is_cut_by_a_window_is_in_none_and_counted():
