@@ -6,13 +6,13 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
-import re
 
 import jax
 import pytest
 
 from jaxlm.model import Model
 from jaxlm.parallel import ParallelConfig, make_mesh
+from jaxlm.parallel.hlo import collectives, sent_bytes
 from jaxlm.train import OptimConfig, make_optimizer, make_schedule, make_train_step, objectives, state_shapes
 
 pytestmark = pytest.mark.parallel
@@ -32,42 +32,55 @@ DECODER = dataclasses.replace(axes.DECODER, unroll=True, layers=LAYERS, kv_heads
 NUMBERS = 128  # bytes of losses, weights and norms
 
 
-@dataclasses.dataclass(frozen=True)
-class Sent:
-    """One collective, and what it gives: shapes, of a tuple several."""
-
-    kind: str
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def bytes(self):
-        return 4 * sum(map(math.prod, self.shapes))
-
-
-def sent(config, **mesh):
-    """The collectives of one step in optimised HLO, everything in 4 bytes a number; what stands in a loop counts once."""
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+def sent(config, chunk=L, accumulate=1, **mesh):
+    """The collectives of one step; all numbers are of 4 bytes."""
     model, made = Model(config), make_mesh(ParallelConfig(**{"data": 1, **mesh}))
     schedule = make_schedule(OptimConfig(), 10)
     optimizer = make_optimizer(OptimConfig(clip=None), schedule)
     with jax.set_mesh(made):
-        step = make_train_step(model, objectives.tokens(L), optimizer, schedule, made, seed=0)
+        step = make_train_step(model, objectives.tokens(chunk), optimizer, schedule, made, seed=0, accumulate=accumulate)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), axes.rows())
         hlo = step.lower(state_shapes(model, optimizer), batch).compile().as_text()
-    found = []
-    for line in hlo.splitlines():
-        if match := re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line):
-            shapes = [tuple(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w\[([\d,]*)\]", match[1])]
-            found.append(Sent(match[2], tuple(shapes)))
-    return model, found
+    return model, collectives(hlo, made.size)
 
 
 def total(found, kind):
-    return sum(one.bytes for one in found if one.kind == kind)
+    return sum(one.times * one.bytes for one in found if one.kind == kind)
 
 
 def shapes_of(found, kind):
-    return collections.Counter(shape for one in found if one.kind == kind for shape in one.shapes)
+    counts = collections.Counter()
+    for one in found:
+        counts.update({shape: one.times * one.shapes.count(shape) for shape in one.shapes if one.kind == kind})
+    return counts
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 2, "fsdp": 4}],
+    ids=axes.name_of,
+)
+def test_more_chunks_of_the_loss_send_no_more(mesh):
+    """The table is gathered once and its gradient summed once, not once a chunk; what tensor sends of each token is the same in
+    either number of chunks. Tied and with a bias, or neither."""
+    config = dataclasses.replace(DECODER, vocab_size=512, layers=1, tie_embeddings="data" in mesh, logit_bias="data" in mesh)
+    if "expert" in mesh:
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=4, chosen=2))
+    one, four = (sent(config, chunk, **mesh)[1] for chunk in (L, L // 4))
+    assert sent_bytes(four) <= sent_bytes(one) + NUMBERS
+    assert not [found for found in four if found.times > 1 and found.bytes > B * L * D * 4 // 4], (
+        "nothing of a table's size in a loop"
+    )
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=axes.name_of)
+def test_gradients_of_the_tables_are_scattered(mesh):
+    """Each table's gradient is summed straight into the part that a device stores, on a CPU too."""
+    config = dataclasses.replace(DECODER, vocab_size=512, layers=1)
+    _, found = sent(config, L // 4, **mesh)
+    part = (512 // mesh.get("tensor", 1), D // mesh["fsdp"])
+    assert shapes_of(found, "reduce-scatter") == {part: 2}
+    assert not [shape for shape in shapes_of(found, "all-reduce") if math.prod(shape) >= 512 * D // mesh.get("tensor", 1)]
 
 
 def test_data_adds_up_the_gradients_and_nothing_else():

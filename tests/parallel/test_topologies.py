@@ -19,6 +19,7 @@ import pytest
 
 from jaxlm.model import Model, MoeConfig, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh
+from jaxlm.parallel.hlo import KINDS, collectives, sent_bytes
 from jaxlm.train import OptimConfig, make_optimizer, make_schedule, make_train_step, objectives, state_shapes
 
 LAYERS, WIDTH, LENGTH = 4, 512, 1024
@@ -30,6 +31,7 @@ EXPERTS = dataclasses.replace(DECODER, moe=MoeConfig(experts=8, chosen=2))
 # Topology, model, mesh, kinds of collective that must be there.
 CASES: dict[str, tuple[str, TransformerConfig, dict[str, int], set[str]]] = {
     "fsdp": ("v5e:2x4", DECODER, {"fsdp": 8}, {"all-gather"}),
+    "fsdp, one chunk": ("v5e:2x4", DECODER, {"fsdp": 8}, {"all-gather"}),
     "tensor": ("v5e:2x4", dataclasses.replace(DECODER, unroll=True), {"data": 2, "tensor": 4}, {"all-reduce"}),
     "ring": ("v5e:2x4", DECODER, {"context": 4, "tensor": 2}, {"collective-permute"}),
     "ulysses": ("v5e:2x4", dataclasses.replace(DECODER, context="ulysses"), {"data": 2, "context": 4}, {"all-to-all"}),
@@ -44,6 +46,7 @@ CASES: dict[str, tuple[str, TransformerConfig, dict[str, int], set[str]]] = {
     "256 chips": ("v6e:16x16", DECODER, {"data": 8, "fsdp": 16, "tensor": 2}, {"all-gather"}),
     "256 chips, long": ("v6e:16x16", DECODER, {"data": 2, "fsdp": 8, "context": 8, "tensor": 2}, {"collective-permute"}),
 }  # fmt: skip
+CHUNKS = {"fsdp, one chunk": LENGTH}  # positions of a chunk of the loss, else an eighth of the length
 OPTIM = {"zero1": OptimConfig(zero1=True), "on the host": OptimConfig(offload=True)}
 
 
@@ -64,7 +67,9 @@ def compile_step(name: str) -> dict[str, Any]:
             model, optim = Model(config), OPTIM.get(name, OptimConfig())
             schedule = make_schedule(optim, 1000)
             optimizer = make_optimizer(optim, schedule)
-            step = make_train_step(model, objectives.tokens(128), optimizer, schedule, mesh, seed=0, optim=optim)
+            step = make_train_step(
+                model, objectives.tokens(CHUNKS.get(name, LENGTH // 8)), optimizer, schedule, mesh, seed=0, optim=optim
+            )
             compiled = step.lower(state_shapes(model, optimizer), batch).compile()
     except Exception as error:
         return {"name": name, "error": f"{type(error).__name__}: {error}"[:1500]}
@@ -73,12 +78,12 @@ def compile_step(name: str) -> dict[str, Any]:
         hlo = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # XLA cannot print what it made asynchronous of several arrays at once
         hlo = None
-    kinds = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
-    sent = re.findall(rf" ({kinds})(?:-start)?\(", hlo or "")
+    sent = re.findall(rf" ({'|'.join(KINDS)})(?:-start)?\(", hlo or "")
     scattered = re.findall(r"= (\S+) fusion\([^)]*\), kind=kCustom, calls=%all-reduce-scatter", hlo or "")
     return {
         "name": name, "error": None, "seconds": round(time.monotonic() - began, 1),
         "sent": {kind: sent.count(kind) for kind in sorted(set(sent))}, "printed": hlo is not None,
+        "sent_bytes": sent_bytes(collectives(hlo, mesh.size)) if hlo else None,
         "temp_bytes": memory.temp_size_in_bytes, "state_bytes": memory.argument_size_in_bytes,
         "host_bytes": memory.host_argument_size_in_bytes, "host_temp_bytes": memory.host_temp_size_in_bytes,
         "scattered": [re.match(r"\w+\[[\d,]*\]", shape)[0] for shape in scattered],
@@ -115,6 +120,8 @@ def test_every_kind_of_parallelism_compiles_for_tpus(tmp_path):
     # Megatron's four sums of activations a layer, each scattered over the four devices' parts of the length; and the look-up's.
     parts = f"[4,{LENGTH // 4},{WIDTH}]"
     assert sorted(rows["tensor"]["scattered"]) == 4 * LAYERS * [f"bf16{parts}"] + [f"f32{parts}"], rows["tensor"]
+    # Eight chunks of the loss gather the table once and sum its gradient once, as one chunk does.
+    assert rows["fsdp"]["sent_bytes"] <= rows["fsdp, one chunk"]["sent_bytes"]
     whole = 3 * 4 * Model(DECODER).parameters()  # parameters and two moments; tiles of small arrays are padded
     assert rows["zero1"]["state_bytes"] < 1.1 * whole * (1 + 2 / 8) / 3, "whole parameters, an eighth of the moments"
     moments = rows["on the host"]["host_bytes"]
