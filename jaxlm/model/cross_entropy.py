@@ -119,6 +119,12 @@ def _objective(logits_BCV: jax.Array, nll_BC: jax.Array, lse_BC: jax.Array, z_lo
     return loss_BC + z_loss * jnp.square(lse_BC) if z_loss else loss_BC
 
 
+def _totals(sums: tuple[jax.Array, jax.Array], z_loss: float, smoothing: float) -> tuple[jax.Array, jax.Array]:
+    """Sums over all devices of the objective and of the cross-entropy, of which one is summed where both are the same."""
+    total = jnp.sum(sums[0])
+    return total, jnp.sum(sums[1]) if z_loss or smoothing else total
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def linear_cross_entropy(
     hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, targets_BL: jax.Array, weights_BL: jax.Array,
@@ -146,7 +152,7 @@ def linear_cross_entropy(
 
     zeros = (devices.zeros(""), devices.zeros(""))
     sums, _ = _over_chunks(step, zeros, (hidden_BLD, targets_BL, weights_BL), chunk)
-    return jax.tree.map(jnp.sum, sums)
+    return _totals(sums, z_loss, smoothing)
 
 
 def _loss_and_gradients(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, chunk, z_loss, cap, smoothing):  # type: ignore[no-untyped-def]
@@ -186,7 +192,7 @@ def _loss_and_gradients(hidden_BLD, table_VD, bias_V, targets_BL, weights_BL, ch
     grad_BLD = _joined(grad_XBCD, hidden_BLD.shape[1], chunk)
     grad_VD = sum_over_devices(grad_IJVD, "VD", *devices)
     grad_V = None if grad_IJV is None else jnp.sum(grad_IJV, axis=(0, 1))
-    return jax.tree.map(jnp.sum, sums), (grad_BLD, grad_VD.astype(table_VD.dtype), grad_V)
+    return _totals(sums, z_loss, smoothing), (grad_BLD, grad_VD.astype(table_VD.dtype), grad_V)
 
 
 def _loss_backward(chunk, z_loss, cap, smoothing, gradients, cotangents):  # type: ignore[no-untyped-def]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm.generate import Generator, SampleConfig
+from jaxlm.generate.sample import knobs
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh
 
@@ -41,6 +42,19 @@ def test_prompts_and_texts_longer_than_the_context(setup):
     for token, context in zip(generator.stream(params, prompt, len(seen), GREEDY), seen, strict=True):
         assert token == greedy_by_hand(model, params, text[-context:])
         text.append(token)
+
+
+def test_prefill_makes_logits_of_the_last_token_alone():
+    """A prompt of 512 tokens over a vocabulary of 16,384: all of its logits would take 34 MB."""
+    config = TransformerConfig(vocab_size=16384, positions=512, layers=1, width=16, heads=2, position="rotary")
+    model, mesh = Model(config), make_mesh(ParallelConfig(), jax.devices()[:1])
+    generator = Generator(model, mesh, 16384)
+    whole, length = jax.ShapeDtypeStruct((1, 512), np.int32), jax.ShapeDtypeStruct((), np.int32)
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(model.apart, model.shapes)
+        settings = (jax.random.key(0)[None], knobs([GREEDY]), None)
+        compiled = generator.prefill.lower(params, whole, length, *settings, size=512).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 16384 * 4 / 4
 
 
 def test_the_seed_makes_it_repeatable(setup):

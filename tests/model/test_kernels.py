@@ -271,6 +271,20 @@ def test_memory_of_chunked_is_linear_in_length(mask):
     assert whole[1] > 3.5 * whole[0] and whole[1] > 20 * blocks[1], (whole, blocks)
 
 
+def test_memory_of_biases_is_linear_in_length():
+    """Made block by block, forward and backward; the gradient of one is a number for each head and distance. 8,192 places would
+    take 537 MB as (N, L, S)."""
+
+    def of(length: int) -> int:
+        q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        run = lambda q, k, v, bias: jnp.sum(chunked(q, k, v, Mask(), 1.0, None, bias, block=128))  # noqa: E731
+        bias = jax.ShapeDtypeStruct((2, 2 * length - 1), jnp.float32)
+        compiled = jax.jit(jax.grad(run, argnums=(0, 1, 2, 3))).lower(q, q, q, bias).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert of(8192) < 2.2 * of(4096) < 60e6
+
+
 def test_chunked_computes_no_block_that_is_hidden():
     """NaN where only hidden blocks lie would reach the output if they were computed: 0 · NaN is NaN."""
     case = Case(L=64, S=64, N=1, K=1, window=16)
