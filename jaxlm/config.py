@@ -122,6 +122,8 @@ def override(tree: dict, origins: dict[str, str], flags: Mapping[str, Text]) -> 
                     raise ValueError(f"--{dotted}: {name!r} is not an index below {len(here)}")
                 here = here[int(name)]
             else:
+                if isinstance(here.get(name), Text):
+                    raise ValueError(f"--{dotted}: --{name.replace('_', '-')} is given as a whole beside it: give one of the two")
                 if not isinstance(here.get(name), dict | list):
                     here[name] = {}
                 here = here[name]
@@ -147,7 +149,15 @@ def load(
     _Builder(cls, origins).check_names(cls, tree, "")  # before anything is read or fetched that the values name
     complete(tree, origins)
     value = build(cls, tree, origins)
-    return Loaded(value, {leaf: origins.get(leaf, "default") for leaf in flatten(to_dict(value))})
+    return Loaded(value, {leaf: _origin(leaf, origins) for leaf in flatten(to_dict(value))})
+
+
+def _origin(leaf: str, origins: Mapping[str, str]) -> str:
+    """Where a leaf came from: what is noted of it, or of the list that it stands in, which may be spelt without indices."""
+    names = leaf.split(".")
+    plain = ".".join(name for name in names if not name.isdigit())
+    parents = (".".join(names[:i]) for i in range(len(names), 0, -1))
+    return next((origins[name] for name in (*parents, plain) if name in origins), "default")
 
 
 def build(cls: type[T], tree: Mapping[str, Any], origins: dict[str, str] | None = None) -> T:

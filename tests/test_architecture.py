@@ -21,6 +21,8 @@ ROOMS = {
     "model": [
         "presets",
         "precision",
+        "lora",
+        "quantized",
         "config",
         "layers",
         "positions",
@@ -40,7 +42,6 @@ ROOMS = {
         "heads",
         "functions",
         "detection",
-        "lora",
     ],
     "data": [
         "special",
@@ -71,7 +72,7 @@ ROOMS = {
         "examples",
     ],
     "metrics": ["direction", "intervals", "classes", "confidence", "numbers", "ranking", "tags", "scripts", "answers", "texts"],
-    "train": ["objectives", "quantized", "tune", "adam8bit", "soap", "moments", "optim", "step", "checkpoint", "loop"],
+    "train": ["objectives", "tune", "adam8bit", "soap", "moments", "optim", "step", "checkpoint", "loop"],
     "hub": [
         "tensors",
         "files",
@@ -129,7 +130,7 @@ ROOMS = {
         "app",
         "server",
     ],
-    "experiment": ["config", "job", "pretraining", "finetuning", "run", "seeds"],
+    "experiment": ["unread", "config", "job", "pretraining", "finetuning", "run", "seeds"],
     "overview": [],
     "harness": ["likelihood", "suites", "files", "scores", "adapter"],
     "verbs": [

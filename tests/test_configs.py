@@ -39,7 +39,11 @@ def command(name: str) -> str:
 def shortened(name: str) -> list[str]:
     """Flags that cut a run down: two steps, and small where its config gives the sizes and the tokenizer."""
     tree = TREES[name]
-    flags = ["--train.steps", "2", "--train.eval-every", "2", "--train.sample-tokens", "4", "--task.decode.max-tokens", "4"]
+    flags = ["--train.steps", "2", "--train.eval-every", "2"]
+    if KIND[name] == "causal":
+        flags += ["--train.sample-tokens", "4"]
+    if KIND[name] in ("text_to_text", "chat"):
+        flags += ["--task.decode.max-tokens", "4"]
     if "init_from" not in tree["model"]:
         flags += SMALL
     if str(tree["model"].get("preset")).startswith("llama"):

@@ -70,6 +70,8 @@ class DataConfig:
             raise ValueError(f"data validation {self.validation!r} is for rows: give data train too")
         if not self.sources:
             raise ValueError("data sources is empty: give at least one, such as {kind: embedded}")
+        if len(self.sources) == 1 and self.sources[0].weight != 1:
+            raise ValueError(f"data sources weight {self.sources[0].weight} is a share of a mixture: with one source leave it out")
         for name in ("length", "batch_size", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data {name} {getattr(self, name)} must be at least 1")

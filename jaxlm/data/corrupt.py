@@ -104,7 +104,7 @@ def make_corruption(
     if kind == "prefix":
         return PrefixRow(tokenizer, length) if architecture == "decoder" else PrefixPair(tokenizer, length, target_length)
     if config.fim:
-        _check_tokens(kind, tokenizer, ("prefix", "middle", "suffix"), ("prefix", "middle", "suffix"))
+        _check_tokens("causal with corrupt.fim", tokenizer, ("prefix", "middle", "suffix"), ("prefix", "middle", "suffix"))
     return FillIn(tokenizer, length, rate=config.fim, spm=config.spm)
 
 

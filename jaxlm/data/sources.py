@@ -52,6 +52,10 @@ class SourceConfig:
             raise ValueError(f"source kind {self.kind!r} needs a path")
         if self.subset and self.kind != "huggingface":
             raise ValueError(f"source subset {self.subset!r} is only read by kind 'huggingface', not by {self.kind!r}")
+        if self.split != "train" and self.kind not in ("huggingface", "tfds"):
+            raise ValueError(f"source split {self.split!r} is only read by kinds 'huggingface' and 'tfds', not by {self.kind!r}")
+        if self.column != "text" and self.kind == "embedded":
+            raise ValueError(f"source column {self.column!r} is not read by kind 'embedded', whose texts have no columns")
         if self.streaming and self.kind != "huggingface":
             raise ValueError(f"source streaming works with kind 'huggingface' only, not with {self.kind!r}")
         if not 0 < self.weight < float("inf"):

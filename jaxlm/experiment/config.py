@@ -9,10 +9,12 @@ import jax
 
 from jaxlm import config as configs
 from jaxlm.data import DataConfig
+from jaxlm.experiment.unread import check_read
 from jaxlm.hub import is_hugging_face, read_config
 from jaxlm.model import TransformerConfig
 from jaxlm.models import locate, model_config
 from jaxlm.parallel import HostsConfig, ParallelConfig, batch_ways
+from jaxlm.report import say
 from jaxlm.tasks import TASKS, TaskConfig
 from jaxlm.train import OptimConfig, TrainConfig, TuneConfig
 
@@ -116,8 +118,10 @@ CHANGEABLE = (
 
 
 def load_config(file: str | pathlib.Path, flags: Mapping[str, configs.Text]) -> configs.Loaded:
-    """The config of a run; its name defaults to the file's."""
-    loaded = configs.load(ExperimentConfig, file, flags, complete)
+    """The config of a run; its name defaults to the file's. Raises ValueError for an option that this run would not read."""
+    loaded, notes = check_read(configs.load(ExperimentConfig, file, flags, complete))
+    for note in notes:
+        say(f"# {note}")
     if loaded.origins["name"] == "default":
         named = dataclasses.replace(loaded.value, name=pathlib.Path(file).stem)
         return configs.Loaded(named, {**loaded.origins, "name": "the file's name"})

@@ -283,6 +283,11 @@ class TransformerConfig:
             raise ValueError("head.kind language_model needs a decoder: an encoder takes masked_lm, or a head over labels")
         if self.param_dtype != "float32" and self.share_layers:
             raise ValueError(f"share_layers sums the gradients of all layers in param_dtype {self.param_dtype}: give float32")
+        if self.factored and (self.head.kind == "language_model" or (self.head.kind == "masked_lm" and not self.head.dense)):
+            raise ValueError(
+                f"embedding_width {self.embedding_width} differs from width {self.width}: of the heads over the vocabulary only a "
+                f"masked_lm one with head.dense leads from width to it, not {self.head.kind}"
+            )
         if self.quantize != "none" and self.moe.experts:
             raise ValueError(
                 f"quantize {self.quantize} multiplies attention and plain MLPs: with moe.experts {self.moe.experts} give none"

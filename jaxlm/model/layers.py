@@ -8,6 +8,7 @@ equation that it is declared with.
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.lora import MatrixAxes
 from jaxlm.model.precision import quantized_product
+from jaxlm.model.quantized import compose
 from jaxlm.parallel.rules import COMPUTED, RESIDUAL, DeviceSum, constrain, split_over
 
 Angles = tuple[jax.Array, jax.Array]
@@ -32,6 +35,13 @@ def parameter(module: Any, name: str, axes: str, init: Any, split: bool = True) 
         return init(key, shape, jnp.float32).astype(module.config.param_dtype)
 
     return module.param(name, nn.with_logical_partitioning(start, letters), tuple(sizes[letter] for letter in axes))
+
+
+def kernel(module: Any, axes: str, init: Any) -> Any:
+    """The parameter `kernel` of a module, or in a step that trains an adapter the parts that `quantized.compose` makes it of."""
+    if module.has_variable("params", "kernel") and isinstance(parts := module.get_variable("params", "kernel"), Mapping):
+        return parts
+    return parameter(module, "kernel", axes, init)
 
 
 def divisor(length: int, chunk: int) -> int:
@@ -91,18 +101,27 @@ class Linear(nn.Module):
         axes = inputs.split(",")[1]
         scaled = self.residual and c.init == "residual_scaled"
         std = c.init_std / math.sqrt(2 * c.layers) if scaled else c.init_std
-        w: jax.Array
+        w: Any
         if self.has_variable("params", TURNED):
             w, axes = self.get_variable("params", TURNED), turned(axes)
         else:
-            w = parameter(self, "kernel", axes, nn.initializers.normal(std))
+            w = kernel(self, axes, nn.initializers.normal(std))
         if self.residual:  # its input is split as the other maps left it, not as its own result will be
             x = constrain(x, inputs.split(",")[0])
         if self.inner and c.quantize != "none":
             key = self.make_rng("quantize") if self.has_rng("quantize") else None
-            y = quantized_product(x, w.astype(dtype), key, sum(letter not in output for letter in axes), c.quantize)
+
+            def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+                return quantized_product(x, w.astype(dtype), key, sum(letter not in output for letter in axes), c.quantize)
         else:
-            y = product(f"{inputs.split(',')[0]},{axes}->{output}", x, w.astype(dtype))
+
+            def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+                return product(f"{inputs.split(',')[0]},{axes}->{output}", x, w.astype(dtype))
+
+        if isinstance(w, Mapping):  # the backward pass composes the kernel again, for kept ones of all layers would be the whole
+            y = jax.checkpoint(lambda x, parts: multiply(x, compose(parts, MatrixAxes.of(tuple(axes)))))(x, dict(w))
+        else:
+            y = multiply(x, w)
         if c.bias if self.bias is None else self.bias:
             axes = "".join(letter for letter in axes if letter in output)
             b = parameter(self, "bias", axes, nn.initializers.zeros)

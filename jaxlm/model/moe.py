@@ -8,7 +8,7 @@ Z devices that share the experts · I, O width of what a matrix takes and gives.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.layers import Mlp, activate, parameter
+from jaxlm.model.layers import Mlp, activate, kernel
+from jaxlm.model.lora import MatrixAxes
+from jaxlm.model.quantized import compose
 from jaxlm.parallel.rules import COMPUTED, platform, spec
 
 
@@ -65,7 +67,8 @@ class _Matrix(nn.Module):
         c = self.config
         scaled = self.residual and c.init == "residual_scaled"
         std = c.init_std / math.sqrt(2 * c.layers) if scaled else c.init_std
-        return parameter(self, "kernel", self.axes, nn.initializers.normal(std))
+        w = kernel(self, self.axes, nn.initializers.normal(std))
+        return compose(w, MatrixAxes.of(tuple(self.axes))) if isinstance(w, Mapping) else w
 
 
 def mix(

@@ -286,8 +286,11 @@ class Stack(nn.Module):
 
         if c.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        # In float32, as the gradient of a layer is a sum over the microbatches.
-        layers = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.variables["params"]["layers"])
+        # In float32, as the gradient of a layer is a sum over the microbatches; what is held in integers has none.
+        layers = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+            self.variables["params"]["layers"],
+        )
         return pipelined(run, layers, x_BLD, context, self.layers, parts, rounds)
 
     def _scanned(self) -> Any:

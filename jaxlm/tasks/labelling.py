@@ -59,6 +59,8 @@ class Classification(_OfTexts):
         self.labels = label_names(set(names), self.config, self.labels)
         if len(set(names)) < 2:
             raise ValueError(f"all training rows have the label {names[0]!r}: two labels are the least to tell apart")
+        if self.config.positive is not None and len(self.labels) != 2:
+            raise ValueError(f"task.positive {self.config.positive!r} is one of two classes: the rows have {len(self.labels)}")
         if self.config.class_weights == "balanced":
             self.class_weights = balanced(label_ids(names, self.labels, None), len(self.labels))
 

@@ -177,7 +177,7 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch, rng: jax.Array | None) -> tuple[Any, dict[str, jax.Array]]:
         def parts(trained: Any) -> tuple[Any, Any]:
-            return tuning.parts(trained, state.frozen, jnp.dtype(model.config.dtype))
+            return tuning.parts(trained, state.frozen, jnp.dtype(model.config.dtype), by_layer=True)
 
         moving, pull, still = jax.vjp(parts, state.params, has_aux=True)
 

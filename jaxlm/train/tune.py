@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.config import nearest
 from jaxlm.model.lora import MatrixAxes, adapt, start_adapter
-from jaxlm.train.quantized import Base, hold, release
+from jaxlm.model.quantized import Base, hold, release
 
 Tree = Any
 Flat = dict[str, Any]
@@ -108,6 +108,12 @@ class Leaf:
     def matrix(self) -> MatrixAxes:
         """Its axes, of a kernel."""
         return MatrixAxes.of(self.axes)
+
+    @property
+    def by_layer(self) -> bool:
+        """A layer's kernel can be made where it is used: all layers are frozen, and all adapted or none."""
+        new = bool(self.adapted) or self.base not in (None, "float32")
+        return new and self.stacked and not self.trained and len(self.adapted) in (0, self.layers)
 
     def named(self, layers: Sequence[int]) -> tuple[str, ...]:
         """Its path in each of these layers."""
@@ -254,11 +260,12 @@ class Tuning:
         """The model's parameters; a pure function, for jit. The inverse of `split`, but for rounding of what is held rounded."""
         return self.join(*self.parts(trained, frozen))
 
-    def parts(self, trained: Tree, frozen: Tree, dtype: Any = jnp.float32) -> tuple[Tree, Tree]:
+    def parts(self, trained: Tree, frozen: Tree, dtype: Any = jnp.float32, by_layer: bool = False) -> tuple[Tree, Tree]:
         """What of the model's parameters moves as the trained numbers do, and what stands still; `join` makes the whole.
 
         A step computes them once and differentiates with respect to the first alone. Matrices that were not there before,
-        adapted or held in another precision, are given in `dtype`, that of the computation.
+        adapted or held in another precision, are given in `dtype`, that of the computation; with `by_layer` those of stacked
+        layers are left in the parts that `quantized.compose` makes a kernel of, so that the model makes one layer's at a time.
         """
         if self.full:
             return trained, {}
@@ -268,6 +275,15 @@ class Tuning:
         for leaf in self.leaves:
             if not leaf.frozen:
                 moving[leaf.path] = below(leaf.path)
+                continue
+            if by_layer and leaf.by_layer:
+                kept = held(leaf.path)
+                parts = kept if isinstance(kept, Mapping) else {"values": kept}
+                still |= {f"{leaf.path}/{name}": part for name, part in parts.items()}
+                if leaf.adapted:
+                    adapter = dict(below(leaf.path))
+                    adapter["lora_b"] = adapter["lora_b"] * (self.config.lora.alpha / self.config.lora.rank)
+                    moving |= {f"{leaf.path}/{name}": part for name, part in adapter.items()}
                 continue
             w = self._released(held(leaf.path), leaf)
             if leaf.adapted:
@@ -283,7 +299,7 @@ class Tuning:
         return moving if self.full else unflatten_dict({**moving, **still}, sep="/")
 
     def _released(self, held: Any, leaf: Leaf) -> jax.Array:
-        return held if leaf.base is None else release(held, leaf.base)
+        return held if leaf.base is None else release(held)
 
     def _adapted(self, w: jax.Array, adapter: Mapping[str, jax.Array], leaf: Leaf) -> jax.Array:
         scale = self.config.lora.alpha / self.config.lora.rank

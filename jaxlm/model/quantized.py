@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.model.lora import MatrixAxes
+from jaxlm.model.lora import MatrixAxes, adapt
 
 Base = Literal["float32", "bfloat16", "int8", "nf4"]
 
@@ -37,15 +37,28 @@ def hold(w: jax.Array, axes: MatrixAxes, base: Base) -> Any:
     return {"values": pairs[..., 0] | (pairs[..., 1] << 4), "scale": found.scale}
 
 
-def release(held: Any, base: Base) -> jax.Array:
-    """The float32 kernel of what `hold` made."""
+def release(held: Any) -> jax.Array:
+    """The float32 kernel of what `hold` made; the dtype of its values tells how."""
     if not isinstance(held, Mapping):
         return held.astype(jnp.float32)
     qwix, values = _qwix(), held["values"]
-    if base == "nf4":
+    packed = values.dtype == jnp.uint8
+    if packed:
         pairs = jnp.stack([values & 15, values >> 4], axis=-1)
         values = pairs.reshape(*values.shape[:-1], -1).astype(jnp.uint4)
-    return qwix.dequantize(qwix.QArray(values, held["scale"], None, "nf4" if base == "nf4" else jnp.int8))
+    return qwix.dequantize(qwix.QArray(values, held["scale"], None, "nf4" if packed else jnp.int8))
+
+
+ADAPTER = ("lora_a", "lora_b", "lora_magnitude")
+
+
+def compose(parts: Mapping[str, jax.Array], axes: MatrixAxes) -> jax.Array:
+    """The float32 kernel of what stands in its place in a step: a frozen matrix as it is held (`values`, `scale`) and the
+    adapter beside it, whose `lora_b` is scaled."""
+    w = release(parts if "scale" in parts else parts["values"])
+    if "lora_a" not in parts:
+        return w
+    return adapt(w, parts["lora_a"], parts["lora_b"], axes, 1.0, parts.get("lora_magnitude"))
 
 
 def _qwix() -> Any:
