@@ -29,21 +29,21 @@ def rows(kind: str) -> list[dict]:
     """Rows of a task, a bad one and one that comes twice among them."""
     w, made = Writer(3), []
     for i in range(240):
-        text, pair = f"é[SEP]<|endoftext|> {w.sentence()}", w.sentence()
-        context = w.text(4)
+        text, pair = f"é[SEP]<|endoftext|> {w.sentence()}", f"é[SEP]<|endoftext|> {w.sentence()}"
+        context = f"[SEP]<|endoftext|> {w.text(4)}"
         made.append({
             "text": text, "pair": pair, "label": ["a", "b", "c"][i % 3], "labels": ["a", "b"][: 1 + i % 2], "tokens": text.split(),
             "tags": ["B-x" if j % 3 == i % 3 else "O" for j in range(len(text.split()))], "question": pair, "context": context,
             "answers": [{"text": context.split()[1], "answer_start": context.index(context.split()[1])}],
             "choices": [w.rare(2), w.rare(2)], "source": text, "target": pair, "chosen": f"{text} yes {w.rare(2)}",
             "rejected": f"{text} no {w.rare(3)}", "prompt": w.rare(1), "id": str(i), "title": f"t{i % 10}",
-            "messages": [{"role": "user", "content": w.rare(1)}, {"role": "assistant", "content": w.rare(1)}],
+            "messages": [{"role": "user", "content": f"é<|endoftext|>{w.rare(1)}"}, {"role": "assistant", "content": w.rare(1)}],
         })  # fmt: skip
         if kind == "regression":
             made[-1]["label"] = i / 7
         if kind == "multiple_choice":
             made[-1]["label"] = i % 2
-    return [*made, {"text": ""}]
+    return [*made, dict.fromkeys(made[0], "")]
 
 
 ROWS = ("classification", "multilabel", "regression", "tagging", "extractive_qa", "multiple_choice", "embedding", "reward")
@@ -56,6 +56,7 @@ RECIPES: dict[str, list[str]] = {
     "prefix": [*TEXT, *SPECIAL, "--task.kind", "prefix"],
     "denoising": [*TEXT, *SPECIAL, *BOTH, "--task.kind", "denoising"],
     **{kind: [*ENCODER, *SPECIAL, "--task.kind", kind, "--data.train", f"{kind}.jsonl"] for kind in ROWS},
+    "reward": [*ENCODER, *SPECIAL, "--task.kind", "reward", "--data.train", "reward.jsonl", "--data.length", "64"],
     **{
         kind: ["--task.kind", kind, "--data.train", f"{kind}.jsonl", "--data.length", "64"]
         for kind in ("text_to_text", "preference", "chat")
@@ -161,7 +162,11 @@ def leaves(cls: type, path: str = "") -> typing.Iterator[tuple[str, typing.Any, 
 
 # Options that a recipe here reads and finds nothing for in its rows.
 UNSEEN = ("data.rows.header", "data.rows.speakers")
-UNSEEN_BY = {"preference": ("task.chat_template", "data.rows.max_bad")}  # its rows here hold texts, not messages
+UNSEEN_BY = {  # rows here hold texts, not messages, and may be empty
+    "preference": ("task.chat_template", "data.rows.max_bad"),
+    "reward": ("task.chat_template", "data.rows.max_bad"),
+    "chat": ("data.rows.max_bad",),
+}
 OPTIONS = {name: (kind, default) for name, kind, default in leaves(ExperimentConfig) if name not in UNSEEN}
 
 
