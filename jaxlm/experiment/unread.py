@@ -148,6 +148,10 @@ RULES: tuple[Rule, ...] = (
     _with("model.position_offset", "model.position", "learned"),
     _with(r"model.rope.*", "model.position", "rotary"),
     _not_with(r"model.rope.factor", "model.rope.scaling", "none"),
+    Rule(
+        "model.rope.scaling", "model.rope.factor", lambda c: c.model.rope.factor != 1 or c.model.rope.magnitude is not None,
+        "with a model.rope.factor other than 1",
+    ),
     _with(r"model.rope.original_positions", "model.rope.scaling", "dynamic", "llama3", "yarn"),
     _with(r"model.rope.(low|high)_frequency", "model.rope.scaling", "llama3"),
     _with(r"model.rope.(beta_fast|beta_slow|magnitude)", "model.rope.scaling", "yarn"),
