@@ -275,7 +275,7 @@ def check(tried: Tried, names: list[str], effects: str = ".*", most: int = 1) ->
 
 # Options that mean the same to every recipe: their effects are looked at in some recipes alone, in more of them when slow.
 SAME = r"(name|runs|seeds?|(hosts|tune|optim|parallel|model)\..*|data\.prefetch|train\.(steps|eval_every|patience|log_every|keep))"
-WHOLE = ("causal", "replaced", "span", "classification")
+WHOLE = ("causal", "classification")
 
 
 def tried_by(recipe):
