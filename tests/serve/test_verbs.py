@@ -155,17 +155,17 @@ def test_a_model_that_fails_is_told_and_the_rest_is_kept(engine, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_answers_a_file_by_search(tmp_path, monkeypatch, capsys):
+def test_an_encoder_decoder_answers_a_file_by_search(tmp_path, monkeypatch):
     """Each answer is what its text has alone, the likeliest token each time, by hand and without a cache."""
     from test_vectors import trained
 
     from jaxlm import models
 
     made = trained(tmp_path, "encoder_decoder", {"kind": "language_model"})
+    params = jax.tree.map(np.asarray, made.params)  # generating frees the model's own
     monkeypatch.setattr(models, "load_model", lambda argument, **options: made)
     texts = [f"a text of {i}" + " words" * (i % 3) for i in range(20)]
     file, out = write(tmp_path / "in.jsonl", [{"prompt": text} for text in texts]), tmp_path / "out.jsonl"
-    assert generate(file, out) == 1 and "give --temperature 0" in capsys.readouterr().err
     assert generate(file, out, "--temperature", "0") == 0
     found, tokenizer, apply = read(out), made.tokenizer, jax.jit(made.model.apply)
     assert len(found) == 20
@@ -176,11 +176,11 @@ def test_an_encoder_decoder_answers_a_file_by_search(tmp_path, monkeypatch, caps
             row = np.full((1, 24), 0, np.int32)
             row[0, : len(written)] = written
             batch = {"encoder": {"tokens_BL": source}, "decoder": {"tokens_BL": row}}
-            logits = np.asarray(apply(made.params, batch)[0])[0, len(written) - 1, : tokenizer.vocab_size]
+            logits = np.asarray(apply(params, batch)[0])[0, len(written) - 1, : tokenizer.vocab_size]
             if int(np.argmax(logits)) == tokenizer.eos_id:
                 break
             written.append(int(np.argmax(logits)))
-        assert found[i]["text"] == tokenizer.decode(written[1:]).strip() and found[i]["tokens"] == len(written) - 1
+        assert found[i]["text"] == tokenizer.decode(written[1:]) and found[i]["tokens"] == len(written) - 1
 
 
 # --- jaxlm chat -----------------------------------------------------------------------------------
