@@ -238,7 +238,7 @@ PADDED = {"truncation": True, "max_length": LENGTH, "padding": True, "return_ten
 
 
 def test_gpt2_classifies_by_the_last_token_of_padded_rows_as_torch(cases, mesh, script, tmp_path):
-    """A decoder's tokenizer frames nothing: the end of text follows, and is what the class is read off."""
+    """A decoder's tokenizer adds no special tokens, so the class is read off the last token of the text itself."""
     import torch
 
     rows = texts()
@@ -247,7 +247,7 @@ def test_gpt2_classifies_by_the_last_token_of_padded_rows_as_torch(cases, mesh, 
     rows = [{"text": row["text"], "label": row["label"]} for row in rows]
     task, examples = task_of("classification", ours, tokenizer, rows)
     labels = [["bad", "good", "so"].index(row["label"]) for row in rows]
-    ids = [hf(row["text"], truncation=True, max_length=LENGTH - 1)["input_ids"] + [hf.eos_token_id] for row in rows]
+    ids = [hf(row["text"], truncation=True, max_length=LENGTH)["input_ids"] for row in rows]
     assert len({len(x) for x in ids}) > 3
 
     def loss(chosen):

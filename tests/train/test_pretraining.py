@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.config import parse_flags, read_yaml
-from jaxlm.data import SourceConfig
+from jaxlm.data import SourceConfig, TextEncoder
 from jaxlm.data.packing import stack
 from jaxlm.experiment import Run, load_config
 from jaxlm.experiment.pretraining import Pretraining
@@ -266,7 +266,9 @@ def test_the_commands_that_a_run_names_fit_it(make):
     for kind in LEARNED:
         config = make(kind)
         first, *_ = Run(config).job.commands()
-        embedded = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(SourceConfig(),)))
+        embedded = dataclasses.replace(
+            config, name=f"{kind}-embedded", data=dataclasses.replace(config.data, sources=(SourceConfig(),))
+        )
         if kind != "fim":
             own = config.model.architecture == "encoder_decoder"
             assert "--data.train FILE" in first and "finetune-stdlib" not in first, "the run learned another text"
@@ -312,8 +314,8 @@ def test_transformers_opens_an_export(kind, trained, tmp_path):
     assert not any(told.values()), told
     assert getattr(theirs.config, "forced_eos_token_id", None) in (None, theirs.config.eos_token_id)
     ours = load_model(str(trained(kind)))
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(texts(1)[0])["input_ids"][:32]
-    np.testing.assert_array_equal(ids, ours.tokenizer.encode(texts(1)[0])[:32])
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(texts(1)[0], truncation=True, max_length=32)["input_ids"]
+    np.testing.assert_array_equal(ids, TextEncoder(ours.tokenizer, 32).ids(texts(1)[0]))
     batch = {"tokens_BL": np.array([ids], np.int32)}
     given = {"input_ids": torch.tensor([ids])}
     if theirs.config.is_encoder_decoder:
