@@ -1,8 +1,10 @@
 """What a person sees while something runs: lines, bars and tables on one shared console."""
 
+import collections
 import contextlib
 import functools
 import shlex
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -29,43 +31,59 @@ class Bar(Protocol):
     def advance(self, by: int = 1, **fields: str) -> None: ...
 
 
-class _Plain:
-    """Lines for a log file: at most one each `every` seconds, and one at the end.
+class RemainingTime:
+    """Estimate of the remaining time: the median time of recent steps, which a few that compile or evaluate do not move."""
 
-    The time left follows from the steps after the first one, which compiles.
-    """
+    RECENT, FEWEST = 101, 5
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._took: collections.deque[float] = collections.deque(maxlen=self.RECENT)
+
+    def advance(self, by: int, left: int) -> str:
+        """` · TIME left` after `by` more units with `left` to go; nothing as long as too few steps were timed."""
+        now = time.monotonic()
+        if self._last is not None and by > 0:
+            self._took.append((now - self._last) / by)
+        self._last = now
+        if left <= 0:
+            return " · 0 s left"
+        if len(self._took) < self.FEWEST:
+            return ""
+        return f" · {seconds(statistics.median(self._took) * left)} left"
+
+
+class _Plain:
+    """Lines for a log file: at most one each `every` seconds, and one at the end."""
 
     def __init__(self, title: str, total: int, unit: str, start: int, every: float = 5.0):
         self.title, self.total, self.unit, self.every = title, total, unit, every
         self.done, self.last, self.shown = start, time.monotonic(), ""
-        self.first: tuple[float, int] | None = None
-        """When the first step was done, and how many were done then."""
+        self.remaining = RemainingTime()
 
     def advance(self, by: int = 1, **fields: str) -> None:
         self.done += by
         if fields:
             self.shown = "".join(f" · {name} {value}" for name, value in fields.items())
+        left = self.remaining.advance(by, self.total - self.done)
         now = time.monotonic()
-        first, before = self.first = self.first or (now, self.done)
         if now - self.last < self.every and self.done < self.total:
             return
         self.last = now
-        line = f"{self.title} {self.done:,}/{self.total:,} {self.unit}{self.shown}"
-        if self.done > before or self.done >= self.total:
-            left = (now - first) / max(1, self.done - before) * (self.total - self.done)
-            line += f" · {seconds(left)} left"
-        say(line)
+        say(f"{self.title} {self.done:,}/{self.total:,} {self.unit}{self.shown}{left}")
 
 
 class _Live:
     """A rich progress bar; `fields` replace the ones shown before."""
 
-    def __init__(self, progress: Any, task: Any):
-        self.progress, self.task = progress, task
+    def __init__(self, progress: Any, task: Any, left: int):
+        self.progress, self.task, self.left = progress, task, left
+        self.remaining = RemainingTime()
 
     def advance(self, by: int = 1, **fields: str) -> None:
+        self.left -= by
         text = {"figures": " · ".join(f"{k} {v}" for k, v in fields.items())} if fields else {}
-        self.progress.update(self.task, advance=by, **text)
+        self.progress.update(self.task, advance=by, left=self.remaining.advance(by, self.left), **text)
 
 
 @contextlib.contextmanager
@@ -84,11 +102,11 @@ def bar(title: str, total: int, unit: str = "", start: int = 0) -> Iterator[Bar]
         progress.BarColumn(bar_width=24),
         progress.MofNCompleteColumn(),
         progress.TextColumn("{task.fields[unit]} · {task.fields[figures]}" if unit else "{task.fields[figures]}"),
-        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.fields[left]}"),
     )
     with progress.Progress(*columns, console=console(), transient=True) as live:
-        task = live.add_task(title, total=total, completed=start, unit=unit, figures="")
-        yield _Live(live, task)
+        task = live.add_task(title, total=total, completed=start, unit=unit, figures="", left="")
+        yield _Live(live, task, total - start)
 
 
 def command(*words: object) -> str:

@@ -339,6 +339,7 @@ def settings_of(name: str, theirs, stop: list[int]) -> list[tuple[dict, DecodeCo
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_settings_of_generation_are_those_of_transformers(both):
     """Each prompt alone, as the padding of a batch counts as tokens for transformers; beams with their rules of giving up."""

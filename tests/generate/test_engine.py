@@ -96,7 +96,8 @@ def test_neighbours_change_nothing_to_the_bit(case):
         assert alone.tokens == ear.tokens
 
 
-@pytest.mark.parametrize("name", ["gpt", pytest.param("windows", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_slots_without_a_text_need_not_be_computed(name):
     """Of six slots one, four or all: the same greedy texts, log-probabilities but for their last digits."""
     model = Model(MODELS[name])

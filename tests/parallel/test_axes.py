@@ -113,8 +113,11 @@ def test_every_mesh_gives_one_devices_numbers(kind, mesh, alone):
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"expert": 4, "data": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 2, "context": 2, "tensor": 2},
-        {"stage": 2, "expert": 2, "fsdp": 2}, {"expert": 4, "tensor": 2},
+        {"expert": 2, "fsdp": 2, "tensor": 2},
+        *(pytest.param(mesh, marks=pytest.mark.slow, id=name_of(mesh)) for mesh in (
+            {"expert": 4, "data": 2}, {"expert": 2, "context": 2, "tensor": 2}, {"stage": 2, "expert": 2, "fsdp": 2},
+            {"expert": 4, "tensor": 2},
+        )),
     ],
     ids=name_of,
 )  # fmt: skip
@@ -122,7 +125,9 @@ def test_experts_on_devices_of_their_own(mesh, alone):
     check(MODELS["experts"], mesh, alone)
 
 
-@pytest.mark.parametrize("rounds, parts", [(1, 8), (2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    "rounds, parts", [(2, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 8), (2, 2), (4, 2)))]
+)
 def test_rounds_and_parts_of_a_pipeline(rounds, parts, alone):
     config = dataclasses.replace(DECODER, layers=7 if rounds == 2 else 8)  # seven: the last run has a layer too few
     check(config, {"stage": 2, "data": 1, "fsdp": 4}, alone, rounds=rounds, microbatches=parts)

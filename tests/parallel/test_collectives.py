@@ -57,9 +57,13 @@ def shapes_of(found, kind):
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 2, "fsdp": 4}],
+    [
+        {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2},
+        *(pytest.param(mesh, marks=pytest.mark.slow, id=axes.name_of(mesh))
+          for mesh in ({"data": 8}, {"fsdp": 2, "context": 4}, {"expert": 2, "fsdp": 4})),
+    ],
     ids=axes.name_of,
-)
+)  # fmt: skip
 def test_more_chunks_of_the_loss_send_no_more(mesh):
     """The table is gathered once and its gradient summed once, not once a chunk; what tensor sends of each token is the same in
     either number of chunks. Tied and with a bias, or neither."""

@@ -87,6 +87,7 @@ def save(folder, seed: int) -> None:
     train_tokenizer(TokenizerConfig(kind="bytes"), []).save(folder)
 
 
+@pytest.mark.slow
 def test_a_base_that_changed_is_refused(tmp_path, monkeypatch):
     """Adapters on a folder whose tensors are written over: neither does the run go on, nor is it read, nor is the reference
     of the first base taken for that of the second."""

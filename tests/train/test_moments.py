@@ -51,7 +51,7 @@ def train(name, steps, parallel=None, devices=8, decay=0.1, **optim):
     return np.asarray(jax.device_get(seen)), state
 
 
-OTHERS = ("lion", "adafactor", "muon")
+OTHERS = ("lion", "adafactor", "muon", "soap")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS)) for name in get_args(Name)])

@@ -116,6 +116,7 @@ def test_zero1_gathers_parameters_once_and_sums_gradients():
     assert 0.9 * MODEL.parameters() < count <= MODEL.parameters(), "each parameter once"
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_a_state_on_the_host_takes_the_same_steps_and_comes_back(tmp_path):
     optim = dataclasses.replace(PLAIN, offload=True)
