@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import pathlib
 from typing import ClassVar, Literal
 
@@ -272,3 +273,22 @@ def test_a_config_is_printed_without_the_model_that_it_starts_from(tmp_path, mon
     assert [line for line in lines if "runs/gone" in line and "no model at" in line], "it says what is missing"
     assert cli.main(["config", "mine.yaml", "--optim.learning-rate", "high"]) == 1, "mistakes are still told"
     assert cli.main(["train", "mine.yaml"]) == 1 and "no model at 'runs/gone'" in capsys.readouterr().err
+
+
+def rows_of(folder, **data):
+    """What a run over such rows is told of its options, or None."""
+    (folder / "rows.yaml").write_text(json.dumps({"task": {"kind": "classification"}, "data": data}))
+    try:
+        load_config(folder / "rows.yaml", {"model.architecture": configs.Text("encoder")})
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_how_rows_are_read_hangs_on_all_their_files(tmp_path):
+    assert rows_of(tmp_path, train="a.parquet", validation="b.tsv", rows={"header": ["text", "label"]}) is None
+    assert "data.rows.header text,label" in rows_of(tmp_path, train="a.parquet", rows={"header": ["text", "label"]})
+    assert "data.rows.separator ;" in rows_of(tmp_path, train="a.{text,label}.txt", rows={"separator": ";"})
+    assert rows_of(tmp_path, train="a.{text,label}.txt", rows={"encoding": "latin-1"}) is None
+    told = rows_of(tmp_path, train="a.csv", validation="b.csv", holdout={"fraction": 0.2})
+    assert "it is read with data.validation null only" in told

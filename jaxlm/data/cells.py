@@ -41,17 +41,17 @@ def python_value(text: str) -> Any:
 
 
 def _with_commas(text: str) -> str:
-    """The text with a comma between neighbouring items: Python would join `'x' 'y'`, as NumPy prints an array, to `'xy'`."""
+    """The text with a comma between neighbouring items: NumPy prints arrays without, and Python would join `'x' 'y'` to `'xy'`."""
     kept: list[str] = []
     ended = False
     for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
         if token.type in (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER, tokenize.INDENT, tokenize.DEDENT):
             continue
-        item = token.type in (tokenize.STRING, tokenize.NUMBER)
-        if ended and (item or token.string == "["):
+        item = token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in ("True", "False", "None")
+        if ended and (item or token.string in ("[", "{")):
             kept.append(",")
         kept.append(token.string)
-        ended = item or token.string == "]"
+        ended = item or token.string in ("]", "}")
     return " ".join(kept)
 
 

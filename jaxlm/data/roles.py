@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxlm.data.cells import bracketed, decoded, python_value
 from jaxlm.data.dialogues import messages_of
+from jaxlm.text_files import parse_json
 
 
 def _text(value: Any) -> str:
@@ -22,9 +23,14 @@ def _text(value: Any) -> str:
 
 
 def _python_texts(value: str) -> Any:
-    """The list of texts that a text spells as Python does, in single quotes, or the text itself: JSON may be what is to be read or
-    written."""
-    found = python_value(value) if value.lstrip()[1:].lstrip()[:1] == "'" else None
+    """The list of texts that a text spells as Python does and JSON does not, or the text itself: JSON may be what is to be read
+    or written."""
+    try:
+        parse_json(value)
+    except (ValueError, RecursionError):
+        found = python_value(value)
+    else:
+        return value
     return found if isinstance(found, list) and found and all(isinstance(item, str) for item in found) else value
 
 
@@ -82,7 +88,10 @@ def _labels(value: Any) -> list[str]:
         if bracketed(value) and (value.lstrip()[0] in "[{" or "'" in value or '"' in value):
             raise ValueError(f"holds {shown(value)}, which looks like a list but is none in JSON, Python or NumPy")
         value = value.split("|" if "|" in value else ",")
-    return list(dict.fromkeys(name for item in _strings(value) if (name := item.strip())))
+    names = _strings(value)  # of a list, whose items are to be spelt as single labels are
+    items = decoded(value)
+    names = [str(_label(item)) for item in items] if isinstance(items, list) else names
+    return list(dict.fromkeys(name for item in names if (name := item.strip())))
 
 
 def _answers(value: Any) -> dict[str, list]:

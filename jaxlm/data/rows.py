@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.config import unknown
+from jaxlm.data.cells import decoded
 from jaxlm.data.columns import SYNONYMS, missing_columns, same_name
 from jaxlm.data.formats import Bad, Choose, ReadOptions, Record, is_parallel, read_files, read_parallel
 from jaxlm.data.roles import CONVERSATIONS, MAY_BE_EMPTY, VALUES, conversation, counted, located
@@ -280,7 +281,7 @@ class _Wanted:
         columns = {role: self._column(role, names) for role in self.columns}
         self.exchange = None
         if columns.get("messages", "") is None and self.columns["messages"] == "messages":
-            self.exchange = _exchange(names)
+            self.exchange = _exchange(names, self.inputs)
         missing = {role: self.columns[role] for role, name in columns.items() if name is None and role in self.must_exist}
         if self.exchange:
             missing.pop("messages", None)
@@ -288,7 +289,7 @@ class _Wanted:
             options = {role: "data.rows.group" if role == "group" else f"data.rows.columns.{role}" for role in missing}
             raise missing_columns(missing, names, where, options)
         self.found = {role: name for role, name in columns.items() if name is not None}
-        parts = (*self.exchange[0], self.exchange[1]) if self.exchange else ()
+        parts = [name for name in (*self.exchange[0], self.exchange[1]) if name in names] if self.exchange else []
         outer = [_outer(name, names) or name for name in self.found.values()]
         return list(dict.fromkeys([*outer, *parts]))
 
@@ -342,7 +343,7 @@ class _Wanted:
                 state = "empty" if blank and not self._may_be_empty(role, value) else "there"
             if state == "there":
                 row[role] = value
-            elif state == "missing" and role not in VALUES and role != "group":
+            elif state == "missing" and _is_field(role):
                 row[role] = ""
             elif role in self.required:
                 return Bad(f"{role} is {state}")
@@ -358,9 +359,13 @@ class _Wanted:
     def _cell(self, role: str, record: Mapping[str, Any]) -> Any:
         if role == "messages" and self.exchange:
             asked, answer = self.exchange
-            question = "\n\n".join(str(record[name]) for name in asked if record.get(name))
-            return [{"user": question, "assistant": record.get(answer)}] if question else None
-        return _look_up(record, self.found.get(role, self.columns[role]))
+            parts = [record[name] for name in asked if record.get(name)]
+            question = parts[0] if len(parts) == 1 else "\n\n".join(map(str, parts))
+            return [*_said(question, "user"), *_said(record.get(answer), "assistant")] if parts else None
+        column = self.found.get(role, self.columns[role])
+        if column not in record and role in self.found:  # of several files each has its own spelling
+            column = self._column(role, list(record)) or column
+        return _look_up(record, column)
 
     def _value(self, role: str, cell: Any) -> Any:
         if role in CONVERSATIONS:
@@ -370,7 +375,12 @@ class _Wanted:
 
     def _may_be_empty(self, role: str, value: Any) -> bool:
         """A field of a template that is no role may be empty, as Alpaca's input, and every text that is predicted for."""
-        return role in MAY_BE_EMPTY or role not in VALUES or (self.inputs and isinstance(value, str))
+        return role in MAY_BE_EMPTY or _is_field(role) or (self.inputs and role in self.required and isinstance(value, str))
+
+
+def _is_field(role: str) -> bool:
+    """Whether a column is wanted for a template alone, under its own name."""
+    return role not in VALUES and role not in CONVERSATIONS
 
 
 def _replied(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -379,12 +389,23 @@ def _replied(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages[: last + 1]
 
 
-def _exchange(names: Sequence[str]) -> tuple[tuple[str, ...], str] | None:
-    """The columns of a question and of its answer, of rows that are one exchange each."""
-    for asked, answer in _EXCHANGES:
-        if asked[0] in names and answer in names:
-            return tuple(name for name in asked if name in names), answer
+def _exchange(names: Sequence[str], inputs: bool) -> tuple[tuple[str, ...], str] | None:
+    """The columns of a question and of its answer, of rows that are one exchange each; of `inputs` the answer may be missing."""
+    found = [(asked, answer) for asked, answer in _EXCHANGES if asked[0] in names]
+    answered = [pair for pair in found if pair[1] in names]
+    for asked, answer in answered or (found if inputs else ()):
+        return tuple(name for name in asked if name in names), answer
     return None
+
+
+def _said(cell: Any, role: str) -> list[Any]:
+    """What one side of an exchange says: a text, or messages as TRL has them."""
+    items = decoded(cell)
+    if isinstance(items, list) and items and all(isinstance(item, Mapping) for item in items):
+        return items
+    if cell is None or cell == "":
+        return []
+    return [{"role": role, "content": str(cell) if isinstance(cell, int | float) else cell}]
 
 
 _EXCHANGES = (

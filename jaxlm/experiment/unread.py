@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxlm import config as configs
+from jaxlm.data.formats import is_parallel
 from jaxlm.tasks import PRETRAINING, TASKS
 
 Config = Any
@@ -40,7 +41,7 @@ def value_of(config: Any, option: str) -> Any:
 
 def _with(options: str, deciding: str, *values: Any) -> Rule:
     """The options are read where `deciding` has one of some values."""
-    shown = " or ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+    shown = " or ".join(json.dumps(value) if value is None or isinstance(value, bool) else str(value) for value in values)
     return Rule(options, deciding, lambda config: value_of(config, deciding) in values, f"with {deciding} {shown}")
 
 
@@ -69,11 +70,15 @@ def _roles(config: Config) -> set[str]:
 
 
 def _named(config: Config, *suffixes: str) -> bool:
-    """Rows come from a file with one of some suffixes, or from files of which the path does not tell."""
-    path = pathlib.Path(re.sub(r"\.(gz|zst)$", "", config.data.train or ""))
-    if re.match(r"(hf|tfds|embedded):", str(path)):
-        return False
-    return path.suffix in suffixes or path.suffix not in (".jsonl", ".json", ".parquet", ".conll", ".tsv", ".csv", ".txt")
+    """Rows come from files with one of some suffixes (`{}`: parallel ones), or from some whose path leaves their format open."""
+
+    def named(path: str) -> bool:
+        if re.match(r"(hf|tfds|embedded):", path):
+            return False
+        suffix = "{}" if is_parallel(path) else pathlib.Path(re.sub(r"\.(gz|zst)$", "", path)).suffix
+        return suffix in suffixes or suffix not in ("{}", ".jsonl", ".json", ".parquet", ".conll", ".tsv", ".csv", ".txt")
+
+    return any(map(named, filter(None, (config.data.train, config.data.validation))))
 
 
 _ROWS = tuple(TASKS)
@@ -116,8 +121,8 @@ RULES: tuple[Rule, ...] = (
     Rule("data.rows.separator", "data.train", lambda config: _named(config, ".tsv", ".csv", ".txt"), "from .tsv, .csv and .txt"),
     Rule("data.rows.under", "data.train", lambda config: _named(config, ".json"), "from .json files"),
     Rule(
-        "data.rows.encoding", "data.train", lambda config: _named(config, ".tsv", ".csv", ".txt", ".json", ".jsonl", ".conll"),
-        "from files of text",
+        "data.rows.encoding", "data.train",
+        lambda config: _named(config, ".tsv", ".csv", ".txt", ".json", ".jsonl", ".conll", "{}"), "from files of text",
     ),
     _with("data.rows.speakers", "task.kind", "chat", "preference", "reward"),
     Rule(

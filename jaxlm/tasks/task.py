@@ -320,9 +320,10 @@ def _check_spellings(found: Collection[str]) -> None:
 
 def check_not_swapped(labels: Sequence[str], texts: Sequence[str]) -> None:
     """Raise ValueError where (nearly) every row has a label of its own, or labels differ where texts repeat: the columns are
-    probably swapped. `labels` has one entry for each row, `texts` the text of each row."""
+    probably swapped. `texts` has the text of each row, `labels` its label, or all labels of all rows."""
     distinct, rows = len(set(labels)), len(labels)
-    if rows < 8 or (distinct < 0.9 * rows and not (distinct > 0.5 * rows and len(set(texts)) < 0.5 * distinct)):
+    repeated = len(set(texts)) < 0.5 * min(distinct, len(texts))
+    if rows < 8 or (distinct < 0.9 * rows and not (distinct > 0.5 * rows and repeated)):
         return
     raise ValueError(
         f"{distinct:,} labels for {rows:,} training rows, such as {labels[0][:40]!r}: are text and label swapped? "

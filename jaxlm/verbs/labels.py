@@ -107,7 +107,7 @@ def _rows(
     if options.file is None:
         row = _given_row(task, options)
         return [Input(row, row, "the row")]
-    rows, replaceable = _reading(run, flags or {})
+    rows, replaceable = _reading(run, flags or {}, other=True)
     required = [role for role in task.given if role not in task.optional]
     optional = [role for role in ("prompt", "pair", "context") if role in task.optional]
     lines = _text_lines(options.file, rows, required)
@@ -151,11 +151,15 @@ def _text_lines(path: str, rows: "RowsConfig", required: Sequence[str]) -> list[
     return [(f"{file.name}:{number}", line, undecodable(line, rows.encoding)) for number, line in lines]
 
 
-def _reading(run: pathlib.Path | None, flags: Mapping[str, configs.Text]) -> tuple["RowsConfig", list[str]]:
-    """How rows are read, as the run reads its own unless flags say otherwise; and the roles whose column no flag names."""
+def _reading(run: pathlib.Path | None, flags: Mapping[str, configs.Text], *, other: bool = False) -> tuple["RowsConfig", list[str]]:
+    """How rows are read, as the run reads its own unless flags say otherwise; and the roles whose column no flag names.
+
+    Of `other` rows than the run's own all are read, and none is to be split: they need no column of groups.
+    """
     from jaxlm.data import ColumnsConfig, DataConfig
 
-    config = rows_config(DataConfig().rows if run is None else _data_of(run).rows, flags)
+    base = DataConfig().rows if run is None else _data_of(run).rows
+    config = rows_config(dataclasses.replace(base, limit=None, group=None) if other else base, flags)
     roles = [field.name for field in dataclasses.fields(ColumnsConfig)]
     return config, [role for role in roles if f"data.rows.columns.{role}" not in flags]
 
@@ -313,11 +317,10 @@ def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions, 
     from jaxlm.data import DataConfig, read_rows, split_rows
 
     data = DataConfig() if run is None else _data_of(run)
-    rows, replaceable = _reading(run, flags)
+    rows, replaceable = _reading(run, flags, other=options.data is not None)
     roles = task.roles(task.config, task.architecture)
     if options.data is not None:
-        limit = rows.limit if "data.rows.limit" in flags else None
-        return read_rows(options.data, dataclasses.replace(rows, limit=limit), *roles, replaceable=replaceable)
+        return read_rows(options.data, rows, *roles, replaceable=replaceable)
     if data.train is None:
         raise ValueError("give the rows to evaluate on: --data FILE")
     if data.validation:

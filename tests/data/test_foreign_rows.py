@@ -252,3 +252,57 @@ def test_rows_to_predict_for_need_no_label(tmp_path):
     assert [item.row for item in found] == [{"text": "a"}, {"text": "b"}, None] and found[1].record == {"text": "b", "more": 1}
     with pytest.raises(ValueError, match="no column 'sentence' for the text"):
         read_inputs(str(tmp_path / "b.jsonl"), config, ("text",))
+
+
+# --- roles that are not there -----------------------------------------------------------------
+
+
+def json_lines(file, *rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_conversation_that_is_not_there_is_none(tmp_path):
+    """As an empty text a missing prompt kept what both answers begin with from being the prompt."""
+    both = {"chosen": "Hi. Yes", "rejected": "Hi. No"}
+    file = json_lines(tmp_path / "a.jsonl", both, {**both, "prompt": ""}, {**both, "prompt": None}, {**both, "chosen": None})
+    found = read(file, ["chosen", "rejected"], ["prompt"], max_bad=1)
+    assert found.rows == [both] * 3 and [why for _, why in found.bad] == ["chosen is missing"]
+    file = json_lines(tmp_path / "b.jsonl", {"text": "a", "pair": "b", "rejected": None})
+    assert read(file, ["text", "pair"], ["rejected"]).rows == [{"text": "a", "pair": "b"}]
+    rows = json_lines(tmp_path / "c.jsonl", {"messages": None}, {"messages": CHAT})
+    assert read(rows, ["messages"]).bad == [("c.jsonl:1", "messages is missing")]
+
+
+def test_an_exchange_of_messages_and_one_without_an_answer(tmp_path):
+    """TRL's prompt and completion as messages; a file of instructions to predict for."""
+    file = json_lines(tmp_path / "a.jsonl", {"prompt": CHAT[:1], "completion": CHAT[1:2]})
+    assert read(file, ["messages"]).rows == [{"messages": CHAT[:2]}]
+    file = json_lines(tmp_path / "b.jsonl", {"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Sing."})
+    inputs, _ = read_inputs(str(file), RowsConfig(), ["messages"])
+    assert [item.row["messages"] for item in inputs] == [
+        [{"role": "user", "content": "Add.\n\n1 and 2"}],
+        [{"role": "user", "content": "Sing."}],
+    ]
+    assert "no column 'messages'" in refused(file, ["messages"])
+
+
+def test_each_file_has_its_own_spelling_of_a_column(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,x\n")
+    (tmp_path / "b.csv").write_text("Text,Label\nb,y\n")
+    assert read(tmp_path).rows == [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+
+
+def test_arrays_of_objects_and_lists_with_both_quotes(tmp_path):
+    """pandas writes a column of messages from parquet as NumPy prints it, without commas; Python quotes "it's" in its own way."""
+    cell = str(np.array(CHAT[:2], dtype=object))
+    assert "}," not in cell
+    file = json_lines(tmp_path / "a.jsonl", {"messages": cell})
+    assert read(file, ["messages"]).rows == [{"messages": CHAT[:2]}]
+    file = json_lines(tmp_path / "b.jsonl", {"source": "a", "target": str(["it's", "is"])}, {"source": "a", "target": '["JSON"]'})
+    assert [row["target"] for row in read(file, ["source", "target"]).rows] == [["it's", "is"], '["JSON"]']
+
+
+def test_numbers_in_lists_of_labels_are_spelt_as_single_ones(tmp_path):
+    file = json_lines(tmp_path / "a.jsonl", {"text": "a", "labels": [1.0, 2]}, {"text": "b", "labels": [1, 2.5]})
+    assert [row["labels"] for row in read(file, ["text", "labels"]).rows] == [["1", "2"], ["1", "2.5"]]

@@ -151,6 +151,14 @@ def test_labels_that_look_like_one_class_are_told(labels):
     task_of("classification", labels=named).learn([{"text": "a", "label": label} for label in labels])
 
 
+def test_many_labels_of_few_texts_are_no_swapped_columns():
+    """Of several labels a text, most of which are rare, as in tagging by keywords."""
+    rows = [{"text": f"text {i}", "labels": [f"{i} {j}" for j in range(6)] + ["a", "b", "c", "d"]} for i in range(10)]
+    task = task_of("multilabel")
+    task.learn(rows)
+    assert len(task.labels) == 64
+
+
 def test_a_label_of_its_own_for_nearly_every_row_is_told():
     rows = [{"text": str(i % 2), "label": f"a whole sentence {i}"} for i in range(20)]
     with pytest.raises(ValueError, match=r"20 labels for 20 training rows.*are text and label swapped"):
@@ -180,7 +188,8 @@ def test_predict_and_evaluate_read_the_columns_of_training(tmp_path, monkeypatch
     told = capsys.readouterr().err
     assert "(did you mean 'utterance'?)" in told and "(did you mean 'intent'?)" in told
     assert not (tmp_path / "runs").exists()  # a refused run leaves nothing behind
-    code = cli.main([*train, "--columns", "text=utterance,label=intent"])
+    columns = ["--columns", "text=utterance,label=intent"]
+    code = cli.main([*train, *columns, "--data.rows.limit", "16", "--data.rows.group", "utterance"])
     said, told = capsys.readouterr()
     assert code == 0, told
     assert "columns: text from utterance, label from intent" in said.replace("\n", " ") and "separated by semicolon" in said
@@ -197,6 +206,7 @@ def test_predict_and_evaluate_read_the_columns_of_training(tmp_path, monkeypatch
     assert len(predictions("new.jsonl", '\ufeff{"text": "good \\ud83d", "n": 1}\n')) == 1  # by the role's name
     found = predictions("new.txt", "good\r\n\nbad\x0cfilm\n".encode("utf-16"))
     assert [row["text"] for row in found] == ["good", "", "bad\x0cfilm"]
+    assert len(predictions("many.txt", "good film\n" * 20)) == 20  # the limit was of the rows to train on
     found = predictions("q.tsv", "good film\t9\nbad\t8\n", "--header", "q,n", "--columns", "text=q")
     assert [row["q"] for row in found] == ["good film", "bad"]
     (tmp_path / "bad.csv").write_text("a,b\nx,y\n")
@@ -207,7 +217,7 @@ def test_predict_and_evaluate_read_the_columns_of_training(tmp_path, monkeypatch
     assert "data.rows.columns.text" in capsys.readouterr().err
 
     (tmp_path / "held.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in FILMS[:6]))
-    evaluate = ["evaluate", "runs/task", "--data", "held.tsv", "--out", "scores", "--header", "utterance,intent"]
+    evaluate = ["evaluate", "runs/task", "--data", "held.tsv", "--out", "scores", "--header", "text,intent"]
     assert cli.main(evaluate) == 0
     assert len((tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()) == 6
     (tmp_path / "other.jsonl").write_text('{"prediction": 1}\n')
