@@ -92,8 +92,9 @@ class Trained:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError where the folder holds none, or one with more entries than the model has embeddings."""
-        tokenizer = load_tokenizer(self.tokenizer_folder)
+        """Raises ValueError where the folder holds none, or one with more entries than the model has embeddings, special tokens
+        aside that nothing needs (`fitted`)."""
+        tokenizer = fitted(load_tokenizer(self.tokenizer_folder), self.model.config.vocab_size, self.name)
         check_vocabulary(tokenizer, self.model.config, self.name, self.source is not None)
         return tokenizer
 
@@ -411,7 +412,8 @@ def _adapted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Trained:
     placed = jax.device_put(adapter.trained, stored_shardings(tuning.axes, tuning.shapes, mesh))
     params = _merged(Tuned(adapter.config, model, placed, base, 0, ""), mesh)
     theirs = {key: value for key, value in read_json(source).items() if key not in ("id2label", "label2id")}
-    return Trained(model, params, mesh, folder.name, source, source=source, theirs=theirs)
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))  # its chat template, say
+    return Trained(model, params, mesh, folder.name, folder if own else source, source=source, theirs=theirs)
 
 
 def start_generation(argument: str | None) -> dict[str, Any]:
@@ -494,7 +496,8 @@ def model_config(argument: str) -> TransformerConfig:
     folder = locate(argument, weights=False)
     if is_hugging_face(folder):
         return read_config(folder)
-    config = with_vocabulary(section(configs.read_yaml(folder / "config.yaml")[0]), load_tokenizer(folder / "tokenizer"))
+    config = section(configs.read_yaml(folder / "config.yaml")[0])
+    config = with_vocabulary(config, fitted(load_tokenizer(folder / "tokenizer"), config.vocab_size, folder.name))
     labels = read_card(folder).labels
     return with_labels(config, len(labels)) if labels else config
 
@@ -522,6 +525,19 @@ def with_vocabulary(config: TransformerConfig, tokenizer: Tokenizer, source: str
 
 
 _WARNED: set[str] = set()
+
+
+def fitted(tokenizer: Tokenizer, rows: int | None, name: str = "") -> Tokenizer:
+    """The tokenizer for an embedding table of `rows` (None: not known yet), said where it loses special tokens to fit it:
+    `Tokenizer.within`."""
+    fits = tokenizer if rows is None or tokenizer.vocab_size <= rows else tokenizer.within(rows)
+    if fits is not tokenizer and (told := f"{name} fitted") not in _WARNED:
+        _WARNED.add(told)
+        say(
+            f"{name}: the embedding table of {rows:,} rows has none for the last {tokenizer.vocab_size - rows:,} special "
+            "tokens of the tokenizer: a text that spells one is read as ordinary text"
+        )
+    return fits
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: TransformerConfig, name: str = "", foreign: bool = False) -> None:

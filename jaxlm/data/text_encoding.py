@@ -63,9 +63,10 @@ class TextEncoder:
     """Encode texts as `tokenizer(text, truncation=True, max_length=length)` of transformers does.
 
     Special tokens spelled in a text (`</s>`) are read as such, as transformers reads them; `split_special_tokens` reads them as
-    ordinary text, as a corpus is read. A text is truncated at its end; of a pair the longer one loses tokens first
-    (`longest_first`). A row without any token, which an empty text gives where the tokenizer adds nothing, becomes the begin token
-    alone (`Tokenizer.bos_id`), from which transformers generates too.
+    ordinary text, as a corpus is read. A text is truncated at its end, or at its beginning where the tokenizer's files say so
+    (`truncation_side`); of a pair the longer one loses tokens first (`longest_first`). A row without any token, which an empty
+    text gives where the tokenizer adds nothing, becomes the begin token alone (`Tokenizer.bos_id`), from which transformers
+    generates too.
     """
 
     truncated: int
@@ -78,6 +79,7 @@ class TextEncoder:
         self.tokenizer, self.length, self.truncated, self.spelled = tokenizer, length or UNLIMITED, 0, 0
         hf = getattr(tokenizer, "hf", None)
         self.split_special_tokens = split_special_tokens or bool(getattr(hf, "split_special_tokens", False))
+        self._left = getattr(hf, "truncation_side", "right") == "left"
         self._narrow = tokenizer.kind in ("bytes", "characters")  # no token is longer than a character, special ones aside
         self._rust = self._open(tokenizer.definition())
         special = [token.content for token in self._rust.get_added_tokens_decoder().values() if token.special]
@@ -152,7 +154,7 @@ class TextEncoder:
     def _single(self, text: _Tokens, length: int) -> Encoding:
         room = self._room(False, length)
         self.truncated += text.size > room
-        return self._fill(False, _part(text, 0, room))
+        return self._fill(False, self._kept(text, room))
 
     def _pair(self, first: _Tokens, second: _Tokens, length: int) -> Encoding:
         room = self._room(True, length)
@@ -162,8 +164,13 @@ class TextEncoder:
             self.truncated += 1
             short = min(first.size, second.size, room // 2)
             lengths = (short, room - short) if first.size <= second.size else (room - short, short)
-            first, second = _part(first, 0, lengths[0]), _part(second, 0, lengths[1])
+            first, second = self._kept(first, lengths[0]), self._kept(second, lengths[1])
         return self._fill(True, first, second)
+
+    def _kept(self, text: _Tokens, size: int) -> _Tokens:
+        """What is left of a text that is truncated to `size` tokens."""
+        start = max(len(text.ids) - size, 0) if self._left else 0
+        return _part(text, start, start + size)
 
     def _room(self, pair: bool, length: int) -> int:
         """Tokens of a row that are left for text."""
@@ -186,11 +193,12 @@ class TextEncoder:
         for start in range(0, len(texts), BATCH):
             clean = [self._clean(text, length, split) for text in texts[start : start + BATCH]]
             for encoding in rust.encode_batch(clean, is_pretokenized=split, add_special_tokens=False):
-                ids = np.array(encoding.ids[:length], np.int32)
+                kept = slice(-length, None) if self._left else slice(length)
+                ids = np.array(encoding.ids[kept], np.int32)
                 if self._never.size:
                     ids[np.isin(ids, self._never)] = self._unknown
-                offsets = np.array(encoding.offsets[:length], np.int32).reshape(-1, 2)
-                words = np.array([-1 if word is None else word for word in encoding.word_ids[:length]], np.int32)
+                offsets = np.array(encoding.offsets[kept], np.int32).reshape(-1, 2)
+                words = np.array([-1 if word is None else word for word in encoding.word_ids[kept]], np.int32)
                 yield _Tokens(ids, offsets, words, len(encoding))
 
     def _clean(self, text: Any, length: int, split: bool) -> Any:

@@ -108,6 +108,11 @@ class Tokenizer:
         """The same vocabulary with another `tokenizer.json`: other tokens around a text, or a space before it."""
         raise NotImplementedError
 
+    def within(self, rows: int) -> "Tokenizer":
+        """The same tokenizer without the special tokens that an embedding table of `rows` has no row for, where it has no other
+        such entries and puts none of them around a text: `<mask>` of BART's models for summaries."""
+        return self
+
     def with_chat_template(self, template: str) -> "Tokenizer":
         """The same tokenizer with a chat template in its folder."""
         made = copy.copy(self)
@@ -284,6 +289,26 @@ class HuggingFace(Rust):
         hf._tokenizer = tokenizers.Tokenizer.from_str(definition)
         if (json.loads(definition)["pre_tokenizer"] or {}).get("add_prefix_space"):  # some of its classes build their own from it
             hf.add_prefix_space = hf.init_kwargs["add_prefix_space"] = True
+        return HuggingFace(hf)
+
+    def within(self, rows: int) -> Tokenizer:
+        special = {i: token.content for i, token in self._rust.get_added_tokens_decoder().items() if token.special and i >= rows}
+        others = [i for i in self._rust.get_vocab(with_added_tokens=True).values() if i >= rows and i not in special]
+        framed = self._rust.encode("a", "a").ids
+        if others or not special or not special.keys().isdisjoint([self.eos_id, self.bos_id, *framed]):
+            return self
+        import tokenizers
+
+        definition = json.loads(self.definition())
+        definition["added_tokens"] = [token for token in definition["added_tokens"] if token["id"] not in special]
+        vocabulary = definition["model"]["vocab"]
+        kept = vocabulary[:rows] if isinstance(vocabulary, list) else {name: i for name, i in vocabulary.items() if i < rows}
+        definition["model"]["vocab"] = kept
+        hf = copy.deepcopy(self.hf)
+        hf._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        for role in SPECIAL:
+            if role not in FILL_IN and getattr(hf, f"{role}_token") in special.values():
+                setattr(hf, f"{role}_token", None)
         return HuggingFace(hf)
 
     def with_chat_template(self, template: str) -> Tokenizer:

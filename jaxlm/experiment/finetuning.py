@@ -18,6 +18,7 @@ from jaxlm.generate import GenerationSettings
 from jaxlm.metrics import lower_is_better
 from jaxlm.model import Model, Params, TransformerConfig
 from jaxlm.models import (
+    fitted,
     locate,
     read_card,
     source_fingerprint,
@@ -73,7 +74,7 @@ class Finetuning(Job):
         c = self.config
         tokenizer = train_tokenizer(c.data.tokenizer, texts)
         if c.data.tokenizer.kind == "huggingface":  # it brings its own frame
-            return tokenizer
+            return fitted(tokenizer, c.model.vocab_size, c.model.init_from or "")
         return framed(tokenizer, c.data.tokenizer.framing, architecture=c.model.architecture)
 
     @property

@@ -442,3 +442,17 @@ def test_gpt2_tokenizes_real_words_as_transformers(data, tmp_path):
     wanted = hf(sentences, is_split_into_words=True, **ASKED)
     for i, row in enumerate(TextEncoder(load_tokenizer(tmp_path), 999).words(sentences)):
         assert_same(row, wanted, i)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama3"])
+def test_texts_lose_their_beginning_where_the_tokenizer_says_so(folders, family, tmp_path):
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folders / family, truncation_side="left")
+    theirs.save_pretrained(tmp_path)
+    encoder = TextEncoder(load_tokenizer(tmp_path), 7)
+    for text, pair in itertools.product(TEXTS[1:], [None, "the dog's mat", "isn't it? " * 12]):
+        expected = theirs(text, pair, truncation="longest_first", max_length=7, padding=False).input_ids
+        (found,) = encoder.encode([text], None if pair is None else [pair])
+        assert found.ids.tolist() == expected and len(found.offsets) == len(found.words) == len(expected)
+    assert encoder.truncated
