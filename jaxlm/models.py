@@ -118,11 +118,15 @@ class Trained:
         return settings if self.run is None else settings.alone()
 
     def generation_json(self) -> dict[str, Any] | None:
-        """A `generation_config.json` with these settings: the folder's own file as it is, else what its `config.json` says of them;
-        None where there are none."""
+        """A `generation_config.json` with these settings: the folder's own file as it is, else what its `config.json` says of them,
+        of a run that answers texts how it searches for them; None where there are none."""
         folder = self.source or self.run
         if folder is None:
             return None
+        if self.run is not None:
+            task = configs.build(TaskConfig, configs.read_yaml(self.run / "config.yaml")[0].get("task", {}))
+            if task.kind == "text_to_text":
+                return self.generation().searched(task.decode)
         values = read_generation(folder)
         if self.source is None or not (folder / GENERATION).is_file():
             values = {name: value for name, value in values.items() if name in SETTINGS}

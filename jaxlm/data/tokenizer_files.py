@@ -51,7 +51,7 @@ def _other_merges(folder: pathlib.Path, tokenizer: Any) -> Iterator[str]:
     definition = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     theirs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in definition.get("merges") or ()]
     lines = file.read_text(encoding="utf8").split("\n")
-    ours = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    ours = [tuple(line.strip("\r ").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
     if ours != theirs:
         first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
         yield (

@@ -15,7 +15,8 @@ _UNREAD: Mapping[str, tuple[Any, ...]] = {
     "assistant_early_exit": (), "constraints": (), "diversity_penalty": (0.0,), "encoder_repetition_penalty": (1.0,),
     "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "exponential_decay_length_penalty": (), "force_words_ids": (),
     "forced_decoder_ids": (), "guidance_scale": (1, 1.0), "num_beam_groups": (1,), "penalty_alpha": (0.0,), "sequence_bias": (),
-    "stop_strings": (), "top_h": (), "watermarking_config": (),
+    "dola_layers": (), "max_time": (), "num_return_sequences": (1,), "renormalize_logits": (False,), "stop_strings": (),
+    "token_healing": (False,), "top_h": (), "watermarking_config": (),
 }  # fmt: skip
 BEAMS = ("num_beams", "length_penalty", "early_stopping")
 """Settings of a search, which texts that are drawn do not have."""
@@ -92,6 +93,12 @@ class GenerationSettings:
         lengths = ("min_length", "min_new_tokens")
         names = {field.name for field in dataclasses.fields(LogitsRules) if field.name not in (*lengths, *_DECODE)}
         return dataclasses.replace(self, values={name: value for name, value in self.values.items() if name in names})
+
+    def searched(self, config: DecodeConfig) -> dict[str, Any]:
+        """A `generation_config.json` by which texts are searched for as `config` says, under these constraints on tokens alone."""
+        given = {theirs: getattr(config, ours) for theirs, ours in _DECODE.items() if theirs != "early_stopping"}
+        early: Any = {"true": True, "false": False}.get(config.early_stopping, config.early_stopping)
+        return {**self.alone().values, **given, "early_stopping": early, "max_new_tokens": config.max_tokens, "do_sample": False}
 
     def rules(self) -> LogitsRules:
         """Constraints on single tokens; those that `DecodeConfig` has too are left to it."""

@@ -26,6 +26,7 @@ from jaxlm.config import unknown
 from jaxlm.hub.convert import FAMILIES, family_for, table_of
 from jaxlm.hub.family import Family
 from jaxlm.hub.files import DTYPES, Tensors, _header, some
+from jaxlm.hub.saving import copy_tokenizer
 from jaxlm.hub.tensors import Part, Tensor, flatten, nest, resolve
 from jaxlm.model import Model
 from jaxlm.train.tune import Leaf, LoraConfig, TuneConfig, Tuning
@@ -102,11 +103,13 @@ def _rows(model: Model, family: str | None) -> tuple[Family, list[Tensor]]:
 
 
 def save_adapter(
-    folder: pathlib.Path | str, config: TuneConfig, trained: Any, model: Model, family: str | None = None, base_name: str = ""
-) -> pathlib.Path:
+    folder: pathlib.Path | str, config: TuneConfig, trained: Any, model: Model, family: str | None = None, base_name: str = "",
+    tokenizer: pathlib.Path | None = None,
+) -> pathlib.Path:  # fmt: skip
     """Write the trained tree of a tuning with adapters as a folder that PEFT opens; returns it.
 
-    `base_name` is the model that it stands on, a folder or a hub id. Adapters on parts of a fused matrix (GPT-2's c_attn)
+    `base_name` is the model that it stands on, a folder or a hub id; `tokenizer` the folder of the tokenizer that it was trained
+    with. Adapters on parts of a fused matrix (GPT-2's c_attn)
     become one of as many times the rank. Raises ValueError for what that format cannot hold: adapters on experts, parts of
     modules, trained parameters outside the head.
     """
@@ -146,6 +149,8 @@ def save_adapter(
     }  # fmt: skip
     if jax.process_index() == 0:
         _write(folder, said, tensors)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
     return folder
 
 

@@ -69,9 +69,9 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
 def inherited(folder: pathlib.Path) -> CardFacts:
     """Licence and language that a folder's README states, which hold for what is made of the model too."""
     metadata = read_metadata(folder)
-    language, license = metadata.get("language") or (), metadata.get("license") or ""
-    codes = (language,) if isinstance(language, str) else tuple(map(str, language))
-    return CardFacts(language=codes, license=str(license))
+    language, license = (metadata.get(name) or () for name in ("language", "license"))
+    codes, licenses = ((found,) if isinstance(found, str) else tuple(map(str, found)) for found in (language, license))
+    return CardFacts(language=codes, license=licenses[0] if len(licenses) == 1 else "")
 
 
 def model_card(title: str, family: str, parameters: int, dtype: str, task: str | None, facts: CardFacts, version: str) -> str:

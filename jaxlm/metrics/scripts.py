@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 # Scripts that are written without spaces between words, by the names of their characters in Unicode.
-_SPACELESS = frozenset({"CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR"})
+_SPACELESS = frozenset({"CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TAI"})
 Kind = Literal["letter", "single", "mark", "other"]
 
 
@@ -65,7 +65,7 @@ def script_of(texts: Iterable[str]) -> str:
             group = (
                 "hangul" if "HANGUL" in name
                 else "spaced" if kind_of(word[0]) != "single"
-                else "han" if "CJK" in name or "IDEOGRAPHIC" in name
+                else "han" if {"CJK", "IDEOGRAPHIC", "BOPOMOFO"} & set(name)
                 else "kana" if {"HIRAGANA", "KATAKANA"} & set(name)
                 else "spaceless"
             )  # fmt: skip

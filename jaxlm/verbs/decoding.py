@@ -84,12 +84,10 @@ class Decoding:
         """One line that says which of the model's settings apply, None where it has none, but for those `missing` here."""
         from jaxlm.generate.settings import BEAMS
 
-        drawn = self.sampling.temperature > 0
-        idle = BEAMS if drawn else ("top_k", "top_p", "min_p", "typical_p")
-        told = dataclasses.replace(
-            self.settings, values={name: value for name, value in self.settings.values.items() if name not in idle}
-        )
-        return told.told(self.given, missing)
+        if self.sampling.temperature > 0:
+            return self.settings.told(self.given, {*missing, *BEAMS})
+        values = {name: value for name, value in self.settings.values.items() if name not in SAMPLING[2:]}
+        return dataclasses.replace(self.settings, values=values).told(self.given, missing)
 
 
 def _flags(options: SamplingOptions, kind: Any) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def export(words: Sequence[str]) -> int:
         if not (run / "config.yaml").is_file():
             raise ValueError(f"{argument} is no run: adapters are exported from the run that trained them")
         tuned = load_tuned(run, one_device())
-        folder = save_adapter(pathlib.Path(target), tuned.config, tuned.trained, tuned.model, options.family, tuned.base or "")
+        folder = save_adapter(
+            pathlib.Path(target), tuned.config, tuned.trained, tuned.model, options.family, tuned.base or "", run / "tokenizer"
+        )
         say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
         return 0
     trained = load_model(argument, options=LoadOptions("auto", options.parallel))

@@ -18,6 +18,7 @@ from jaxlm.devices import LoadOptions, MeshOptions
 from jaxlm.generate import BatchGenerator, DecodeConfig, GenerationSettings, Generator, LogitsRules, SampleConfig
 from jaxlm.models import held_dtype, load_model
 from jaxlm.serve.asks import Asker, Limits
+from jaxlm.verbs.decoding import Decoding
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "hub"))
 from torch_models import BART, BASE, CASES, make
@@ -55,6 +56,23 @@ def test_one_line_says_what_applies():
         "generation_config.json: no_repeat_ngram_size 3; overridden: num_beams; not applied: temperature, guidance_scale"
     )
     assert read(eos_token_id=2, transformers_version="5").told() is None
+
+
+def test_settings_of_a_search_are_not_said_to_apply_to_texts_that_are_drawn():
+    settings = read(do_sample=True, num_beams=4, top_k=7, renormalize_logits=True)
+    drawn = Decoding(settings.sampling({}), DecodeConfig(), LogitsRules(), settings, None, 64, frozenset())
+    assert drawn.told() == "generation_config.json: do_sample true, top_k 7; not applied: num_beams, renormalize_logits"
+    searched = dataclasses.replace(drawn, sampling=SampleConfig(0.0), given=frozenset({"do_sample"}))
+    assert searched.told() == "generation_config.json: num_beams 4; overridden: do_sample; not applied: renormalize_logits"
+
+
+def test_a_search_is_written_as_settings_that_read_as_it():
+    config = DecodeConfig(33, 4, 2.0, early_stopping="true", no_repeat_ngram_size=3, repetition_penalty=1.5, min_tokens=2)
+    source = read(num_beams=9, max_length=7, temperature=0.5, min_length=5, bad_words_ids=[[3, 4]], forced_eos_token_id=2)
+    again = read(**json.loads(json.dumps(source.searched(config))))
+    assert again.decode({"max_tokens": again.room(1, 0)}) == config and again.sampling({}).temperature == 0
+    assert config.rules(again.rules()) == config.rules(source.alone().rules())
+    assert read(**read().searched(DecodeConfig())).decode({}) == DecodeConfig()
 
 
 @pytest.mark.parametrize(
@@ -291,3 +309,4 @@ def test_a_run_keeps_the_constraints_of_the_model_that_it_starts_from(tmp_path, 
     written_settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written_settings["forced_bos_token_id"] == 30 and written_settings["suppress_tokens"] == [7]
     assert written_settings["eos_token_id"] == 2
+    assert (written_settings["num_beams"], written_settings["max_new_tokens"]) == (1, 4) and "min_length" not in written_settings

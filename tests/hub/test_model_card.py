@@ -97,3 +97,9 @@ def test_names_of_any_kind_make_a_valid_card(tmp_path):
     assert result.metric_name == results[0].title and result.dataset_name == facts.dataset and result.dataset_type == "org/data"
     assert card.data.base_model == "org/base" and card.data.language == ["no"] and card.data.model_name == "a: 'b' #1"
     assert "| a: {b} \\| c |" in card.text
+
+
+def test_licences_and_languages_may_be_lists(tmp_path):
+    for stated, licence in (("mit", "mit"), ("[mit]", "mit"), ("[mit, gpl-3.0]", "")):
+        (tmp_path / "README.md").write_text(f"---\nlicense: {stated}\nlanguage: [en, de]\n---\n")
+        assert inherited(tmp_path) == CardFacts(license=licence, language=("en", "de"))

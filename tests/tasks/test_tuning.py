@@ -104,6 +104,7 @@ def test_adapters_leave_as_a_peft_folder_and_come_back(base, monkeypatch, tmp_pa
     said = json.loads((folder / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == "base" and said["task_type"] == "SEQ_CLS" and said["r"] == 2
     one, two = load_model("runs/leaving"), load_model(str(folder))
+    assert one.tokenizer.definition() == two.tokenizer.definition() and two.tokenizer_folder == folder
     assert one.model.config.head == two.model.config.head
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.params, two.params)
     with pytest.raises(ValueError, match="no run"):
