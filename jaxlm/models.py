@@ -402,11 +402,17 @@ def _restore(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Model, Para
     return (tuned.model.discriminator, params["discriminator"]) if tuned.task == "replaced" else (tuned.model, params)
 
 
-def _adapted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Trained:
-    """A PEFT folder: the model that it stands on, with its adapters merged and its head."""
+def _adapter(folder: pathlib.Path) -> tuple[str | None, int | None, str]:
+    """Head, number of labels and base model of a PEFT folder. ValueError where it names no base."""
     head, labels, base = read_adapter(folder)
     if base is None:
         raise ValueError(f"{folder} does not say which model it adapts (base_model_name_or_path in {ADAPTER})")
+    return head, labels, base
+
+
+def _adapted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Trained:
+    """A PEFT folder: the model that it stands on, with its adapters merged and its head."""
+    head, labels, base = _adapter(folder)
     source = locate(base)
     if not is_hugging_face(source):
         raise ValueError(f"{folder} adapts {base}, which is no Hugging Face model")
@@ -498,6 +504,9 @@ def model_config(argument: str) -> TransformerConfig:
     if argument.endswith((".yaml", ".yml")):
         return section(configs.read_yaml(pathlib.Path(argument))[0])
     folder = locate(argument, weights=False)
+    if (folder / ADAPTER).is_file():
+        head, labels, base = _adapter(folder)
+        return read_config(locate(base, weights=False), head, labels)
     if is_hugging_face(folder):
         return read_config(folder)
     config = section(configs.read_yaml(folder / "config.yaml")[0])

@@ -10,11 +10,11 @@ import jax
 from jaxlm import config as configs
 from jaxlm.data import DataConfig
 from jaxlm.experiment.unread import check_read
-from jaxlm.hub import is_hugging_face, read_config
+from jaxlm.hub import ADAPTER, is_hugging_face, read_config
 from jaxlm.model import TransformerConfig
 from jaxlm.models import locate, model_config
 from jaxlm.parallel import HostsConfig, ParallelConfig, batch_ways
-from jaxlm.report import say
+from jaxlm.report import command, say
 from jaxlm.tasks import TASKS, TaskConfig
 from jaxlm.train import OptimConfig, TrainConfig, TuneConfig
 
@@ -205,6 +205,8 @@ def _head(head: Mapping[str, Any], architecture: str) -> dict[str, Any]:
 def _start(source: str, head: Mapping[str, Any]) -> tuple[dict[str, Any], pathlib.Path]:
     """The model section that starting from `source` means, and the folder of its tokenizer."""
     folder = locate(source, weights=False)
+    if (folder / ADAPTER).is_file():
+        raise ValueError(f"{source} is an adapter: write the whole model first with: {command('jaxlm', 'export', source, 'DIR')}")
     if is_hugging_face(folder):
         config = read_config(folder, str(head["kind"]), head.get("labels"))
         tokenizer = folder

@@ -21,6 +21,7 @@ from jaxlm.metrics import (
     weighted_summarisation,
     weighted_translation,
 )
+from jaxlm.metrics.scripts import script_of
 from jaxlm.metrics.texts import _Unicode
 
 WORDS = ["the", "a", "small", "old", "dog", "house", "sees", "runs", ",", ".", "in", "under", "über", "café", "3.5", "don't"]
@@ -215,3 +216,18 @@ def test_mistakes(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "text, script",
+    [
+        ("ꀀꀁ ꆈꌠ", "spaceless"),
+        ("ㄅㄆㄇ", "Chinese"),
+        ("မြန်မာ", "spaceless"),
+        ("ស្រី", "spaceless"),
+        ("བོད་སྐད", "spaced"),
+        ("हिन्दी", "spaced"),
+    ],
+)
+def test_scripts_without_spaces(text, script):
+    assert script_of([text]) == script

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.experiment import Run, load_config
-from jaxlm.models import load_model
+from jaxlm.models import load_model, model_config
 from jaxlm.report import read_rows
 
 ROWS = [f"{word} film number {i}\t{label}" for i in range(40) for word, label in (("good", "pos"), ("bad", "neg"))]
@@ -107,6 +107,9 @@ def test_adapters_leave_as_a_peft_folder_and_come_back(base, monkeypatch, tmp_pa
     assert one.tokenizer.definition() == two.tokenizer.definition() and two.tokenizer_folder == folder
     assert one.model.config.head == two.model.config.head
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.params, two.params)
+    assert model_config(str(folder)) == two.model.config
+    with pytest.raises(ValueError, match="is an adapter: write the whole model first with: jaxlm export"):
+        run("--model.init_from", str(folder))
     with pytest.raises(ValueError, match="no run"):
         from jaxlm.verbs.folders import export
 
