@@ -505,8 +505,8 @@ def model_config(argument: str) -> TransformerConfig:
         return section(configs.read_yaml(pathlib.Path(argument))[0])
     folder = locate(argument, weights=False)
     if (folder / ADAPTER).is_file():
-        head, labels, base = _adapter(folder)
-        return read_config(locate(base, weights=False), head, labels)
+        head, outputs, base = _adapter(folder)
+        return read_config(locate(base, weights=False), head, outputs)
     if is_hugging_face(folder):
         return read_config(folder)
     config = section(configs.read_yaml(folder / "config.yaml")[0])
@@ -543,7 +543,9 @@ _WARNED: set[str] = set()
 def fitted(tokenizer: Tokenizer, rows: int | None, name: str = "") -> Tokenizer:
     """The tokenizer for an embedding table of `rows` (None: not known yet), said where it loses special tokens to fit it:
     `Tokenizer.within`."""
-    fits = tokenizer if rows is None or tokenizer.vocab_size <= rows else tokenizer.within(rows)
+    if rows is None or tokenizer.vocab_size <= rows:
+        return tokenizer
+    fits = tokenizer.within(rows)
     if fits is not tokenizer and (told := f"{name} fitted") not in _WARNED:
         _WARNED.add(told)
         say(
