@@ -292,3 +292,20 @@ def test_how_rows_are_read_hangs_on_all_their_files(tmp_path):
     assert rows_of(tmp_path, train="a.{text,label}.txt", rows={"encoding": "latin-1"}) is None
     told = rows_of(tmp_path, train="a.csv", validation="b.csv", holdout={"fraction": 0.2})
     assert "it is read with data.validation null only" in told
+
+
+@pytest.mark.parametrize(
+    "task, read",
+    [
+        ({}, True), ({"scores": "translation", "template": "{question}"}, True), ({"scores": "summarisation"}, False),
+        ({"scores": "answers"}, False), ({"template": "{question} {context}"}, False),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_of_bleu_without_bleu_is_refused(tmp_path, task, read):
+    task = {"kind": "text_to_text", "tokenize": "zh", **task}
+    (tmp_path / "x.yaml").write_text(json.dumps({"task": task, "data": {"train": "a.jsonl"}}))
+    if read:
+        assert load_config(tmp_path / "x.yaml", {}).value.task.tokenize == "zh"
+    else:
+        with pytest.raises(ValueError, match=r"task\.tokenize zh .* would do nothing here"):
+            load_config(tmp_path / "x.yaml", {})

@@ -153,6 +153,11 @@ class StreamBatches:
         kept = self._kept(text_of(row, self.source) for row in read)
         tokens = int(self.config.epochs) * sum(len(ids) + 1 for ids in self.tokenizer.encode_batch(kept))
         rows = tokens // self.corruption.raw if self.corruption is not None else -(-tokens // self.config.length)
+        if self.corruption is not None and not rows:
+            raise ValueError(
+                f"streaming source {self.source.path!r} has {tokens:,} tokens to train on, but a row takes {self.corruption.raw}: "
+                "give a shorter data.length, or more text"
+            )
         return -(-rows // self.config.batch_size)
 
     def _kept(self, texts: Iterable[str]) -> list[str]:

@@ -92,6 +92,13 @@ RULES: tuple[Rule, ...] = (
     _with("task.threshold", "task.kind", "multilabel"),
     _with(r"task.(stride|answer_length)", "task.kind", "extractive_qa"),
     _with(r"task.(template|target_length|scores)", "task.kind", "text_to_text"),
+    Rule(
+        "task.tokenize", "task.scores",
+        lambda config: config.task.kind != "text_to_text" or (
+            config.task.scores in ("auto", "translation") and "answers" not in _roles(config)
+        ),
+        "with task.scores translation, or auto where rows have no answers,",
+    ),
     _with("task.chat_template", "task.kind", "chat", "preference", "reward"),
     _with("task.packed", "task.kind", "chat"),
     _with("task.append_eos", "task.kind", "text_to_text", "preference"),

@@ -96,7 +96,10 @@ class Answers:
         try:
             found = json.loads(text)
             index = found["index"]
-            same = all(found[name] == value for name, value in self._lines[index].items() if index >= 0)
+            same = all(  # as JSON: NaN is not equal to itself
+                text_files.json_line(found[name]) == text_files.json_line(value)
+                for name, value in self._lines[index].items() if index >= 0
+            )  # fmt: skip
         except (ValueError, KeyError, IndexError, TypeError):
             raise ValueError(f"{where} is no answer to these prompts: give another file for --out") from None
         if not same:

@@ -118,6 +118,16 @@ def test_the_number_of_batches_is_known_where_the_head_is_the_whole_stream(confi
     assert train_batches(config, corpora, seed=0, **ALONE).total is None
 
 
+def test_a_stream_shorter_than_a_row_is_refused(config, monkeypatch):
+    """It gave a run of no steps."""
+    monkeypatch.setattr(cache, "STREAM_HEAD", 50)
+    config = other(config, tokenizer=TokenizerConfig("bytes", special=("mask",)))
+    corpora = build_corpora(config)
+    corruption = make_corruption("masked", CorruptConfig(), corpora.tokenizer, 5000, "encoder")
+    with pytest.raises(ValueError, match=r"tokens to train on, but a row takes 5000: give a shorter data\.length"):
+        _ = train_batches(config, corpora, seed=0, corruption=corruption, **ALONE).total
+
+
 def test_an_epoch_is_every_token_that_is_not_held_out_once(config):
     corpora = build_corpora(config)
     expected = np.concatenate([[*text.encode(), 256] for text in TEXTS[5:]])

@@ -154,6 +154,16 @@ def test_a_model_that_fails_is_told_and_the_rest_is_kept(engine, tmp_path, capsy
     assert [line["text"] for line in read(out)] == ["good"]
 
 
+def test_answers_to_rows_with_missing_numbers_are_continued(tmp_path):
+    """A column of numbers of which one is missing comes from parquet as NaN, which is not equal to itself."""
+    from jaxlm.verbs.batches import Answers
+
+    out, lines = str(tmp_path / "out.jsonl"), [{"prompt": "a", "n": float("nan")}]
+    with Answers(out, lines) as answers:
+        answers.write(0, "b", 1, "stop")
+    assert Answers(out, lines).done == {0}
+
+
 @pytest.mark.slow
 def test_an_encoder_decoder_answers_a_file_by_search(tmp_path, monkeypatch):
     """Each answer is what its text has alone, the likeliest token each time, by hand and without a cache."""
