@@ -148,6 +148,7 @@ def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: A
     tokens: Iterable[int]
     asked = (trained.params, prompt, room, decoding.sampling)
     if options.penalty_alpha is not None and options.top_k is not None:
+        tell(decoding.told([name for name in decoding.settings.values if name not in ("max_new_tokens", "max_length")]))
         contrast = ContrastiveConfig(options.top_k, options.penalty_alpha, room)
         (tokens,) = ContrastiveGenerator(model, mesh, tokenizer.vocab_size)(trained.params, [prompt], contrast, stop)
     elif options.guesses:

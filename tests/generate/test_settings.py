@@ -172,6 +172,10 @@ def test_a_decoders_settings_reach_its_texts(tmp_path, capsys):
     assert answers(folder, tmp_path, "--beams", "1", "--no-repeat-ngram-size", "0", "--temperature", "0") == greedy
     plain = answers(folder, tmp_path, "--generation-config", "none", "--temperature", "0", "--max-tokens", "10")
     assert plain not in (expected, greedy)
+    capsys.readouterr()
+    assert cli.main(["generate", str(folder), "--prompt", "w5", "--penalty-alpha", "0.5", "--top-k", "2", "--max-tokens", "2"]) == 0
+    told = capsys.readouterr().err
+    assert "overridden: max_new_tokens; not applied: " in told and "suppress_tokens" in told, "contrastive search has none of them"
 
 
 @pytest.mark.parity
