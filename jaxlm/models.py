@@ -33,7 +33,7 @@ from jaxlm.hub import (
 from jaxlm.metrics import lower_is_better
 from jaxlm.model import Detection, Model, Params, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, mesh_of, stored_shardings
-from jaxlm.report import command, say
+from jaxlm.report import command, warn
 from jaxlm.tasks import TASKS, Task, TaskConfig, label_order
 from jaxlm.train import Checkpoints, TuneConfig, Tuning, init_frozen
 
@@ -548,7 +548,7 @@ def fitted(tokenizer: Tokenizer, rows: int | None, name: str = "") -> Tokenizer:
     fits = tokenizer.within(rows)
     if fits is not tokenizer and (told := f"{name} fitted") not in _WARNED:
         _WARNED.add(told)
-        say(
+        warn(
             f"{name}: the embedding table of {rows:,} rows has none for the last {tokenizer.vocab_size - rows:,} special "
             "tokens of the tokenizer: a text that spells one is read as ordinary text"
         )
@@ -572,7 +572,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: TransformerConfig, name: str 
     padded = any(rows == -(-size // multiple) * multiple for multiple in (8, 16, 32, 64, 128, 256, 512, 1024))
     if foreign and name not in _WARNED and rows - size > 0.02 * rows and not padded:
         _WARNED.add(name)
-        say(f"warning: {name}: the tokenizer has {size:,} entries, and the embedding table of the model {rows:,}: is it its own?")
+        warn(f"{name}: the tokenizer has {size:,} entries, and the embedding table of the model {rows:,}: is it its own?")
 
 
 def locate(argument: str, weights: bool = True) -> pathlib.Path:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxlm.config import unknown
 from jaxlm.data.special import FILL_IN, SPECIAL, numbered, present, texts_of
 from jaxlm.data.tokenizer_files import disagreements
-from jaxlm.report import say
+from jaxlm.report import warn
 from jaxlm.text_files import well_formed
 
 END_OF_TEXT = "<|endoftext|>"
@@ -435,7 +435,7 @@ def _report_disagreements(path: str, hf: Any) -> None:
     if path not in _CHECKED and pathlib.Path(path).is_dir():
         _CHECKED.add(path)
         for line in disagreements(pathlib.Path(path), hf):
-            say(f"warning: {line}")
+            warn(line)
 
 
 def _byte_level(model: Any, use_regex: bool) -> Any:

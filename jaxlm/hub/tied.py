@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.hub.files import CHUNK, Tensors
 from jaxlm.hub.tensors import Index, Table
-from jaxlm.report import say
+from jaxlm.report import warn
 
 EMBEDDING, HEAD = "transformer/embed/table", "head/table"
 
@@ -59,7 +59,7 @@ def read_copies(tensors: Tensors, table: Table, tied: bool) -> bool:
 
 @functools.cache
 def _warn(folder: str, head: str, embedding: str) -> None:
-    say(f"warning: {folder}: {head} and {embedding} differ though config.json ties them: both are used, as in transformers")
+    warn(f"{folder}: {head} and {embedding} differ though config.json ties them: both are used, as in transformers")
 
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:

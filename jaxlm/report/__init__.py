@@ -1,6 +1,6 @@
 """What a person sees: lines and bars while it runs, a record of what happened, a page to read afterwards."""
 
-from jaxlm.report.console import Bar, bar, command, count, option, say, seconds, table
+from jaxlm.report.console import Bar, bar, command, count, option, say, seconds, table, warn
 from jaxlm.report.page import Page, Verdict, write_page
 from jaxlm.report.record import Record, read_rows
 from jaxlm.report.scores import write_scores
@@ -18,6 +18,7 @@ __all__ = [
     "say",
     "seconds",
     "table",
+    "warn",
     "write_page",
     "write_scores",
 ]

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,6 +24,12 @@ def console() -> Any:
 def say(text: str = "") -> None:
     """One line for the person, printed above any live bar. Text is shown as it is, without markup."""
     console().print(well_formed(text), markup=False)
+
+
+def warn(text: str) -> None:
+    """One line on standard error, so that it is not part of a text that a command writes."""
+    if not console().quiet:
+        print(f"warning: {well_formed(text)}", file=sys.stderr)
 
 
 class Bar(Protocol):

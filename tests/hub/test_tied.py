@@ -82,7 +82,7 @@ def test_a_head_beside_the_embeddings_is_read_as_transformers_reads_it(case, how
     expected, logits, (model, params, config) = both(theirs, tmp_path / "theirs", mesh)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert model.config.tie_embeddings == (how != "other")
-    assert ("differ though config.json ties them" in capsys.readouterr().out) == (how == "other")
+    assert ("differ though config.json ties them" in capsys.readouterr().err) == (how == "other")
     save_folder(tmp_path / "ours", model, params, family=config["model_type"], like=config)
     again, ours, _ = both(theirs, tmp_path / "ours", mesh)
     np.testing.assert_allclose(again, expected, atol=1e-4)

@@ -60,7 +60,7 @@ def test_a_table_much_larger_than_the_tokenizer_is_reported(tmp_path, rows, warn
     monkeypatch.setattr("jaxlm.models._WARNED", set())
     trained = load_model(str(write(tmp_path, "llama-1m", rows, kv_heads=4, mlp_width=16)))
     assert trained.tokenizer.vocab_size == trained.tokenizer.vocab_size == 261
-    assert capsys.readouterr().out.count(f"261 entries, and the embedding table of the model {rows}") == warns
+    assert capsys.readouterr().err.count(f"261 entries, and the embedding table of the model {rows}") == warns
 
 
 @pytest.fixture(scope="module")
@@ -105,4 +105,4 @@ def test_a_model_for_summaries_whose_table_lacks_the_mask_opens(bart, tmp_path, 
     folder = save_folder(tmp_path / "summaries", model, model.init(jax.random.key(0)), tokenizer=bart)
     trained = load_model(str(folder))
     assert trained.tokenizer.vocab_size == trained.tokenizer.vocab_size == 12
-    assert capsys.readouterr().out.count("12 rows has none for the last 1 special tokens") == 1
+    assert capsys.readouterr().err.count("12 rows has none for the last 1 special tokens") == 1
