@@ -106,7 +106,7 @@ def _csv_cells(file: pathlib.Path, width: int, separator: str, options: ReadOpti
     """The rows, as many cells each as the first (`width` where that is bad), with the numbers of their first lines.
 
     A row of several lines that turns out bad costs its first line only, and the next is read as a row: a stray quote takes
-    in everything up to the next one, perhaps the rest of the file.
+    in everything up to the next one, perhaps the rest of the file. Blank lines are no rows, but for a table of one column.
     """
     csv.field_size_limit(2**31 - 1)  # of the whole process; the default refuses cells of 128 KiB
     number, taken, again = 1, list[str](), collections.deque[str]()
@@ -117,6 +117,7 @@ def _csv_cells(file: pathlib.Path, width: int, separator: str, options: ReadOpti
             yield line
 
     fixed = False
+    blank = list[int]()
     with open_text(file, options.encoding) as text:
         reader = csv.reader(lines(), strict=True, delimiter=separator)
         while True:
@@ -139,7 +140,11 @@ def _csv_cells(file: pathlib.Path, width: int, separator: str, options: ReadOpti
                 del taken[1:]
                 reader = csv.reader(lines(), strict=True, delimiter=separator)
             if bad or cells:
+                yield from ((n, [""]) for n in blank)
+                blank.clear()
                 yield number, bad or cells
+            elif fixed and width == 1:
+                blank.append(number)  # an empty row, unless at the end of the file
             number += len(taken)
 
 

@@ -274,7 +274,7 @@ class _Wanted:
         self.inputs, self.replaceable = inputs, replaceable
         self.speakers = dict(pair.split("=") for pair in config.speakers)
         self.found: dict[str, str] = {}
-        self.exchange: tuple[tuple[str, ...], str] | None = None
+        self.exchange: tuple[tuple[str, ...], str | None] | None = None
 
     def choose(self, names: Sequence[str], where: str, partial: bool = False) -> list[str]:
         """The columns of these that play the roles; ValueError where one that must be there is not, unless `partial`."""
@@ -289,7 +289,7 @@ class _Wanted:
             options = {role: "data.rows.group" if role == "group" else f"data.rows.columns.{role}" for role in missing}
             raise missing_columns(missing, names, where, options)
         self.found = {role: name for role, name in columns.items() if name is not None}
-        parts = [name for name in (*self.exchange[0], self.exchange[1]) if name in names] if self.exchange else []
+        parts = [name for name in (*self.exchange[0], self.exchange[1]) if name] if self.exchange else []
         outer = [_outer(name, names) or name for name in self.found.values()]
         return list(dict.fromkeys([*outer, *parts]))
 
@@ -307,7 +307,8 @@ class _Wanted:
         """Which columns play the roles, where these have other names."""
         other = [f"{role} from {name}" for role, name in self.found.items() if name != role]
         if self.exchange:
-            other.append(f"messages from {' and '.join(self.exchange[0])} (user) and {self.exchange[1]} (assistant)")
+            asked, answer = self.exchange
+            other.append(f"messages from {' and '.join(asked)} (user)" + (f" and {answer} (assistant)" if answer else ""))
         return [f"columns: {', '.join(other)}"] if other else []
 
     def read(self, name: str, records: Iterator[Record]) -> Iterator[tuple[str, Mapping[str, Any] | Bad, dict[str, Any] | Bad]]:
@@ -361,7 +362,7 @@ class _Wanted:
             asked, answer = self.exchange
             parts = [record[name] for name in asked if record.get(name)]
             question = parts[0] if len(parts) == 1 else "\n\n".join(map(str, parts))
-            return [*_said(question, "user"), *_said(record.get(answer), "assistant")] if parts else None
+            return [*_said(question, "user"), *_said(record.get(answer or ""), "assistant")] if parts else None
         column = self.found.get(role, self.columns[role])
         if column not in record and role in self.found:  # of several files each has its own spelling
             column = self._column(role, list(record)) or column
@@ -389,12 +390,12 @@ def _replied(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages[: last + 1]
 
 
-def _exchange(names: Sequence[str], inputs: bool) -> tuple[tuple[str, ...], str] | None:
+def _exchange(names: Sequence[str], inputs: bool) -> tuple[tuple[str, ...], str | None] | None:
     """The columns of a question and of its answer, of rows that are one exchange each; of `inputs` the answer may be missing."""
     found = [(asked, answer) for asked, answer in _EXCHANGES if asked[0] in names]
     answered = [pair for pair in found if pair[1] in names]
     for asked, answer in answered or (found if inputs else ()):
-        return tuple(name for name in asked if name in names), answer
+        return tuple(name for name in asked if name in names), answer if answer in names else None
     return None
 
 

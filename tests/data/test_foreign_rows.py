@@ -279,7 +279,8 @@ def test_an_exchange_of_messages_and_one_without_an_answer(tmp_path):
     file = json_lines(tmp_path / "a.jsonl", {"prompt": CHAT[:1], "completion": CHAT[1:2]})
     assert read(file, ["messages"]).rows == [{"messages": CHAT[:2]}]
     file = json_lines(tmp_path / "b.jsonl", {"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Sing."})
-    inputs, _ = read_inputs(str(file), RowsConfig(), ["messages"])
+    inputs, notes = read_inputs(str(file), RowsConfig(), ["messages"])
+    assert notes == ["columns: messages from instruction and input (user)"]
     assert [item.row["messages"] for item in inputs] == [
         [{"role": "user", "content": "Add.\n\n1 and 2"}],
         [{"role": "user", "content": "Sing."}],
@@ -301,6 +302,16 @@ def test_arrays_of_objects_and_lists_with_both_quotes(tmp_path):
     assert read(file, ["messages"]).rows == [{"messages": CHAT[:2]}]
     file = json_lines(tmp_path / "b.jsonl", {"source": "a", "target": str(["it's", "is"])}, {"source": "a", "target": '["JSON"]'})
     assert [row["target"] for row in read(file, ["source", "target"]).rows] == [["it's", "is"], '["JSON"]']
+
+
+def test_a_blank_line_of_one_column_is_a_row(tmp_path):
+    """One row in, one prediction out: in .csv as in .tsv."""
+    for name in ("a.csv", "a.tsv"):
+        (tmp_path / name).write_text("text\na\n\n\nb\n\n")
+        inputs, _ = read_inputs(str(tmp_path / name), RowsConfig(), ["text"])
+        assert [(item.row["text"], item.place) for item in inputs] == [
+            ("a", f"{name}:2"), ("", f"{name}:3"), ("", f"{name}:4"), ("b", f"{name}:5"),
+        ]  # fmt: skip
 
 
 def test_numbers_in_lists_of_labels_are_spelt_as_single_ones(tmp_path):

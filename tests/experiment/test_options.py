@@ -165,10 +165,9 @@ def leaves(cls: type, path: str = "") -> typing.Iterator[tuple[str, typing.Any, 
 
 # Options that a recipe here reads and finds nothing for in its rows.
 UNSEEN = ("data.rows.header", "data.rows.speakers")
-UNSEEN_BY = {  # rows here hold texts, not messages, and may be empty
-    "preference": ("task.chat_template", "data.rows.max_bad"),
-    "reward": ("task.chat_template", "data.rows.max_bad"),
-    "chat": ("data.rows.max_bad",),
+UNSEEN_BY = {  # rows here hold texts, not messages
+    "preference": ("task.chat_template",),
+    "reward": ("task.chat_template",),
     "decoded": ("task.append_eos",),  # its tokenizer ends a text itself
 }
 OPTIONS = {name: (kind, default) for name, kind, default in leaves(ExperimentConfig) if name not in UNSEEN}
