@@ -65,7 +65,8 @@ class Grammar:
     """The state of one text: `mask`, draw a token among those, `take` it, until `ended`.
 
     Of a Hugging Face tokenizer it needs the bytes of each token, so byte-level ones and those with byte tokens. The end of
-    text, and every other token of `stop`, may come where the text matches. Raises ValueError where the constraint or the
+    text, and every other token of `stop`, may come where the text matches, one that stands for text also where the constraint
+    has it. Raises ValueError where the constraint or the
     tokenizer is none that llguidance can use.
     """
 
@@ -101,14 +102,15 @@ class Grammar:
         allowed_V = np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool)
         if isinstance(self._tokenizer, Characters):
             allowed_V[self._tokenizer.unknown_id] = False  # where a character has no token, this is how it is encoded
-        allowed_V[self._stop] = allowed_V[self._tokenizer.eos_id]
+        allowed_V[self._stop] |= allowed_V[self._tokenizer.eos_id]
         if not allowed_V.any():
             raise ValueError("the constraint cannot be followed: the tokenizer has no token for what must come next")
         return allowed_V
 
     def take(self, token: int) -> None:
         """The next token of the text."""
-        self._matcher.consume_token(self._tokenizer.eos_id if token in self._stop else int(token))
+        ends = token in self._stop and self._matcher.is_accepting()
+        self._matcher.consume_token(self._tokenizer.eos_id if ends else int(token))
         self._check()
 
     def _check(self) -> None:

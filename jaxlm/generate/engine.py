@@ -96,7 +96,7 @@ class Engine:
         few = [] if config.exact or mesh.size > 1 or kernel != "chunked" else [n for n in (1, 4, 16, 64) if n < config.slots]
         self._sizes = [*few, config.slots]
         """Numbers of rows that are compiled, of which the smallest is used that has room for all running texts."""
-        self._decoder = Decoder(model, vocab_size, config.slots, room - chunk, chunk)
+        self._decoder = Decoder(model, vocab_size, config.slots, room - chunk, chunk, mesh)
         with jax.set_mesh(mesh):
             self._params = self._decoder.split(params)
             self._state: Slots = self._decoder.empty()
@@ -302,8 +302,12 @@ class Engine:
         if source != target:
             self._state = self._decoder.copy(self._state, np.int32(source), np.int32(target), np.int32(start))
         todo = pieces(len(request.prompt), start, self.chunk, whole=fresh)
-        guide = None if request.guide is None else GuideWorker(request.guide, self._decoder.model.config.V, self._wake)
-        self._seats[target] = Seat(ticket, todo, request.prompt[:start], request.cache_salt, next(self._clock), guide=guide)
+        V = self._decoder.model.config.V
+        allowed_V = None if request.allowed is None else np.isin(np.arange(V), request.allowed)
+        guide = None if request.guide is None else GuideWorker(request.guide, V, self._wake)
+        self._seats[target] = Seat(
+            ticket, todo, request.prompt[:start], request.cache_salt, next(self._clock), guide=guide, allowed_V=allowed_V
+        )
         self._counts.update(prompt_tokens=len(request.prompt), reused_tokens=start)
 
     def _wake(self) -> None:
@@ -335,8 +339,8 @@ class Engine:
             prompt_1V[0, list(request.prompt)] = True
             if seat.mask_V is not None:
                 allowed_1V = seat.mask_V[None]
-            elif request.allowed is not None:
-                allowed_1V = np.isin(np.arange(V), request.allowed)[None]
+            elif seat.allowed_V is not None:
+                allowed_1V = seat.allowed_V[None]
             tokens = request.prompt[begin : begin + count]
             return self._decoder.read(
                 self._params, self._state, np.int32(self._seats.index(seat)), row_of([request]), prompt_1V,
@@ -413,8 +417,8 @@ class Engine:
         """New tokens of a text that goes on, or has ended; a guide takes them first."""
         assert seat.ticket is not None, "a text belongs to a request"
         self._counts["new_tokens"] += len(tokens)
-        if seat.guide is not None and tokens:
-            seat.held_back, seat.mask_V = (tokens, ended), None
+        if seat.guide is not None and tokens and ended is None:  # of a text that has ended it has nothing more to say
+            seat.held_back, seat.mask_V = tokens, None
             seat.guide.advance([token.id for token in tokens])
         elif ended is not None:
             self._leave(seat, ended, tokens, stop=stop)
@@ -442,14 +446,14 @@ class Engine:
                 self._guided(seat, mask_V)
 
     def _guided(self, seat: Seat, mask_V: np.ndarray | None) -> None:
-        (tokens, ended), seat.held_back = seat.held_back, ([], None)
-        if mask_V is None or ended is not None:
-            self._leave(seat, ended or "stop", tokens)
+        tokens, seat.held_back = seat.held_back, []
+        if mask_V is None:
+            self._leave(seat, "stop", tokens)
             return
         if tokens and seat.ticket is not None:
             seat.ticket.tell(Event(tuple(tokens)))
-        if seat.ticket is not None and (allowed := seat.ticket.request.allowed) is not None:
-            mask_V = mask_V & np.isin(np.arange(len(mask_V)), allowed)
+        if seat.allowed_V is not None:
+            mask_V = mask_V & seat.allowed_V
             if not mask_V.any():
                 self._leave(seat, "stuck", reason="none of the allowed tokens may come next")
                 return

@@ -78,7 +78,7 @@ def check(request: Request, vocab_size: int, context: int) -> None:
     """Raise ValueError for a request that an engine with this vocabulary and context cannot answer."""
     if not request.prompt:
         raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts a new text)")
-    if not all(0 <= token < vocab_size for token in request.prompt):
+    if not _within(request.prompt, vocab_size):
         raise ValueError(f"a token of the prompt is not among the {vocab_size} of the vocabulary")
     if request.max_tokens < 0:
         raise ValueError(f"max_tokens is {request.max_tokens}: it must not be negative")
@@ -90,7 +90,7 @@ def check(request: Request, vocab_size: int, context: int) -> None:
         raise ValueError(f"{len(request.stop)} tokens end the text: at most {STOPS} may")
     if not 0 <= request.min_tokens <= request.max_tokens:
         raise ValueError(f"min_tokens is {request.min_tokens}: it must be from 0 to max_tokens, {request.max_tokens}")
-    if request.allowed is not None and not (request.allowed and all(0 <= i < vocab_size for i in request.allowed)):
+    if request.allowed is not None and not (request.allowed and _within(request.allowed, vocab_size)):
         raise ValueError(f"allowed must hold at least one token, all among the {vocab_size} of the vocabulary")
     if len(request.bad) > BAD or not all(0 < len(ids) <= BAD_LENGTH for ids in request.bad):
         raise ValueError(f"bad must hold up to {BAD} sequences of 1 to {BAD_LENGTH} tokens")
@@ -100,6 +100,10 @@ def check(request: Request, vocab_size: int, context: int) -> None:
         raise ValueError(f"bias must be of up to {BIASES} tokens, all among the {vocab_size} of the vocabulary")
     if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
         raise ValueError(f"logprobs is {request.logprobs}: it must be from 0 to {TOP}")
+
+
+def _within(ids: tuple[int, ...], vocab_size: int) -> bool:
+    return min(ids) >= 0 and max(ids) < vocab_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxlm.generate.guiding import GuideWorker
-from jaxlm.generate.request import Ended, Event, Request, Tell, Token
+from jaxlm.generate.request import Event, Request, Tell, Token
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +65,10 @@ class Seat:
     guide: GuideWorker | None = None
     mask_V: np.ndarray | None = None
     """The tokens that the guide allows next; None: it is still at work, and the text waits."""
-    held_back: tuple[list[Token], Ended | None] = ([], None)
-    """New tokens that the guide has not taken yet, and whether the text has ended with them."""
+    allowed_V: np.ndarray | None = None
+    """`Request.allowed`, which holds beside what the guide allows."""
+    held_back: list[Token] = dataclasses.field(default_factory=list)
+    """New tokens that the guide has not taken yet."""
 
     @property
     def running(self) -> bool:
@@ -81,7 +83,8 @@ class Seat:
         """Forget its request; what the slot's cache holds stays there for others."""
         if self.guide is not None:
             self.guide.close()
-        self.ticket, self.todo, self.scores, self.guide, self.mask_V, self.held_back = None, [], [], None, None, ([], None)
+        self.ticket, self.todo, self.scores, self.guide, self.mask_V, self.held_back = None, [], [], None, None, []
+        self.allowed_V = None
 
 
 def choose(seats: Sequence[Seat], prompt: Sequence[int], chunk: int, salt: str = "") -> tuple[int, int, int]:

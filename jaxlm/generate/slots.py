@@ -13,10 +13,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.generate.request import BAD, BAD_LENGTH, BIASES, STOPS, TOP, Request
 from jaxlm.generate.sample import Knobs, SampleConfig, Seen, knobs, sample
 from jaxlm.model import Cache, Model, Params, empty_cache, only
+from jaxlm.parallel.rules import COMPUTED, spec
 
 BURST = 32
 """Most tokens of a slot between two looks of the host."""
@@ -123,28 +125,32 @@ class Decoder:
     behind a text's own end add nothing.
     """
 
-    def __init__(self, model: Model, vocab_size: int, slots: int, context: int, chunk: int):
+    def __init__(self, model: Model, vocab_size: int, slots: int, context: int, chunk: int, mesh: jax.sharding.Mesh):
         self.model, self.vocab_size, self.slots, self.context, self.chunk = model, vocab_size, slots, context, chunk
-        donate = functools.partial(jax.jit, donate_argnums=1)
-        self.read = donate(self._read, static_argnames="scored")
-        self.write = donate(self._write)
-        self.copy = jax.jit(self._copy, donate_argnums=0)
-        self.allow = jax.jit(self._allow, donate_argnums=0)
+        self._free = row_of([Request((0,), sample=SampleConfig(0))] * slots)
+        with jax.set_mesh(mesh):
+            # Each program leaves the state in the one layout that all take: in another one it would be compiled again.
+            state = _layout(jax.eval_shape(self._empty, self._free), mesh)
+        self.read = jax.jit(self._read, donate_argnums=1, static_argnames="scored", out_shardings=(state, None, None, None))
+        self.write = jax.jit(self._write, donate_argnums=1, out_shardings=(state, None))
+        self.copy = jax.jit(self._copy, donate_argnums=0, out_shardings=state)
+        self.allow = jax.jit(self._allow, donate_argnums=0, out_shardings=state)
         self.split = jax.jit(model.apart)
+        self._begin = jax.jit(self._empty, out_shardings=state)
 
     def empty(self) -> Slots:
+        """The state of slots without a text."""
+        return self._begin(self._free)
+
+    def _empty(self, row: Row) -> Slots:
         B, V = self.slots, self.model.config.V
         # Room for a whole piece behind the last token: what fills it up is written too.
         cache = empty_cache(self.model.config, B, self.context + self.chunk)
         seen = Seen(jnp.zeros((B, V), bool), jnp.zeros((B, V), jnp.int32))
-        row = jax.tree.map(jnp.array, row_of([Request((0,), sample=SampleConfig(0))] * B))
-
-        def zeros(dtype: Any = jnp.int32) -> jax.Array:  # each a buffer of its own: all are donated
-            return jnp.zeros(B, dtype)
-
         allowed_BV, recent_BH = jnp.ones((B, V), bool), jnp.full((B, BAD_LENGTH - 1), -1, jnp.int32)
-        cache = dataclasses.replace(cache, length=zeros())
-        return Slots(cache, row, seen, allowed_BV, recent_BH, zeros(), zeros(), zeros(bool))
+        zeros_B = jnp.zeros(B, jnp.int32)
+        cache = dataclasses.replace(cache, length=zeros_B)
+        return Slots(cache, row, seen, allowed_BV, recent_BH, zeros_B, zeros_B, zeros_B > 0)
 
     def _read(
         self, params: Params, state: Slots, slot: jax.Array, row: Row, prompt_1V: jax.Array, allowed_1V: jax.Array,
@@ -169,7 +175,7 @@ class Decoder:
         first = self._took(first, token_1, jnp.ones(1, bool)).replace(  # type: ignore[attr-defined]
             new_B=(~ended_1).astype(jnp.int32), running_B=running_1
         )
-        scores = self._scores_if_asked(logits_1V, token_1, row)
+        scores = self._scores_if_asked(logits_1V, token_1, row.scored_B)
         return _put(state, first), token_1, scores, self._scores(logits_1LV[0], after_1L[0]) if scored else None
 
     def _write(
@@ -205,7 +211,7 @@ class Decoder:
             def write(all_: jax.Array, one: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_update_slice_in_dim(all_, one[:, None], i, axis=1)
 
-            told = jax.tree.map(write, burst.scores, self._scores_if_asked(logits_BV, token_B, state.row))
+            told = jax.tree.map(write, burst.scores, self._scores_if_asked(logits_BV, token_B, state.row.scored_B & running_B))
             count_B = burst.count_B + given_B.astype(jnp.int32)
             return i + 1, state, Burst(write(burst.tokens_BT, token_B), count_B, state.running_B, new_B, told)
 
@@ -250,10 +256,10 @@ class Decoder:
         allowed_BV = jax.lax.cond(some, restricted, lambda: state.allowed_BV)
         return sample(logits_BV, keys_B, row.knobs, self.vocab_size, state.seen, allowed_BV)
 
-    def _scores_if_asked(self, logits_BV: jax.Array, token_B: jax.Array, row: Row) -> Scores:
+    def _scores_if_asked(self, logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array) -> Scores:
         B = token_B.shape[0]
         none = Scores(jnp.zeros(B), jnp.zeros(B, jnp.int32), jnp.zeros((B, TOP)), jnp.zeros((B, TOP), jnp.int32))
-        return jax.lax.cond(jnp.any(row.scored_B), lambda: self._scores(logits_BV, token_B), lambda: none)
+        return jax.lax.cond(jnp.any(asked_B), lambda: self._scores(logits_BV, token_B), lambda: none)
 
     def _scores(self, logits_BV: jax.Array, token_B: jax.Array) -> Scores:
         # Over the whole table, as the loss and `harness` have it; entries that only pad it are never shown.
@@ -278,6 +284,14 @@ class Decoder:
         # The length with them: what a slot that stands still writes must not fall on what was copied.
         cache = dataclasses.replace(state.cache.map(change), length=state.cache.length.at[target].set(length))
         return state.replace(cache=cache)  # type: ignore[attr-defined]
+
+
+def _layout(state: Slots, mesh: jax.sharding.Mesh) -> Slots:
+    """How a state of these shapes lies on the devices: heads and rows of the cache are split, the rest is held whole."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    layout: Slots = jax.tree.map(lambda _: whole, state)
+    split = state.cache.map(lambda x: NamedSharding(mesh, spec("BKSH", x.shape, mesh, COMPUTED)))  # type: ignore[arg-type, return-value]
+    return layout.replace(cache=dataclasses.replace(split, length=whole))  # type: ignore[attr-defined]
 
 
 def _get(state: Slots, slot_B: jax.Array) -> Slots:

@@ -119,7 +119,8 @@ class Asker:
             tokens.append(ids)
             echoes.append(shown)
         how = _Scores(logprobs, prompt_logprobs, scored)
-        requests = self._requests(fields, tokens, n, wanted, 16, how, self._stop_ids, owner, COMPLETIONS)
+        most = min(16, self.limits.max_tokens)
+        requests = self._requests(fields, tokens, n, wanted, most, how, self._stop_ids, owner, COMPLETIONS)
         repeated = tuple(text for text in echoes for _ in range(n)) if echo else None
         scored_echo = echo and logprobs is not None
         return self._ask(fields, requests, tokens, how, (), echoes=repeated, echo_scored=scored_echo, unseen=unseen)

@@ -1,8 +1,10 @@
 """Vectors and labels of texts: what several clients send at a time is computed together, in a thread of its own."""
 
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ from jaxlm.serve.fields import bad
 from jaxlm.tasks import Examples, Prediction, Predictor, Row, Task, TaskConfig
 from jaxlm.train import Objective, objectives
 
+_log = logging.getLogger(__name__)
 LABELS = ("classification", "multilabel", "regression")
 _BATCHES = (1, 4, 16, 64)
 """Rows computed at a time: a text alone does not pay for 64."""
@@ -119,7 +122,7 @@ class Rows:
         self._compiled: set[tuple[int, int]] = set()
         """Batch sizes and padded lengths."""
         self._compiling: set[tuple[int, int]] = set()
-        self._waiting, self._waiting_aside = waiting, 0
+        self._waiting, self._waiting_aside, self._lock = waiting, 0, threading.Lock()
         self._aside = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="rows")
         self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._work, name="rows", daemon=True)
@@ -165,8 +168,13 @@ class Rows:
                 found.append(self._jobs.get())
             going = None not in found
             jobs = [job for job in found if job is not None and job.answer.set_running_or_notify_cancel()]
-            for paired in (False, True):
-                self._share([job for job in jobs if job.paired == paired])
+            try:
+                for paired in (False, True):
+                    self._share([job for job in jobs if job.paired == paired])
+            except Exception as error:  # whatever it is, nobody may wait for an answer that does not come
+                _log.exception("texts could not be shared out")
+                for job in jobs:
+                    _fail(job, error)
 
     def _share(self, jobs: Sequence[Job]) -> None:
         """Compute jobs in as few batches as may be, without that one waits while another's shape is compiled."""
@@ -185,15 +193,18 @@ class Rows:
                 self._compute([job])
 
     def _put_aside(self, work: Callable[[Sequence[Job]], Any], jobs: Sequence[Job]) -> None:
-        self._waiting_aside += len(jobs)
+        def count(more: int) -> None:
+            with self._lock:
+                self._waiting_aside += more
 
         def run() -> None:
             try:
                 work(jobs)
             finally:
-                self._waiting_aside -= len(jobs)
+                count(-len(jobs))
 
         self._aside.submit(run)
+        count(len(jobs))
 
     def _shape(self, jobs: Sequence[Job]) -> tuple[int, int]:
         """Rows of the batch, and their padded length."""
@@ -215,11 +226,18 @@ class Rows:
             found = self._predict(jobs)
         except BaseException as error:  # whatever it is, those who wait must hear of it, each of what is its own
             if len(jobs) == 1:
-                jobs[0].answer.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+                _fail(jobs[0], error)
                 return
             for job in jobs:
                 self._compute([job])
             return
         for job in jobs:
-            job.answer.set_result(found[: len(job.rows)])
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was told that it failed
+                job.answer.set_result(found[: len(job.rows)])
             found = found[len(job.rows) :]
+
+
+def _fail(job: Job, error: BaseException) -> None:
+    """End a job with an error, unless it is over."""
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        job.answer.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))

@@ -296,7 +296,8 @@ def _by_part(embed: Callable[..., Any], params: Any, rows: Batch, rng: jax.Array
 
     The gradient of the parameters is summed over the groups in float32.
     """
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    # What is held in integers has no gradient, and would take several times its bytes.
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
     @jax.checkpoint
     def one(wide: Any, part: Any) -> Any:

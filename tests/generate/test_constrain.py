@@ -181,6 +181,18 @@ def test_a_character_that_the_tokenizer_lacks_is_told():
         grammar.mask()
 
 
+def test_a_stop_token_may_also_be_part_of_the_text():
+    """Where the constraint has it; one that stands for no text, where the text matches alone."""
+    tokenizer = Bytes(special=("pad",))
+    (a, b), pad = tokenizer.encode("ab").tolist(), tokenizer.special["pad"]
+    grammar = Grammar(tokenizer, Constraint(regex="ab"), stop=(a, pad))
+    assert np.flatnonzero(grammar.mask()).tolist() == [a]
+    grammar.take(a)
+    assert np.flatnonzero(grammar.mask()).tolist() == [b]
+    grammar.take(b)
+    assert grammar.ended or grammar.mask()[pad]
+
+
 def test_tokens_out_of_place_are_refused():
     grammar = Grammar(Bytes(), Constraint(choices=("ab",)))
     with pytest.raises(ValueError, match="cannot be followed"):

@@ -557,3 +557,48 @@ def test_nothing_is_compiled_again_once_it_is_warm(case):
             ears = answers(engine, [dataclasses.replace(request, **more)] * 2)
             assert {ear.ended for ear in ears} <= {"length", "stop"}
     assert {name: program._cache_size() for name, program in programs.items()} == sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"data": 2}], ids=str)
+def test_a_mesh_is_warm_too(axes):
+    """Each program finds the state as every other one leaves it, and as it is after a step that failed."""
+    model, mesh = Model(GPT), make_mesh(ParallelConfig(**axes), jax.devices()[:2])
+    params = jax.device_put(model.init(jax.random.key(0)), stored_shardings(model.axes, model.shapes, mesh))
+    engine = Engine(model, params, mesh, V, dataclasses.replace(SMALL, slots=2, context=32))
+    engine.warm()
+    programs = [getattr(engine._decoder, name) for name in ("read", "write", "copy", "allow")]
+    sizes = [program._cache_size() for program in programs]
+    prompts = [
+        Request(tuple(range(1, length + 1)), 4, guide=guide) for length in (1, 9, 17, 20) for guide in (None, Broken("", None, 0))
+    ]
+    assert {ear.ended for ear in answers(engine, prompts)} == {"length"}
+    engine._state = engine._decoder.empty()
+    assert {ear.ended for ear in answers(engine, prompts[:1])} == {"length"}
+    assert [program._cache_size() for program in programs] == sizes
+
+
+def test_a_text_that_has_ended_waits_for_no_guide(case):
+    """Its guide fails on what may follow the last token, of which nobody asks."""
+    *_, engine = case
+    (ear,) = answers(engine, [Request((1, 2), 3, guide=Broken("mask", RuntimeError("broken"), 3))])
+    assert ear.ended == "length" and len(ear.ids) == 3
+
+
+def test_scores_are_computed_while_somebody_asks_alone(case, monkeypatch):
+    """A slot whose request had asked for them costs the texts of others nothing."""
+    *_, engine = case
+    write, told = engine._decoder.write, []
+
+    def watched(*args):
+        state, burst = write(*args)
+        told.append(float(abs(burst.scores.top).max()))
+        return state, burst
+
+    monkeypatch.setattr(engine._decoder, "write", watched)
+    answers(engine, requests_of(5, logprobs=2))
+    assert max(told) > 0
+    told.clear()
+    answers(engine, requests_of(6))
+    assert max(told) == 0

@@ -13,7 +13,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 from served import serving
 from test_vectors import trained
 
+from jaxlm.data.tokenizer import Bytes
 from jaxlm.serve import protocol
+from jaxlm.serve.asks import Asker, Limits
 from jaxlm.serve.options import ServeOptions
 from jaxlm.serve.protocol import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS
 from jaxlm.serve.service import serve_what
@@ -198,3 +200,8 @@ def test_the_documentation_names_every_field(route):
     table = {cells[1].strip(" `"): cells for line in DOCS.read_text().splitlines() if len(cells := line.split("|")) == 5}
     honoured, refused = ([name.strip(" `") for name in cell.split(",")] for cell in table[route][2:4])
     assert honoured == sorted(protocol.HONOURED[route]) and refused == sorted(protocol.REFUSED[route])
+
+
+def test_the_servers_limit_holds_for_what_a_request_leaves_out():
+    asker = Asker(Bytes(), None, (), Limits(64, 4, 16, 256))
+    assert [request.max_tokens for request in asker.completion({"prompt": "a"}, "").requests] == [4]

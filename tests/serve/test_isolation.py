@@ -134,6 +134,18 @@ def test_a_new_shape_is_compiled_aside(vectors, monkeypatch):
         assert long.result().status_code == 200
 
 
+def test_nobody_waits_for_an_answer_that_does_not_come(vectors, monkeypatch):
+    service, url = vectors
+
+    def embed(text):
+        return httpx.post(f"{url}/v1/embeddings", json={"input": text}, timeout=20).status_code
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.vectors, "_shape", lambda jobs: 1 / 0)
+        assert embed("a") == 500
+    assert service.vectors.alive and embed("a") == 200
+
+
 def test_a_text_that_fails_in_a_batch_fails_alone(vectors, monkeypatch):
     service, url = vectors
     predictor, together = service.vectors._predictors[4], []

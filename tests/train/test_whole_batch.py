@@ -72,3 +72,17 @@ def test_parts_hold_the_activations_of_one_part():
         compiled = jax.jit(jax.grad(lambda p, b, o=objective: o(model.apply, p, b, None)[0])).lower(model.shapes, given).compile()
         sizes[parts] = compiled.memory_analysis().temp_size_in_bytes
     assert sizes[8] < sizes[1] / 2.5
+
+
+def test_integers_are_not_widened():
+    """Of a base that is held in fewer bits no part becomes float32 before the model makes its matrices."""
+
+    def apply(params, rows, **_):
+        return rows["x_BD"] * params["scale"] + params["values"][:2, :4].astype(jnp.float32), None
+
+    params = {"scale": jnp.ones(()), "values": jnp.ones((64, 32), jnp.int8)}
+    rows = {"x_BD": jnp.ones((2, 4))}
+    batch = {"anchor": rows, "positive": rows, "weights_B": jnp.ones(2)}
+    batch = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
+    objective = objectives.contrast(0.05).in_parts(2)
+    assert "f32[64,32]" not in str(jax.make_jaxpr(lambda batch: objective(apply, params, batch, None)[0])(batch))
