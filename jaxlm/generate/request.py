@@ -96,6 +96,9 @@ def check(request: Request, vocab_size: int, context: int) -> None:
         raise ValueError(f"bad must hold up to {BAD} sequences of 1 to {BAD_LENGTH} tokens")
     if not all(0 <= i < vocab_size for ids in request.bad for i in ids):
         raise ValueError(f"a token of bad is not among the {vocab_size} of the vocabulary")
+    never = {ids[0] for ids in request.bad if len(ids) == 1} | (request.stop if request.min_tokens else frozenset())
+    if request.allowed is not None and all(i in never for i in request.allowed):
+        raise ValueError("none of the allowed tokens may come: bad and min_tokens forbid all of them")
     if len(request.bias) > BIASES or not all(0 <= token < vocab_size for token, _ in request.bias):
         raise ValueError(f"bias must be of up to {BIASES} tokens, all among the {vocab_size} of the vocabulary")
     if request.logprobs is not None and not 0 <= request.logprobs <= TOP:

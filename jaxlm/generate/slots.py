@@ -290,8 +290,8 @@ def _layout(state: Slots, mesh: jax.sharding.Mesh) -> Slots:
     """How a state of these shapes lies on the devices: heads and rows of the cache are split, the rest is held whole."""
     whole = NamedSharding(mesh, PartitionSpec())
     layout: Slots = jax.tree.map(lambda _: whole, state)
-    split = state.cache.map(lambda x: NamedSharding(mesh, spec("BKSH", x.shape, mesh, COMPUTED)))  # type: ignore[arg-type, return-value]
-    return layout.replace(cache=dataclasses.replace(split, length=whole))  # type: ignore[attr-defined]
+    split: Any = jax.tree.map(lambda x: NamedSharding(mesh, spec("BKSH", x.shape, mesh, COMPUTED)), state.cache.layers)
+    return layout.replace(cache=layout.cache.replace(layers=split))  # type: ignore[attr-defined]
 
 
 def _get(state: Slots, slot_B: jax.Array) -> Slots:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxlm.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from jaxlm.serve.asks import Ask
 from jaxlm.serve.choices import Choices, texts_of
-from jaxlm.serve.errors import INTERNAL, ApiError, json_response
+from jaxlm.serve.errors import INTERNAL, ApiError, json_response, unavailable
 from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.guard import Guard, gone, read_json
 from jaxlm.serve.page import Page
@@ -210,7 +210,10 @@ class _Routes:
     ) -> tuple[list[dict[str, Any]], int]:
         job = await self._service.readers.run(_owner(request, body), rows.submit, given, param)
         self._service.metrics.rows.labels(request.url.path).inc(len(given))
-        return await asyncio.wrap_future(job.answer), job.tokens
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(job.answer), self._service.options.timeout), job.tokens
+        except TimeoutError:
+            raise unavailable("the server was too busy for this request: try again later") from None
 
 
 def _owner(request: Request, body: dict[str, Any]) -> str:

@@ -507,6 +507,8 @@ def test_an_end_without_patience_cancels(engine):
         (Request((1,) * 30, 3), "the prompt of 30 tokens and max_tokens 3 are more than the context of 32"),
         (Request((1,), 3, stop=frozenset(range(9))), "9 tokens end the text: at most 8 may"),
         (Request((1,), 3, logprobs=21), "logprobs is 21: it must be from 0 to 20"),
+        (Request((1,), 3, allowed=(4, 5), bad=((4,), (5,), (6, 4))), "none of the allowed tokens may come"),
+        (Request((1,), 3, allowed=(4, 5), bad=((4,),), stop=frozenset({5}), min_tokens=1), "none of the allowed tokens may come"),
     ],
 )
 def test_mistakes(engine, request_, message):

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import json
+import queue
 import threading
 import time
 
@@ -144,6 +145,11 @@ def test_nobody_waits_for_an_answer_that_does_not_come(vectors, monkeypatch):
         patch.setattr(service.vectors, "_shape", lambda jobs: 1 / 0)
         assert embed("a") == 500
     assert service.vectors.alive and embed("a") == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(service.vectors, "_jobs", queue.Queue())  # which nobody reads
+        patch.setattr(service, "options", ServeOptions(timeout=0.2))
+        assert embed("a") == 503
+    assert embed("a") == 200
 
 
 def test_a_text_that_fails_in_a_batch_fails_alone(vectors, monkeypatch):
