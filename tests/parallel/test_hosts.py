@@ -96,11 +96,12 @@ def test_several_processes_are_one(processes, devices, mesh, tmp_path, cache, al
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cache, alone):
     """One process and four devices, then two processes, then one device: the numbers of a run that never stopped."""
+    plain = {"optim.schedule": "constant", "optim.warmup": 1}  # rates that do not depend on the number of steps
     for steps, processes, devices, mesh in ((2, 1, 4, {"parallel.fsdp": 4}), (4, 2, 2, {"parallel.tensor": 2}), (6, 1, 1, {})):
-        found = finish(start(tmp_path, processes, devices, cache, **{"train.steps": steps, "optim.schedule": "constant", **mesh}))
+        found = finish(start(tmp_path, processes, devices, cache, **{"train.steps": steps, **plain, **mesh}))
         assert all(code == 0 for _, code in found), found
     whole = tmp_path / "whole"
-    ((out, code),) = finish(start(whole, 1, 1, cache, **{"optim.schedule": "constant"}))
+    ((out, code),) = finish(start(whole, 1, 1, cache, **plain))
     assert code == 0, out
     assert numbers(tmp_path)["train", 6] == pytest.approx(numbers(whole)["train", 6], rel=2e-5)
 

@@ -94,18 +94,24 @@ def prepare(name, folder):
     kind, (model, _, _, steps) = name.split(" by ")[0], TASKS[name]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(kind, rows_in(name))), encoding="utf8")
     tree = {
-        "task": {"kind": kind, "target_length": 8, "decode": {"max_tokens": 4}, "temperature": 0.1},
+        "task": {"kind": kind},
         "model": {**model, "positions": 96, "layers": 2, "width": 32, "heads": 2, "init_std": 0.1},
         "data": {
             "train": str(folder / "rows.jsonl"), "length": 96, "batch_size": 16, "holdout": {"fraction": 0.2},
             "tokenizer": {"kind": "huggingface", "path": str(words(folder / "words"))},
         },
         "optim": {"learning_rate": 3e-3, "warmup": 5, "schedule": "constant", "weight_decay": 0.0},
-        "train": {"steps": steps, "eval_every": steps, "log_every": 10, "loss_chunk": 16},
+        "train": {"steps": steps, "eval_every": steps, "log_every": 10},
         "runs": str(folder / "runs"),
     }  # fmt: skip
+    if kind in ("text_to_text", "chat", "preference"):
+        tree["train"]["loss_chunk"] = 16
+    if kind in ("text_to_text", "chat"):
+        tree["task"]["decode"] = {"max_tokens": 4}
+    if kind == "embedding":
+        tree["task"]["temperature"] = 0.1
     if kind == "text_to_text":
-        tree["task"]["scores"] = "answers"
+        tree["task"] |= {"target_length": 8, "scores": "answers"}
         tree["data"]["rows"] = {"columns": {"answers": "target"}}
     file = folder / "task.yaml"
     configs_yaml = json.dumps(tree)
