@@ -185,8 +185,11 @@ def test_how_tokens_are_read_needs_no_new_corpus(tmp_path):
     plain = config(tmp_path)
     other = config(tmp_path, length=64, batch_size=2, layout="packed", epochs=2.0, prefetch=1)
     assert corpus_folder(plain) == corpus_folder(other)
-    source = SourceConfig("files", path=plain.sources[0].path, weight=3.0)
-    assert corpus_folder(config(tmp_path, sources=(source,))) == corpus_folder(plain)
+    even, uneven = (
+        config(tmp_path, sources=tuple(SourceConfig("files", path=plain.sources[0].path, weight=weight) for weight in weights))
+        for weights in ((1.0, 1.0), (3.0, 1.0))
+    )
+    assert corpus_folder(even) == corpus_folder(uneven), "weights only choose among what is tokenised"
     different = [
         config(tmp_path, tokenizer=TokenizerConfig("characters")),
         config(tmp_path, holdout=HoldoutConfig(fraction=0.3)),
