@@ -153,7 +153,7 @@ def load(
 
 
 def _origin(leaf: str, origins: Mapping[str, str]) -> str:
-    """Where a leaf came from: what is noted of it, or of the list that it stands in, which may be spelt without indices."""
+    """Origin of a leaf, or of the list that contains it. Names of lists may omit the index."""
     names = leaf.split(".")
     plain = ".".join(name for name in names if not name.isdigit())
     parents = (".".join(names[:i]) for i in range(len(names), 0, -1))

@@ -30,7 +30,7 @@ Choose = Callable[[Sequence[str], str], list[str]]
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How the files of one table are read."""
+    """Options for reading the files of one table."""
 
     header: Sequence[str] = ()
     """Names of the columns of a table without a line of names, or of rows that are lists."""

@@ -26,7 +26,7 @@ RECORD = np.dtype([("end", "<i8"), ("characters", "<i8"), ("hash", "<u8", 2)])
 _HASH = np.dtype([("hash", "<u8", 2), ("number", "<i8")])
 
 Spans = Callable[[int], np.ndarray]
-"""Makes the array (n, 2) that spans are written to."""
+"""Allocates an (n, 2) array for spans."""
 
 
 def write_records(texts: Iterable[str], text_file: pathlib.Path, record_file: pathlib.Path) -> int:

@@ -20,9 +20,9 @@ LIMITS = {
     "max_items_in_row": 2000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000,
     "max_lexer_states": 100_000, "max_grammar_size": 500_000, "verbose_errors": False,
 }  # fmt: skip
-"""What llguidance may spend on a grammar and on a token, in its own units: about a second to compile and 20 ms a token."""
+"""Limits for llguidance, in its own units: about 1 s to compile a grammar and 20 ms per token."""
 LENGTH = 1 << 18
-"""Most characters of a constraint's source."""
+"""Maximum length of a constraint's source, in characters."""
 
 
 @dataclasses.dataclass(frozen=True)

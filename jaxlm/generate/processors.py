@@ -30,9 +30,9 @@ class LogitsRules:
     min_new_tokens: int = 0
     """Least new tokens before the text may end."""
     forced_bos_token_id: int | None = None
-    """Second token of a text, where the first is the only one so far: an encoder-decoder's first new token."""
+    """Token forced at the second position of the decoder: the first new token of an encoder-decoder."""
     forced_eos_token_id: tuple[int, ...] = ()
-    """Tokens of which one comes last where a text reaches its maximum length."""
+    """Tokens of which one is forced at the last position when a text reaches its maximum length."""
     suppress_tokens: tuple[int, ...] = ()
     """Tokens that never come."""
     begin_suppress_tokens: tuple[int, ...] = ()

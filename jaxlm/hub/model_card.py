@@ -67,7 +67,7 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def inherited(folder: pathlib.Path) -> CardFacts:
-    """Licence and language that a folder's README states, which hold for what is made of the model too."""
+    """Licence and languages from the metadata of a folder's README; derived models inherit them."""
     metadata = read_metadata(folder)
     language, license = (metadata.get(name) or () for name in ("language", "license"))
     codes, licenses = ((found,) if isinstance(found, str) else tuple(map(str, found)) for found in (language, license))

@@ -20,9 +20,9 @@ class Collective(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     """Of its results on one device."""
     bytes: int
-    """Of its results on one device, each time that it runs."""
+    """Size of its results on one device, per execution."""
     group: int
-    """Devices that take part in it together."""
+    """Devices per replica group."""
     times: int
     """How often it runs: the product of the trip counts of the loops around it, at least 1 each."""
 

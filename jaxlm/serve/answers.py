@@ -94,7 +94,7 @@ class Answer:
         return told
 
     def _prompt_token(self, token: Token) -> dict[str, Any] | None:
-        """The likeliest tokens at its place and the token itself, by their ids; None for the first, which nothing predicts."""
+        """Log-probabilities of the most likely tokens and of the prompt token itself, by id; None for the first token."""
         if token.logprob is None:
             return None
         ranked = [(rank, i, value) for rank, (i, value) in enumerate(token.top[: self._ask.prompt_logprobs], 1)]

@@ -109,7 +109,7 @@ def _format(value: Any, white_space: str | None) -> Constraint | None:
 
 
 def _only(name: str, value: dict[str, Any], fields: Sequence[str]) -> None:
-    """Refuse a field of an object that would be ignored."""
+    """Reject fields of a nested object that are not supported."""
     for field, inner in value.items():
         if field not in fields and inner is not None:
             raise unknown(f"field of {name}", field[:60], fields)

@@ -333,7 +333,7 @@ def check_not_swapped(labels: Sequence[str], texts: Sequence[str]) -> None:
 
 
 def label_order(source: Sequence[str], labels: Sequence[str], ordered: bool = False) -> list[int] | None:
-    """For each label its place among the labels of the model that a run starts from; None where the two sets disagree.
+    """Index of each label among the labels of the source model; None if the two sets differ.
 
     Labels are the same if they are spelt alike, but for letter case where that leaves no doubt. Numbers from 0 on are places
     among names that are not numbers themselves, as transformers takes integer labels. `ordered`: the user named the labels
