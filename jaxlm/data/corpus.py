@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlm.data.rows import RowsConfig
 from jaxlm.data.sources import SourceConfig
+from jaxlm.data.steps import ranges
 from jaxlm.data.tokenizer import Tokenizer, TokenizerConfig
 
 SPANS = 1 << 20  # documents whose spans are looked at together: those of a large corpus stay on disk
@@ -212,18 +213,8 @@ def encode(
 
 def groups(spans: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
     """Ranges of documents that begin within the same `size` bytes of text."""
-    first, before, total = 0, 0, 0
-    for start in range(0, len(spans), SPANS):
-        part = np.asarray(spans[start : start + SPANS])
-        ends = total + np.cumsum(part[:, 1] - part[:, 0])
-        bins = np.concatenate([[total], ends[:-1]]) // size
-        for edge in (start + np.flatnonzero(np.diff(bins, prepend=before))).tolist():
-            if edge > first:
-                yield first, edge
-                first = edge
-        before, total = int(bins[-1]), int(ends[-1])
-    if first < len(spans):
-        yield first, len(spans)
+    parts = (np.asarray(spans[start : start + SPANS]) for start in range(0, len(spans), SPANS))
+    return ranges((part[:, 1] - part[:, 0] for part in parts), size)
 
 
 def token_dtype(tokenizer: Tokenizer) -> type:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxlm.data.steps import alone, finished
+from jaxlm.data.steps import alone, finished, ranges
 
 Row = dict[str, Any]  # arrays and scalars, or rows again: {"encoder": …, "decoder": …}
 Batch = dict[str, Any]
@@ -178,18 +178,9 @@ def _write_plan(offsets: np.ndarray, length: int, place: pathlib.Path, groups: l
 
 def _groups(offsets: np.ndarray, length: int) -> Iterator[tuple[int, int]]:
     """Ranges of neighbouring documents that begin within the same PIECES pieces."""
-    count, total, first, before = len(offsets) - 1, 0, 0, 0
-    for start in range(0, count, PIECES):
-        part = np.asarray(offsets[start : start + PIECES + 1], np.int64)
-        ends = total + np.cumsum(-(-np.diff(part) // length))
-        bins = np.concatenate([[total], ends[:-1]]) // PIECES
-        for edge in (start + np.flatnonzero(np.diff(bins, prepend=before))).tolist():
-            if edge > first:
-                yield first, edge
-                first = edge
-        before, total = int(bins[-1]), int(ends[-1])
-    if first < count:
-        yield first, count
+    starts = range(0, len(offsets) - 1, PIECES)
+    parts = (np.asarray(offsets[start : start + PIECES + 1], np.int64) for start in starts)
+    return ranges((-(-np.diff(part) // length) for part in parts), PIECES)
 
 
 def _pack(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

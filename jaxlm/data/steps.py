@@ -1,10 +1,12 @@
-"""Steps of work on disk: finished by a rename, done by one process at a time."""
+"""Steps of work on disk: ranges of bounded size, finished by a rename, done by one process at a time."""
 
 import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from jaxlm.report import say
 
@@ -38,3 +40,21 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def ranges(chunks: Iterable[np.ndarray], size: int) -> Iterator[tuple[int, int]]:
+    """Split consecutive items into ranges [first, stop) whose items begin within the same multiple of `size`.
+
+    `chunks` are the items' sizes, a bounded number at a time, so that memory does not grow with the number of items.
+    """
+    first = start = total = before = 0
+    for sizes in chunks:
+        ends = total + np.cumsum(sizes)
+        bins = np.concatenate([[total], ends[:-1]]) // size
+        for edge in (start + np.flatnonzero(np.diff(bins, prepend=before))).tolist():
+            if edge > first:
+                yield first, edge
+                first = edge
+        start, before, total = start + len(sizes), int(bins[-1]), int(ends[-1])
+    if first < start:
+        yield first, start
