@@ -12,7 +12,7 @@ import pytest
 from jaxlm import cli
 
 SMALL = [
-    "--model.preset", "null", "--model.kv-heads", "null",
+    "--model.kv-heads", "null", "--model.mlp-width", 64,
     "--model.layers", 1, "--model.width", 32, "--model.heads", 2, "--data.tokenizer.kind", "bytes",
     "--train.steps", 4, "--train.eval-every", 2, "--train.sample-tokens", 4,
 ]  # fmt: skip
