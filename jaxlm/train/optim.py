@@ -27,13 +27,17 @@ class GroupConfig:
     """Regular expression of their paths, in which a block may be named by its number (`layers.3/`)."""
     learning_rate: float = 1.0
     """What the learning rate is multiplied with."""
-    weight_decay: bool = True
-    """false: they are not decayed, whatever decay says."""
+    weight_decay: float | None = None
+    """Decoupled weight decay of all of them, also of those that optim.decay does not match; empty: as for other parameters."""
 
     def __post_init__(self) -> None:
         check_regex("pattern", self.pattern)
         if self.learning_rate < 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: a multiplier must not be negative")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}: it must not be negative")
+        if self.weight_decay and self.learning_rate == 0:
+            raise ValueError(f"weight_decay {self.weight_decay} would do nothing with learning_rate 0, which it is multiplied with")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class OptimConfig:
     """Each block learns at this share of the rate of the block above it, the embeddings at that of the lowest one's; the head
     at the full rate (Clark et al. 2020, "ELECTRA", appendix B)."""
     groups: tuple[GroupConfig, ...] = ()
-    """Parameters with a rate of their own; of several that match, the first counts."""
+    """Parameters with a learning rate or weight decay of their own; the first group that matches a parameter counts."""
     average: float | None = None
     """Decay of the exponential moving average of the parameters, which is then evaluated and exported in their place (Polyak
     and Juditsky 1992); in the first steps it is less, (1 + step) / (10 + step). Empty: none."""
@@ -180,8 +184,8 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, tuning: Tuning
 
         decay = optax.add_decayed_weights(config.weight_decay, decayed)
     else:
-        rates, shares = multipliers(config, tuning)
-        decay = _decay(config.weight_decay, shares)
+        rates, decays = multipliers(config, tuning)
+        decay = _decay(decays)
         scale = [] if all(np.all(value == 1) for value in jax.tree.leaves(rates)) else [_times(rates)]
     step = optax.chain(moments, decay, *scale, rate)
     clipped = step if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), step)
@@ -189,21 +193,24 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule, tuning: Tuning
 
 
 def multipliers(config: OptimConfig, tuning: Tuning) -> tuple[Tree, Tree]:
-    """For each trained leaf what its learning rate and its weight decay are multiplied with: a number, or where its layers
-    differ an array that broadcasts along its first axis."""
-    used: set[GroupConfig] = set()
+    """The factor of the learning rate and the weight decay of each trained leaf: a number, or, if its layers differ, an array
+    that broadcasts along its first axis. Raises ValueError for a group that matches no parameter."""
+    used: set[int] = set()
 
     def group(path: str, name: str) -> GroupConfig:
-        found = next((group for group in config.groups if matching(group.pattern, path, [name])), GroupConfig())
-        used.add(found)
-        return found
+        number = next((i for i, group in enumerate(config.groups) if matching(group.pattern, path, [name])), None)
+        if number is None:
+            return GroupConfig()
+        used.add(number)
+        return config.groups[number]
 
     def rate(path: str, name: str) -> float:
         above = layers_above(name, tuning.stacks) if config.layer_decay != 1 else 0
         return group(path, name).learning_rate * config.layer_decay**above
 
-    def share(path: str, name: str) -> float:
-        return float(bool(matching(config.decay, path, [name])) and group(path, name).weight_decay)
+    def decay(path: str, name: str) -> float:
+        own = group(path, name).weight_decay
+        return (config.weight_decay if matching(config.decay, path, [name]) else 0.0) if own is None else own
 
     def tree(of: Callable[[str, str], float]) -> Tree:
         leaves = {}
@@ -212,8 +219,8 @@ def multipliers(config: OptimConfig, tuning: Tuning) -> tuple[Tree, Tree]:
             leaves[path] = values[0] if len(set(values)) == 1 else np.asarray(values, np.float32)
         return jax.tree.map(_along_first, unflatten_dict(leaves, sep="/"), tuning.shapes)
 
-    found = tree(rate), tree(share)
-    for unused in [group for group in config.groups if group not in used]:
+    found = tree(rate), tree(decay)
+    for unused in [group for i, group in enumerate(config.groups) if i not in used]:
         raise ValueError(f"optim.groups: pattern {unused.pattern!r} finds no trained parameter that no group before it has")
     return found
 
@@ -239,12 +246,12 @@ def _times(rates: Tree) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(lambda update, by: update * by, updates, rates))
 
 
-def _decay(weight_decay: float, shares: Tree) -> optax.GradientTransformation:
-    """Decoupled weight decay times each leaf's share. It is masked, so that its state has the form of Optax's own."""
-    mask = jax.tree.map(lambda share: bool(np.any(share)), shares)
-    masked = jax.tree.map(lambda share, here: share if here else optax.MaskedNode(), shares, mask)
+def _decay(decays: Tree) -> optax.GradientTransformation:
+    """Decoupled weight decay, for each leaf by its own. It is masked, so that its state has the form of Optax's own."""
+    mask = jax.tree.map(lambda decay: bool(np.any(decay)), decays)
+    masked = jax.tree.map(lambda decay, here: decay if here else optax.MaskedNode(), decays, mask)
 
     def add(updates: Tree, params: Tree | None) -> Tree:
-        return jax.tree.map(lambda update, p, share: update + weight_decay * share * p, updates, params, masked)
+        return jax.tree.map(lambda update, p, decay: update + decay * p, updates, params, masked)
 
     return optax.masked(optax.stateless(add), mask)

@@ -1,6 +1,7 @@
 """Ways to tune: every one learns, changes nothing that is frozen, and trains by the gradients that brute force gives."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from jaxlm.train import (
     state_shapes,
     state_shardings,
 )
+from jaxlm.train.moments import Name
 from jaxlm.train.optim import multipliers
 
 # Its matrices are large: behind frozen ones that are nearly zero an adapter would learn little in few steps.
@@ -404,20 +406,29 @@ def test_layer_decay_by_hand():
 
 
 def test_groups_in_order():
-    """The first that matches counts; the decay of weights is by `decay`, less where a group takes it away."""
-    query = GroupConfig(r"layers\.1/attention/query", 3.0, weight_decay=False)
+    """The first that matches counts; a weight is decayed as `decay` says, unless its group has a decay of its own."""
+    query = GroupConfig(r"layers\.1/attention/query", 3.0, weight_decay=0.25)
     groups = (query, GroupConfig("attention/", 0.5), GroupConfig("embed", 0.0))
-    config, tuning = OptimConfig(groups=groups, decay="kernel$|lora_a$"), Tuning(TuneConfig(), MODEL)
-    rates, shares = rates_of(config, tuning), rates_of(config, tuning, 1)
+    config = OptimConfig(groups=groups, decay="kernel$|lora_a$", weight_decay=1.0)
+    tuning = Tuning(TuneConfig(), MODEL)
+    rates, decays = rates_of(config, tuning), rates_of(config, tuning, 1)
     layers = "transformer/decoder/layers"
-    assert rates[f"{layers}/attention/query/kernel"] == [0.5, 3.0, 0.5] and shares[f"{layers}/attention/query/kernel"] == [1, 0, 1]
-    assert rates[f"{layers}/attention/key/bias"] == [0.5] and shares[f"{layers}/attention/key/bias"] == [0]
+    assert rates[f"{layers}/attention/query/kernel"] == [0.5, 3.0, 0.5] and decays[f"{layers}/attention/query/kernel"] == [
+        1,
+        0.25,
+        1,
+    ]
+    assert decays[f"{layers}/attention/query/bias"] == [0, 0.25, 0], "a decay of the group's own is of all its parameters"
+    assert rates[f"{layers}/attention/key/bias"] == [0.5] and decays[f"{layers}/attention/key/bias"] == [0]
     assert rates["transformer/embed/table"] == [0.0] and rates[f"{layers}/mlp/up/kernel"] == [1.0]
-    lora = rates_of(OptimConfig(decay="lora_a$"), Tuning(TuneConfig(None, LORA), MODEL), 1)
+    lora = rates_of(OptimConfig(decay="lora_a$", weight_decay=1.0), Tuning(TuneConfig(None, LORA), MODEL), 1)
     assert lora[f"{layers}/mlp/up/kernel/lora_a"] == [1] and lora[f"{layers}/mlp/up/kernel/lora_b"] == [0]
-    unused = OptimConfig(groups=(GroupConfig("attention/"), GroupConfig("attention/query")))
-    with pytest.raises(ValueError, match=r"optim\.groups: pattern 'attention/query' finds no trained parameter"):
-        make_optimizer(unused, lambda step: 0.1, tuning)
+    for again in ("attention/query", "attention/"):
+        unused = OptimConfig(groups=(GroupConfig("attention/"), GroupConfig(again)))
+        with pytest.raises(ValueError, match=rf"optim\.groups: pattern '{again}' finds no trained parameter"):
+            make_optimizer(unused, lambda step: 0.1, tuning)
+    with pytest.raises(ValueError, match="weight_decay 0.1 would do nothing with learning_rate 0"):
+        GroupConfig("embed", 0.0, 0.1)
 
 
 def updated(optimizer, gradient, params):
@@ -434,7 +445,7 @@ def updated(optimizer, gradient, params):
 
 def test_the_optimiser_follows_its_multipliers(params):
     """With a zero gradient a weight moves by rate · decay; with one, Adam's first update is the rate itself."""
-    groups = (GroupConfig(r"layers\.1/mlp/up", 3.0, weight_decay=False), GroupConfig(r"layers\.2/mlp/up", 0.5))
+    groups = (GroupConfig(r"layers\.1/mlp/up", 3.0, weight_decay=0.0), GroupConfig(r"layers\.2/mlp/up", 0.5))
     tuning = Tuning(TuneConfig(), MODEL)
     optimizer = make_optimizer(OptimConfig(weight_decay=0.5, clip=None, groups=groups), lambda step: 0.1, tuning)
     path = "transformer/decoder/layers/mlp/up/kernel"
@@ -442,6 +453,18 @@ def test_the_optimiser_follows_its_multipliers(params):
     np.testing.assert_allclose(still, w * np.array([-0.05, 0, -0.025], np.float32)[:, None, None], rtol=1e-5)
     expected = np.broadcast_to(np.array([-0.1, -0.3, -0.05])[:, None, None], w.shape)
     np.testing.assert_allclose(moved - still, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", typing.get_args(Name))
+def test_a_group_is_decayed_where_nothing_else_is(name, params):
+    """Under every optimiser: two groups beside an `optim.weight_decay` of 0, one of them of norms, which `optim.decay` leaves out."""
+    groups = (GroupConfig(r"mlp/up/kernel", weight_decay=0.5), GroupConfig("final_norm", 0.5, weight_decay=0.25))
+    config = OptimConfig(name=name, weight_decay=0.0, clip=None, groups=groups)
+    still = flat(updated(make_optimizer(config, lambda step: 0.1, Tuning(TuneConfig(), MODEL)), 0.0, params)[0])
+    rate = {path: 0.05 if "mlp/up/kernel" in path else 0.0125 if "final_norm" in path else 0 for path in still}
+    for path, w in flat(params).items():
+        np.testing.assert_allclose(still[path], -rate[path] * w, rtol=1e-5, atol=1e-7, err_msg=path)
+    assert len(set(rate.values())) == 3
 
 
 def test_a_tuning_without_multipliers_changes_no_bit_of_the_optimiser(params):
