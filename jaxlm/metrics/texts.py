@@ -82,7 +82,7 @@ def choose_tokenizer(references: References, tokenize: Tokenizer = "auto") -> To
 def _there(tokenize: str) -> bool:
     """Whether one of sacrebleu's tokenizers can be made here."""
     try:
-        _metrics(tokenize)
+        _bleu(tokenize)
     except ValueError:
         return False
     return True
@@ -91,14 +91,14 @@ def _there(tokenize: str) -> bool:
 def translation(hypotheses: Sequence[str], references: References, tokenize: Tokenizer = "auto") -> Scored:
     """bleu (Papineni et al. 2002), chrf (chrF2: Popović 2015) and ter (Snover et al. 2006; lower is better) of a corpus.
 
-    They are sacrebleu's (Post 2018), with its signatures. `tokenize` is BLEU's (`choose_tokenizer`); with one for text
-    without spaces (zh, ja-mecab, char) TER, too, takes each East Asian character for a word.
+    They are sacrebleu's (Post 2018), with its signatures. `tokenize` is BLEU's (`choose_tokenizer`). TER takes each East Asian
+    character for a word if the references are Chinese or Japanese, or `tokenize` is one for text without spaces.
     """
     check_sizes(hypotheses, references)
     lists = listed(references)
     columns = _columns(lists)
     values, signatures = {}, {}
-    for name, metric in _metrics(choose_tokenizer(lists, tokenize).name).items():
+    for name, metric in _metrics(lists, tokenize).items():
         values[name] = float(metric.corpus_score(list(hypotheses), columns).score)
         signatures[name] = str(metric.get_signature())
     return Scored(values, signatures)
@@ -111,7 +111,7 @@ def weighted_translation(tokenize: Tokenizer = "auto") -> Weighted:
     def prepare(hypotheses: Sequence[str], references: References) -> Callable[[np.ndarray], Scores]:
         check_sizes(hypotheses, references)
         lists = listed(references)
-        columns, metrics = _columns(lists), _metrics(choose_tokenizer(lists, tokenize).name)
+        columns, metrics = _columns(lists), _metrics(lists, tokenize)
         # sacrebleu's own bootstrap works on these two methods; it shows them in no other way. A test holds us to it.
         rows = {k: np.array(m._extract_corpus_statistics(list(hypotheses), columns), float) for k, m in metrics.items()}
 
@@ -127,15 +127,23 @@ def weighted_translation(tokenize: Tokenizer = "auto") -> Weighted:
     return Weighted(prepare)
 
 
-def _metrics(tokenize: str) -> dict[str, Any]:
-    from sacrebleu.metrics import BLEU, CHRF, TER
+def _metrics(references: list[list[str]], tokenize: Tokenizer) -> dict[str, Any]:
+    from sacrebleu.metrics import CHRF, TER
 
-    spaceless = tokenize in ("zh", "ja-mecab", "char")
+    chosen = choose_tokenizer(references, tokenize).name
+    texts = (text for several in references for text in several)
+    spaceless = chosen in ("zh", "ja-mecab", "char") or script_of(texts) in ("Chinese", "Japanese")
+    return {"bleu": _bleu(chosen), "chrf": CHRF(), "ter": TER(normalized=spaceless, asian_support=spaceless)}
+
+
+def _bleu(tokenize: str) -> Any:
+    """sacrebleu's BLEU. Raises ValueError if the packages of its tokenizer are not installed."""
+    from sacrebleu.metrics import BLEU
+
     try:
-        bleu = BLEU(tokenize=tokenize, force=True)  # force: no warning that a text looks tokenised
+        return BLEU(tokenize=tokenize, force=True)  # force: no warning that a text looks tokenised
     except (ImportError, RuntimeError, OSError) as error:
         raise ValueError(f"tokenize {tokenize!r} needs what is not here: {_NEEDS.get(tokenize, error)}") from error
-    return {"bleu": bleu, "chrf": CHRF(), "ter": TER(normalized=spaceless, asian_support=spaceless)}
 
 
 def _columns(references: list[list[str]]) -> list[list[str | None]]:

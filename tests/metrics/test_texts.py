@@ -136,7 +136,16 @@ def test_detected_scores_are_sacrebleus_and_so_are_those_of_resamples(tokenize):
 
 
 def test_a_named_tokenizer_is_taken_whatever_the_script():
+    """It is BLEU's alone: TER goes by the references, in which one wrong character of five is one edit of five."""
     assert choose_tokenizer(["天气很好"], "13a") == ("13a", "")
+    for tokenize in ("zh", "none", "intl", "13a"):  # flores200 is one of these, but needs a download
+        for text, reference in (("我今天很好", "我今天很忙"), ("学校に行きまし", "学校に行った。")):
+            theirs = TER(normalized=True, asian_support=True)
+            found = translation([text], [reference], tokenize)
+            assert found.values["ter"] == theirs.corpus_score([text], [[reference]]).score
+            assert found.signatures["ter"] == str(theirs.get_signature())
+    assert translation(["我今天很好"], ["我今天很忙"], "none").values["ter"] == pytest.approx(20)
+    assert "norm:no" in translation(["ไปตลาด"], ["ไปตลาด"], "none").signatures["ter"], "sacrebleu has no words for Thai"
     assert (
         translation(["天气很好"], ["天气不好"], "13a").values["bleu"]
         == 0

@@ -427,7 +427,7 @@ def test_groups_in_order():
         unused = OptimConfig(groups=(GroupConfig("attention/"), GroupConfig(again)))
         with pytest.raises(ValueError, match=rf"optim\.groups: pattern '{again}' finds no trained parameter"):
             make_optimizer(unused, lambda step: 0.1, tuning)
-    with pytest.raises(ValueError, match="weight_decay 0.1 would do nothing with learning_rate 0"):
+    with pytest.raises(ValueError, match=r"weight_decay 0\.1 would do nothing with learning_rate 0"):
         GroupConfig("embed", 0.0, 0.1)
 
 
@@ -457,7 +457,7 @@ def test_the_optimiser_follows_its_multipliers(params):
 
 @pytest.mark.parametrize("name", typing.get_args(Name))
 def test_a_group_is_decayed_where_nothing_else_is(name, params):
-    """Under every optimiser: two groups beside an `optim.weight_decay` of 0, one of them of norms, which `optim.decay` leaves out."""
+    """Under every optimiser: `optim.weight_decay` is 0, and of two groups one is of norms, which `optim.decay` leaves out."""
     groups = (GroupConfig(r"mlp/up/kernel", weight_decay=0.5), GroupConfig("final_norm", 0.5, weight_decay=0.25))
     config = OptimConfig(name=name, weight_decay=0.0, clip=None, groups=groups)
     still = flat(updated(make_optimizer(config, lambda step: 0.1, Tuning(TuneConfig(), MODEL)), 0.0, params)[0])
