@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.model.layers import divisor
+from jaxlm.model.chunked import even, fill
 from jaxlm.parallel.rules import COMPUTED, Split, constrain, length_ways, split_over, sum_over_devices
 
 
@@ -47,23 +47,26 @@ def gathered_table(table_VD: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _cut(length: int, chunk: int) -> tuple[int, int]:
-    """Devices that share the length, and chunks of it; each holds a part of every device's places, so that all have work."""
+    """Number of devices that share the length, and positions that each of them has in a chunk."""
     ways = length_ways() if length % length_ways() == 0 else 1
-    return ways, length // ways // divisor(length // ways, chunk)
+    return ways, even(length // ways, chunk, 1)
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """(B, L, …) → (number of chunks, B, chunk, …): along the length, so that rows stay on their devices."""
-    ways, count = _cut(x.shape[1], chunk)
-    split = x.reshape(x.shape[0], ways, count, -1, *x.shape[2:])
-    return jnp.moveaxis(split, 2, 0).reshape(count, x.shape[0], -1, *x.shape[2:])
+    """(B, L, …) → (number of chunks, B, chunk, …). Each chunk holds a part of every device's positions, so that all devices
+    have work; the last one is padded with zeros."""
+    (B, L), rest = x.shape[:2], x.shape[2:]
+    ways, size = _cut(L, chunk)
+    split = fill(x.reshape(B, ways, L // ways, *rest), {2: size}).reshape(B, ways, -1, size, *rest)
+    return jnp.moveaxis(split, 2, 0).reshape(-1, B, ways * size, *rest)
 
 
 def _joined(y: jax.Array, length: int, chunk: int) -> jax.Array:
-    """Results of chunks, in the order of the length again."""
-    ways, count = _cut(length, chunk)
-    split = y.reshape(count, y.shape[1], ways, -1, *y.shape[3:])
-    return jnp.moveaxis(split, 0, 2).reshape(y.shape[1], length, *y.shape[3:])
+    """Results of chunks, in the order of the length again and without the padding."""
+    (count, B), rest = y.shape[:2], y.shape[3:]
+    ways, size = _cut(length, chunk)
+    split = jnp.moveaxis(y.reshape(count, B, ways, size, *rest), 0, 2).reshape(B, ways, count * size, *rest)
+    return split[:, :, : length // ways].reshape(B, length, *rest)
 
 
 def _over_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, chunk: int) -> tuple[Any, Any]:

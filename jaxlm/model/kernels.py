@@ -137,7 +137,7 @@ def _ways(axes: tuple[str, ...]) -> int:
 # --- which kernel ------------------------------------------------------------------------------
 
 LARGE = 2**30
-"""Bytes of float32 scores on one device from which on they are no longer held whole."""
+"""Bytes on one device above which float32 scores, or a bias of them, are not held as a whole matrix."""
 
 
 def choose(
@@ -179,6 +179,8 @@ def why_not(
             # What it cannot say is given as a bias, and the gradient of one needs even lengths.
             f"segments, prefixes, windows and biases need even lengths, given {L} and {S}": bool(L % 2 or S % 2)
             and (bias_NY is not None or rest_of(mask, L, S, False) is not None),
+            f"it takes a bias as a whole matrix, which would hold more than {LARGE / 2**30:g} GiB": bias_NY is not None
+            and _dense_bias_bytes(q_BLNH, k_BSKH, mask) > LARGE,
         },
         "splash": {
             "it needs a TPU": platform() != "tpu",
@@ -202,8 +204,21 @@ def _nvidia() -> bool:
 
 
 def _score_bytes(q_BLNH: jax.Array, k_BSKH: jax.Array) -> int:
-    """Of one device: rows and heads are split as the rules say."""
-    mesh, shape = jax.sharding.get_abstract_mesh(), q_BLNH.shape
-    if not mesh.empty:
-        shape = NamedSharding(mesh, spec("BLNH", shape, mesh, COMPUTED)).shard_shape(shape)
-    return 4 * math.prod(shape[:3]) * k_BSKH.shape[1]
+    """Bytes of one device's scores in float32."""
+    return 4 * math.prod(_on_device(q_BLNH)[:3]) * k_BSKH.shape[1]
+
+
+def _dense_bias_bytes(q_BLNH: jax.Array, k_BSKH: jax.Array, mask: Mask) -> int:
+    """Bytes of the matrix by which cuDNN is given a bias, on one device: one for all rows, or, with a mask that differs by row
+    and that is added to it, one for each."""
+    B, L, N, _ = _on_device(q_BLNH)
+    by_row = mask.key_segments_BS is not None or mask.prefix_B is not None or (mask.seen is not None and jnp.ndim(mask.seen) > 0)
+    return q_BLNH.dtype.itemsize * (B if by_row else 1) * N * L * k_BSKH.shape[1]
+
+
+def _on_device(q_BLNH: jax.Array) -> tuple[int, ...]:
+    """The shape of the queries on one device, whose rows and heads are split as the rules say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return q_BLNH.shape
+    return NamedSharding(mesh, spec("BLNH", q_BLNH.shape, mesh, COMPUTED)).shard_shape(q_BLNH.shape)

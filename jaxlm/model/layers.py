@@ -45,7 +45,7 @@ def kernel(module: Any, axes: str, init: Any) -> Any:
 
 
 def divisor(length: int, chunk: int) -> int:
-    """The largest size up to `chunk` that divides the length."""
+    """The largest number up to `chunk` that divides `length`."""
     return max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
 
 

@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.model.chunked import Plan, stream_backward, stream_forward
+from jaxlm.model.chunked import Plan, even, fill, stream_backward, stream_forward
 from jaxlm.model.distance_bias import grouped
 from jaxlm.model.fused import per_query_head
 from jaxlm.model.mask import Mask
 from jaxlm.parallel.rules import COMPUTED, spec
 
 AXIS = "context"
+
+BLOCK = 512
+"""Maximum number of queries, and of keys, in one block of scores."""
 
 
 class _Ring(NamedTuple):
@@ -28,7 +31,10 @@ class _Ring(NamedTuple):
     """Devices that share the length."""
     halves: int
     """Parts of a device's queries and keys: 2 in the balanced order of a causal mask, else 1."""
-    softcap: float | None
+    length: int
+    """Queries of a part, without padding."""
+    plan: Plan
+    """Blocks of a part; its last block of queries and of keys is padded."""
     mask: Mask
     """Without its arrays."""
 
@@ -69,7 +75,10 @@ def ring(
     along = PartitionSpec(q_spec[0], AXIS)
     fact_specs: Any = _Facts(*(None if x is None else way for x, way in zip(facts, (along, along, rows), strict=True)))  # type: ignore[arg-type]
     plain = dataclasses.replace(mask, query_segments_BL=None, key_segments_BS=None, prefix_B=None)
-    run = functools.partial(_device, _Ring(ways, 2 if balanced else 1, softcap, plain))
+    halves = 2 if balanced else 1
+    length, size = L // (ways * halves), S // (ways * halves)
+    plan = Plan(even(length, BLOCK), even(size, BLOCK), size, softcap)
+    run = functools.partial(_device, _Ring(ways, halves, length, plan, plain))
     # What a custom gradient varies over cannot be checked.
     heads = None if bias_NY is None else PartitionSpec(q_spec[2], None)  # all distances of a device's own heads
     split = jax.shard_map(run, in_specs=(q_spec, kv_spec, kv_spec, fact_specs, heads), out_specs=q_spec, check_vma=False)
@@ -94,11 +103,18 @@ def _device(
     if ring.halves == 2:
         q_BLNH, k_BSKH, v_BSKH = (_to_zigzag(ring.ways, x) for x in (q_BLNH, k_BSKH, v_BSKH))
         facts = _Facts(*(None if x is None else _to_zigzag(ring.ways, x) for x in facts))
-    q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, L, K, N // K, H), 1, 3)
+    plan = ring.plan
+    q_BLNH, k_BSKH, v_BSKH = (_padded(ring, x, n) for x, n in ((q_BLNH, plan.rows), (k_BSKH, plan.keys), (v_BSKH, plan.keys)))
+    query, key = (
+        None if x is None else _padded(ring, x, n) for x, n in ((facts.query_BL, plan.rows), (facts.key_BS, plan.keys))
+    )  # fmt: skip
+    facts = facts._replace(query_BL=query, key_BS=key)
+    q_BKGLH = jnp.moveaxis(q_BLNH.reshape(B, -1, K, N // K, H), 1, 3)
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    plan, *_ = _plan(ring, q_BKGLH, k_BKSH)
     mixed_BKGLH = _turn(ring, q_BKGLH, k_BKSH, v_BKSH, facts, grouped(bias_NY, K, max(plan.rows, plan.keys)))
-    mixed_BLNH = jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, L, N, H)
+    mixed_BLNH = jnp.moveaxis(mixed_BKGLH, 3, 1).reshape(B, -1, N, H)
+    if mixed_BLNH.shape[1] > L:
+        mixed_BLNH = jnp.concatenate([_part(ring, mixed_BLNH, 1, i)[:, : ring.length] for i in range(ring.halves)], axis=1)
     return _from_zigzag(ring.ways, mixed_BLNH) if ring.halves == 2 else mixed_BLNH
 
 
@@ -146,22 +162,23 @@ def _number(ring: _Ring, device: Any, half: int) -> Any:
     return device if half == 0 else 2 * ring.ways - 1 - device
 
 
-def _block(length: int, most: int = 512) -> int:
-    """The largest divisor of a length up to `most`."""
-    return next(n for n in range(min(length, most), 0, -1) if length % n == 0)
+def _padded(ring: _Ring, x_BL: jax.Array, block: int) -> jax.Array:
+    """Pad each part of a device's tokens, along axis 1, with zeros to whole blocks."""
+    parts = (fill(_part(ring, x_BL, 1, i), {1: block}) for i in range(ring.halves))
+    return x_BL if x_BL.shape[1] // ring.halves % block == 0 else jnp.concatenate(list(parts), axis=1)
 
 
 def _part(ring: _Ring, x: jax.Array, axis: int, half: int) -> jax.Array:
     return x if ring.halves == 1 else jnp.split(x, 2, axis=axis)[half]
 
 
-def _met(ring: _Ring, facts: _Facts, me: Any, other: Any, i: int, j: int, L: int, S: int) -> Mask:
+def _met(ring: _Ring, facts: _Facts, me: Any, other: Any, i: int, j: int) -> Mask:
     """The mask of my i-th queries and another device's j-th keys."""
     query = None if facts.query_BL is None else _part(ring, facts.query_BL, 1, i)
     key = None if facts.key_BS is None else _part(ring, facts.key_BS, 1, j)
-    begin = _number(ring, other, j) * S
+    begin = _number(ring, other, j) * ring.plan.size
     prefix = None if facts.prefix_B is None else facts.prefix_B - begin
-    ahead = _number(ring, me, i) * L - begin
+    ahead = _number(ring, me, i) * ring.length - begin
     return dataclasses.replace(ring.mask, query_segments_BL=query, key_segments_BS=key, prefix_B=prefix, seen=ahead)
 
 
@@ -175,15 +192,10 @@ def _turn(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: _Facts, 
     return _turn_forward(ring, q, k, v, facts, bias)[0]
 
 
-def _plan(ring: _Ring, q: jax.Array, k: jax.Array) -> tuple[Plan, int, int]:
-    L, S = q.shape[3] // ring.halves, k.shape[2] // ring.halves
-    return Plan(_block(L), _block(S), S, ring.softcap), L, S
-
-
 def _turn_forward(
     ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, facts: _Facts, bias: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    (plan, L, S), me = _plan(ring, q, k), jax.lax.axis_index(AXIS)
+    plan, me = ring.plan, jax.lax.axis_index(AXIS)
 
     def step(carry: Any, n: jax.Array) -> tuple[Any, None]:
         (k_, v_, key), parts = carry
@@ -191,7 +203,7 @@ def _turn_forward(
         joined = []
         for i, (mixed, logs) in enumerate(parts):
             for j in range(ring.halves):
-                mask = _met(ring, met, me, other, i, j, L, S)
+                mask = _met(ring, met, me, other, i, j)
                 some, log = stream_forward(plan, _part(ring, q, 3, i), _part(ring, k_, 2, j), _part(ring, v_, 2, j), bias, mask)
                 higher = jnp.maximum(logs, log)
                 old, new = jnp.exp(logs - higher), jnp.exp(log - higher)
@@ -212,7 +224,7 @@ def _turn_forward(
 
 def _turn_backward(ring: _Ring, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     q, k, v, facts, bias, mixed, logs = saved
-    (plan, L, S), me = _plan(ring, q, k), jax.lax.axis_index(AXIS)
+    plan, me = ring.plan, jax.lax.axis_index(AXIS)
 
     def step(carry: Any, n: jax.Array) -> tuple[Any, None]:
         (k_, v_, key, dk, dv), dq, dbias = carry
@@ -222,7 +234,7 @@ def _turn_backward(ring: _Ring, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
             mine = [_part(ring, x, 3, i) for x in (q, mixed, logs, grad)]
             for j in range(ring.halves):
                 theirs = [_part(ring, x, 2, j) for x in (k_, v_)]
-                mask = _met(ring, met, me, other, i, j, L, S)
+                mask = _met(ring, met, me, other, i, j)
                 a, b, c, d = stream_backward(plan, (mine[0], *theirs, bias, mask, mine[1], mine[2]), mine[3])
                 dqs[i], dks[j], dvs[j] = dqs[i] + a, dks[j] + b, dvs[j] + c
                 dbias = None if bias is None else dbias + d

@@ -337,6 +337,10 @@ CHOICES = [
     ("gpu", {"L": 255}, "cudnn"),
     ("gpu", {"L": 255, "mask": Mask(ROW, ROW)}, "xla"),
     ("gpu", {"bias_NY": BIAS}, "cudnn"),
+    ("gpu", {"bias_NY": BIAS, "L": 8192}, "cudnn"),  # as a matrix (8, L, L) in bfloat16, 1.07 GB
+    ("gpu", {"bias_NY": BIAS, "L": 8194}, "chunked"),
+    ("gpu", {"bias_NY": BIAS, "L": 4096, "mask": Mask(ROW, ROW)}, "cudnn"),  # each row's own mask makes it (B, 8, L, L)
+    ("gpu", {"bias_NY": BIAS, "L": 4098, "mask": Mask(ROW, ROW)}, "chunked"),
     ("gpu", {"dtype": jnp.float32}, "xla"),
     ("gpu", {"dtype": jnp.float32, "L": 32768}, "chunked"),
     ("gpu", {"softcap": 30.0}, "xla"),

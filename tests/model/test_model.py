@@ -10,6 +10,7 @@ import pytest
 
 from jaxlm.config import build
 from jaxlm.model import Model, TransformerConfig, empty_cache, linear_cross_entropy
+from jaxlm.model.cross_entropy import _chunks
 
 TINY = TransformerConfig(vocab_size=40, positions=16, layers=2, width=16, heads=4)
 
@@ -190,7 +191,7 @@ def plain_cross_entropy(hidden, table, targets, weights, z_loss, cap):
     return jnp.sum(weights * (nll + z_loss * lse**2)), jnp.sum(weights * nll)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 12])
+@pytest.mark.parametrize("chunk", [1, 5, 12])  # of 12 places; the last of three chunks is padded
 @pytest.mark.parametrize("z_loss, cap", [(0.0, None), (1e-2, None), (1e-2, 3.0)])
 def test_chunked_loss_is_the_plain_loss(chunk, z_loss, cap):
     rng = np.random.default_rng(0)
@@ -230,9 +231,17 @@ def test_chunked_loss_never_holds_all_logits():
     assert max(sizes) == B * chunk * V, f"an array of {max(sizes)} elements, all logits are {B * L * V}"
 
 
-def test_loss_takes_the_largest_chunk_that_divides_the_length():
+def test_any_chunk_gives_the_same_loss():
     model = Model(TINY)
-    params, ids = perturbed(model), tokens(2, 15)
+    params, ids = perturbed(model), tokens(2, 13)
     batch = {"tokens_BL": ids, "targets_BL": ids, "weights_BL": np.ones(ids.shape, np.float32)}
-    losses = [model.apply(params, batch, method="loss", chunk=chunk)[0] for chunk in (1, 4, 15, 100)]
+    losses = [model.apply(params, batch, method="loss", chunk=chunk)[0] for chunk in (1, 4, 13, 100)]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+    scores = [model.apply(params, batch, method="scores", chunk=chunk) for chunk in (4, 13)]
+    jax.tree.map(lambda some, whole: np.testing.assert_allclose(some, whole, rtol=1e-4, atol=1e-5), *scores)
+
+
+def test_a_prime_length_is_cut_into_few_chunks():
+    """509 positions in chunks of up to 128 are four chunks, the last one padded, not 509 of one position."""
+    hidden = jax.ShapeDtypeStruct((2, 509, 8), "float32")
+    assert jax.eval_shape(lambda x: _chunks(x, 128), hidden).shape == (4, 2, 128, 8)

@@ -1,10 +1,13 @@
 """Attention over a length that devices share: by every way the same as on one device, values and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.model import ring
 from jaxlm.model.kernels import attend, sharing
 from jaxlm.model.mask import Mask
 from jaxlm.model.ring import _from_zigzag, _to_zigzag, _zigzag
@@ -94,6 +97,18 @@ def test_biases_by_distance_go_round(name, mesh):
     bias = jnp.asarray(np.random.default_rng(2).standard_normal((N, 2 * L - 1)), jnp.float32)
     ours = both(MASKS[name], make_mesh(MESHES[mesh]), bias=bias, context="ring")
     assert_same(ours, both(MASKS[name], bias=bias, kernel="xla"))
+
+
+@pytest.mark.parametrize("name", ["causal, packed", "both ways, window"])
+def test_parts_of_a_prime_length_are_padded_to_blocks(name, monkeypatch):
+    """23 and 46 tokens in blocks of 16: a divisor would make blocks of one token, or one of all."""
+    monkeypatch.setattr(ring, "BLOCK", 16)
+    segments = ragged(length=92)
+    mask = dataclasses.replace(MASKS[name], query_segments_BL=segments, key_segments_BS=segments)
+    bias = jnp.asarray(np.random.default_rng(2).standard_normal((N, 2 * 92 - 1)), jnp.float32)
+    arrays, mesh = inputs(length=92, size=92), make_mesh(MESHES["fsdp 2, context 2, tensor 2"])
+    ours = both(mask, mesh, arrays=arrays, bias=bias, context="ring")
+    assert_same(ours, both(mask, arrays=arrays, bias=bias, kernel="xla"))
 
 
 def test_one_key_value_head_goes_round_for_all():

@@ -71,7 +71,7 @@ def test_more_chunks_of_the_loss_send_no_more(mesh):
     if "expert" in mesh:
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=4, chosen=2))
     one, four = (sent(config, chunk, **mesh)[1] for chunk in (L, L // 4))
-    assert sent_bytes(four) <= sent_bytes(one) + NUMBERS
+    assert sent_bytes(four) <= sent_bytes(one)
     assert not [found for found in four if found.times > 1 and found.bytes > B * L * D * 4 // 4], (
         "nothing of a table's size in a loop"
     )

@@ -121,7 +121,7 @@ def test_every_kind_of_parallelism_compiles_for_tpus(tmp_path):
     parts = f"[4,{LENGTH // 4},{WIDTH}]"
     assert sorted(rows["tensor"]["scattered"]) == 4 * LAYERS * [f"bf16{parts}"] + [f"f32{parts}"], rows["tensor"]
     # Eight chunks of the loss gather the table once and sum its gradient once, as one chunk does.
-    assert rows["fsdp"]["sent_bytes"] <= rows["fsdp, one chunk"]["sent_bytes"] + 100, "a few numbers"
+    assert rows["fsdp"]["sent_bytes"] <= rows["fsdp, one chunk"]["sent_bytes"]
     whole = 3 * 4 * Model(DECODER).parameters()  # parameters and two moments; tiles of small arrays are padded
     assert rows["zero1"]["state_bytes"] < 1.1 * whole * (1 + 2 / 8) / 3, "whole parameters, an eighth of the moments"
     moments = rows["on the host"]["host_bytes"]
