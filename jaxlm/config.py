@@ -37,9 +37,10 @@ class Loaded(NamedTuple):
 
 
 def nearest(given: object, allowed: Iterable[str]) -> str | None:
-    """The allowed name closest to the given one, or None where nothing is close."""
-    close = difflib.get_close_matches(str(given), list(allowed), n=1, cutoff=0.6)
-    return close[0] if close else None
+    """The allowed name closest to the given one, or the first that goes on behind it with a _; None if nothing is close."""
+    allowed = list(allowed)
+    close = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.6)
+    return close[0] if close else next((name for name in allowed if given and name.startswith(f"{given}_")), None)
 
 
 def unknown(what: str, given: object, allowed: Iterable[str]) -> ValueError:

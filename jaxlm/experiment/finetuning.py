@@ -34,6 +34,7 @@ from jaxlm.tasks import (
     BASELINE,
     TASKS,
     Examples,
+    Passed,
     Prediction,
     Predictor,
     Row,
@@ -259,14 +260,22 @@ class Finetuning(Job):
         return rows[:most], self.examples[1].first(most)
 
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
-        rows, examples = self._scored
+        _, examples = self._scored
         passed = self.predictor.run(params, examples.items, outputs=not self.task.generates, stop=stop)
-        if passed is None:
-            return None
+        return None if passed is None else self._scores(passed)
+
+    def _scores(self, passed: Passed) -> dict[str, float]:
+        rows, examples = self._scored
         scores = {"loss": passed.loss, **passed.means}
         if self.task.generates:
             return {**scores, "perplexity": math.exp(min(passed.means["nll"], 50.0))}
         return {**scores, **self.task.scores(rows, self.task.read(rows, examples, passed.outputs))}
+
+    def score_names(self) -> list[str]:
+        _, examples = self._scored
+        if self.task.refers:  # `prepare` puts the true ones in their place
+            self.task.refer(examples, [dict.fromkeys(("chosen_B", "rejected_B"), np.float32(0))] * len(examples))
+        return list(self._scores(self.predictor.dry_run(examples.items, outputs=not self.task.generates)))
 
     def sample(self, params: Params) -> str | None:
         rows = self.tables[1].rows[:SHOWN_ROWS]

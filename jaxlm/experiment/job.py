@@ -75,6 +75,10 @@ class Job:
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
         raise NotImplementedError
 
+    def score_names(self) -> list[str]:
+        """Names of the scores that `evaluate` returns, without computing them."""
+        raise NotImplementedError
+
     def sample(self, params: Params) -> str | None:
         """A text that shows what was learned."""
         raise NotImplementedError

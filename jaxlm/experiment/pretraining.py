@@ -132,10 +132,17 @@ class Pretraining(Job):
             part = jax.device_get(settle(self.mesh, self._eval_step(params, place_batch(batch, self.mesh))))
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in part.items()}
         weight = sums.pop("weight")
-        scores = {name: value / weight for name, value in sums.items()}
+        return self._scores({name: value / weight for name, value in sums.items()})
+
+    def _scores(self, means: dict[str, float]) -> dict[str, float]:
         if self.causal:
-            return {"loss": scores["nll"], "bits_per_byte": scores["nll"] * self.corpora.heldout_tokens_per_byte / math.log(2)}
-        return scores
+            return {"loss": means["nll"], "bits_per_byte": means["nll"] * self.corpora.heldout_tokens_per_byte / math.log(2)}
+        return means
+
+    def score_names(self) -> list[str]:
+        with jax.set_mesh(self.mesh):
+            sums = self._eval_step.eval_shape(self.model().shapes, next(iter(self._scored)))
+        return list(self._scores(dict.fromkeys([name for name in sums if name != "weight"], 0.0)))
 
     @functools.cached_property
     def _generator(self) -> Generator:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxlm import config as configs
+from jaxlm.config import unknown
 from jaxlm.data import load_tokenizer, prefetch
 from jaxlm.experiment.config import CHANGEABLE, ExperimentConfig
 from jaxlm.experiment.finetuning import Finetuning
@@ -104,6 +105,14 @@ class Run:
     def metric(self) -> str:
         return self.config.train.metric or self.job.metric
 
+    def _check_metric(self) -> None:
+        """Raises ValueError for a `train.metric` that evaluations of this run do not have."""
+        metric, job = self.config.train.metric, self.job
+        if metric in (None, "loss", job.metric) or metric in (names := job.score_names()):
+            return
+        late = "; texts are generated and scored at the end of training" if not job.config.task.pretraining and job.writes else ""
+        raise ValueError(f"{unknown(f'train.metric of task {self.config.task.kind}', metric, names)}{late}")
+
     @property
     def shown(self) -> tuple[str, ...]:
         """Scores that a person sees."""
@@ -156,6 +165,7 @@ class Run:
         base = source_fingerprint(c.model.init_from) if c.model.init_from and tuning.frozen_shapes else None
         # Every process makes the data: a mistake in it is found by all.
         card = Card(job.labels, self.metric, job.start_id, base)
+        self._check_metric()
         if self.start:
             self._check_started(card)
         schedule = make_schedule(c.optim, steps)

@@ -77,6 +77,22 @@ class Predictor:
         means = {name: value / weight for name, value in sums.items()}
         return Passed(means.pop("loss", 0.0), means, kept)
 
+    def dry_run(self, examples: Sequence[Example], *, outputs: bool = True) -> Passed:
+        """What `run` returns, from shapes alone: metrics are 0 and outputs uniform. It tells which scores there will be."""
+        known: dict[Any, Any] = {}
+        kept: Outputs = [{} for _ in examples]
+        with jax.set_mesh(self.mesh):
+            for numbers, batch in in_order(examples, self.batch_size, self.task.pad_id, self._longest):
+                key = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+                if key not in known:
+                    known[key] = self._step.eval_shape(self.model.shapes, batch, (True, outputs))
+                for number in numbers:
+                    kept[number] = {
+                        name: np.full(x.shape[1:], 1 / (x.shape[1:] or (1,))[-1], np.float32) for name, x in known[key][1].items()
+                    }
+        names = {name for metrics, _ in known.values() for name in metrics} - {"loss", "weight"}
+        return Passed(0.0, dict.fromkeys(sorted(names), 0.0), kept)
+
     def predict(
         self, params: Any, rows: Sequence[Row], examples: Examples | None = None, *,
         stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda n: None, likelihood: bool = False,

@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol
 
 import jax
 
-from jaxlm.config import unknown
 from jaxlm.metrics import lower_is_better
 from jaxlm.parallel import settle
 from jaxlm.report import Record, bar, count, say
@@ -226,8 +225,7 @@ def fit(
             scores = work.evaluate(state, asked)
             if scores is None:
                 return None
-            if work.metric not in scores:
-                raise unknown("train.metric", work.metric, scores)
+            assert work.metric in scores, f"evaluations have no score {work.metric!r}, but {', '.join(scores)}"
             record.write("eval", step, **scores)
             best.add(scores)
             told = ", ".join(f"{name.replace('_', ' ')} {scores[name]:.4f}" for name in work.shown if name in scores)

@@ -1,6 +1,7 @@
 """A mistake in the data is one clear line: what was given, where, what is allowed. Long and odd rows are not mistakes."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -100,3 +101,8 @@ def test_predict_says_what_it_needs(train, tmp_path, capsys):
 def test_a_metric_that_the_task_does_not_have_is_told(train):
     code, said = train(GOOD, "--train.metric", "acuracy")
     assert code == 1 and "did you mean 'accuracy'" in said
+    # One of other tasks, and F1 of one class where there are three: told before anything is computed or written.
+    for rows, metric, near in ((GOOD, "pearson", ""), ([*GOOD, *(f"odd {i}\tnone" for i in range(30))], "f1", "did you mean 'f1_")):
+        code, said = train(rows, "--train.metric", metric)
+        assert code == 1 and f"unknown train.metric of task classification '{metric}': {near}" in said
+        assert "f1_macro, " in said and "parameters" not in said and not pathlib.Path("runs").exists()

@@ -135,6 +135,8 @@ def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     assert scores[score]["low"] <= scores[score]["value"] <= scores[score]["high"]
     losses = [row["loss"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
     assert np.mean(losses[-2:]) < losses[0]
+    evaluated = next(row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval")
+    assert {"kind", "step", *run.job.score_names()} == evaluated.keys(), "known before the first step"
     # The same command again has nothing to do.
     assert Run(load_config(file, {}).value).finished
     # From the folder alone: predictions for a file, and the scores of the rows that were held out.

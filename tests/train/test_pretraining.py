@@ -107,11 +107,12 @@ def some_slow(kinds):
 
 
 @pytest.mark.parametrize("kind", some_slow(LEARNED))
-def test_the_loss_falls(kind, trained):
+def test_the_loss_falls(kind, trained, job):
     """In fifty steps well below what a guess among all tokens costs; the evaluation names what it should."""
     record = read_rows(trained(kind) / "metrics.jsonl")
     nll = [row["nll"] for row in record if row["kind"] == "train"]
     (held,) = [row for row in record if row["kind"] == "eval"]
+    assert {"kind", "step", *job(kind).score_names()} == held.keys(), "known before the first step"
     assert len(nll) == 50 and nll[0] == pytest.approx(math.log(384), abs=0.5)
     assert np.mean(nll[-5:]) < 0.75 * nll[0], nll
     assert held["nll"] < 0.75 * nll[0], "and of text that it has not seen"
