@@ -50,6 +50,7 @@ ROOMS = {
         "tokenizer",
         "columns",
         "sources",
+        "splits",
         "cells",
         "dialogues",
         "formats",

@@ -12,11 +12,15 @@ from jaxlm.data.pipeline import EvalBatches, Prefetch, State, StreamBatches, Tra
 from jaxlm.data.post_processor import framed, with_prefix_space
 from jaxlm.data.rows import ColumnsConfig, Input, RowsConfig, Table, read_inputs, read_rows, split_rows
 from jaxlm.data.sources import SourceConfig, describe, documents
+from jaxlm.data.splits import HELD_OUT, TRAIN, UNSEEN, Splits, named_split
 from jaxlm.data.text_encoding import Encoding, TextEncoder
 from jaxlm.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 __all__ = [
     "DEFAULT_TEMPLATE",
+    "HELD_OUT",
+    "TRAIN",
+    "UNSEEN",
     "Batch",
     "Chat",
     "ChatRows",
@@ -37,6 +41,7 @@ __all__ = [
     "Prefetch",
     "RowsConfig",
     "SourceConfig",
+    "Splits",
     "State",
     "StreamBatches",
     "StreamDecoder",
@@ -59,6 +64,7 @@ __all__ = [
     "in_order",
     "load_tokenizer",
     "make_corruption",
+    "named_split",
     "pack_chats",
     "prefetch",
     "read_inputs",

@@ -16,6 +16,7 @@ from typing import Any
 from jaxlm.config import unknown
 from jaxlm.data.columns import is_header
 from jaxlm.data.sources import find_files, format_of, opened_parquet
+from jaxlm.data.splits import TRAIN, Splits
 from jaxlm.text_files import open_text, parse_json, read_lines, read_text, undecodable
 
 
@@ -40,16 +41,25 @@ class ReadOptions:
     """Text encoding; None: see `text_files`."""
     under: str | None = None
     """Key of a .json file below which the rows are; `a.b` for a key in a key."""
-    split: str = "train"
-    """The key that is taken where a .json file has one for each split."""
+    splits: Splits = TRAIN
+    """Which split is read, where the data has several."""
     all_columns: bool = False
     """Records hold all columns, not only those that are wanted."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What was guessed about the files, to be shown: readers add to it."""
+    chosen: list[str] = dataclasses.field(default_factory=list)
+    """The splits that were read: readers add to it."""
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def take(self, split: str) -> str:
+        """The split, noted as the one that is read."""
+        if note := self.splits.note(split):
+            self.note(note)
+        self.chosen.append(split)
+        return split
 
     def columns(self, choose: Choose, names: Sequence[str], where: str) -> list[str]:
         """The columns that records hold. Raises ValueError where one that must be there is not."""
@@ -270,19 +280,16 @@ def read_json(file: pathlib.Path, options: ReadOptions, choose: Choose) -> Itera
             yield f" row {i}", _object(item, options)
 
 
-_SPLITS = {"validation": ("validation", "val", "valid", "dev"), "train": ("train", "training")}
-
-
 def _array(value: Any, file: pathlib.Path, options: ReadOptions, choose: Choose) -> list[Any]:
     """The rows of a JSON value. Raises ValueError, with the keys to choose from, where it is not clear which these are."""
-    for part in options.under.split(".") if options.under else ():
-        if not isinstance(value, dict) or part not in value:
-            keys = list(value) if isinstance(value, dict) else []
-            raise unknown(f"key of {str(file)!r} (data.rows.under {options.under}):", part, keys[:20])
-        value = value[part]
-    splits = _SPLITS.get(options.split, (options.split,))
-    if isinstance(value, dict) and (key := next((name for name in ("data", *splits) if isinstance(value.get(name), list)), None)):
-        value = value[key]
+    if options.under:
+        value = _below(value, file, options.under, options)
+    if isinstance(value, dict):
+        lists = [name for name, inner in value.items() if isinstance(inner, list)]
+        if "data" in lists:
+            value = value["data"]
+        elif split := options.splits.choose(lists):
+            value = value[options.take(split)]
     if isinstance(value, dict) and value and (columns := _columns(value)) and _chosen(choose, list(columns), file):
         value = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     if isinstance(value, list):
@@ -293,6 +300,33 @@ def _array(value: Any, file: pathlib.Path, options: ReadOptions, choose: Choose)
         f"{file} holds one {type(value).__name__}{named}: expected an array of objects, or SQuAD's articles{under}; docs/tasks.md "
         "shows how to convert other forms"
     )
+
+
+def _below(value: Any, file: pathlib.Path, under: str, options: ReadOptions) -> Any:
+    """What a JSON value holds below the key `under`, or below its like for the split that is read.
+
+    A file of other rows than those for training need not have the key at all: then it is read whole. Raises ValueError, with
+    the keys to choose from, for a key that is missing.
+    """
+    keys = options.splits.keys(under)
+    for key in keys:
+        found, missing = value, None
+        for part in key.split("."):
+            if missing is None and isinstance(found, dict) and part in found:
+                found = found[part]
+            else:
+                missing = missing or (part, list(found) if isinstance(found, dict) else [])
+        if missing is None:
+            if keys != [under]:
+                options.take(key.rpartition(".")[2])
+            elif not options.splits.exact_key:
+                options.note(f"rows of {file.name} under {under}")
+            return found
+    if not options.splits.exact_key and (isinstance(value, list) or "data" in value):
+        return value
+    part, there = missing if len(keys) == 1 and missing else (under, list(value) if isinstance(value, dict) else [])
+    looked = "" if keys == [under] else f", read here under {' or '.join(keys)}"
+    raise unknown(f"key of {str(file)!r} (data.rows.under {under}{looked}):", part, there[:20])
 
 
 def _columns(value: Mapping[str, Any]) -> dict[str, list[Any]] | None:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.config import unknown
@@ -18,7 +18,8 @@ from jaxlm.data.cells import decoded
 from jaxlm.data.columns import SYNONYMS, missing_columns, same_name
 from jaxlm.data.formats import Bad, Choose, ReadOptions, Record, is_parallel, read_files, read_parallel
 from jaxlm.data.roles import CONVERSATIONS, MAY_BE_EMPTY, VALUES, conversation, counted, located
-from jaxlm.data.sources import docstrings, huggingface, is_saved, modules, tfds_builder, tfds_rows
+from jaxlm.data.sources import docstrings, huggingface, is_saved, modules, split_names, tfds_builder, tfds_rows
+from jaxlm.data.splits import TRAIN, UNSEEN, Splits, is_slice
 from jaxlm.data.tokenizer import expand
 
 
@@ -80,7 +81,8 @@ class RowsConfig:
     encoding: str | None = None
     """Text encoding of the files, such as latin-1 or gb18030; null: UTF-8, or UTF-16 where a file begins with its mark."""
     under: str | None = None
-    """Key of a .json file below which the rows are, such as train or data.train."""
+    """Key of a .json file below which the training rows are, such as train or data.train. Held-out rows are read under its like,
+    such as data.validation, or data.test; a file without that key is read whole."""
     speakers: tuple[str, ...] = ()
     """Who is who in conversations whose speakers have other names than the usual ones, as in A=user,B=assistant."""
     max_bad: float = 0.01
@@ -146,14 +148,15 @@ def read_rows(
     required: Sequence[str],
     optional: Sequence[str] = (),
     *,
-    split: str = "train",
+    splits: Splits = TRAIN,
     replaceable: Collection[str] = (),
 ) -> Table:
     """The rows of a path with the values of the roles asked for.
 
     `path`: a file, folder or glob of .tsv, .csv, .jsonl, .json (SQuAD's too), .parquet or .conll, all but parquet also .gz
     or .zst; a .txt file of TAB-separated rows; parallel texts, as train.{en,de}.txt; a folder that `datasets` saved;
-    `hf:ID` and `tfds:NAME`, of which `split` is read; `embedded:modules`, docstrings of this Python and their modules.
+    `hf:ID` and `tfds:NAME`; `embedded:modules`, docstrings of this Python and their modules. Of data with several splits one is
+    read, by the order of `splits`.
 
     Values: texts are str (a list of str is joined with spaces; prompt, chosen, rejected and messages may be lists of
     messages, mappings with role and content); label is str, int or float as found, always str from tsv and csv; labels,
@@ -166,7 +169,7 @@ def read_rows(
     and more bad rows than max(1, config.max_bad · rows).
     """
     wanted = _Wanted(config, required, optional, replaceable)
-    options = _read_options(config, split)
+    options = _read_options(config, splits)
     name, records = _records(expand(path), config, options, wanted.choose)
     rows, places, bad = list[dict[str, Any]](), list[str](), list[tuple[str, str]]()
     for place, _, row in wanted.read(name, itertools.islice(records, config.limit)):
@@ -175,6 +178,7 @@ def read_rows(
         else:
             rows.append(row)
             places.append(place)
+    _check_split(name, options)
     notes = [*options.notes, *wanted.used()]
     count = len(rows) + len(bad)
     if not rows or len(bad) > (max(1, config.max_bad * count) if config.max_bad else 0):
@@ -198,24 +202,37 @@ class Input(NamedTuple):
 
 
 def read_inputs(
-    path: str, config: RowsConfig, required: Sequence[str], optional: Sequence[str] = (), *, replaceable: Collection[str] = ()
+    path: str,
+    config: RowsConfig,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    splits: Splits = UNSEEN,
+    replaceable: Collection[str] = (),
 ) -> tuple[list[Input], list[str]]:
-    """All rows of a path, as `read_rows` reads them, and what was guessed about them; no row is left out.
+    """All rows of a path or of one split of it, as `read_rows` reads them, and what was guessed about them; no row is left out.
 
     Raises ValueError, in one line, for data that is not there, cannot be read or holds no rows, and for a column that is missing.
     """
     wanted = _Wanted(config, required, optional, replaceable, inputs=True)
-    options = dataclasses.replace(_read_options(config, "train"), all_columns=True)
+    options = dataclasses.replace(_read_options(config, splits), all_columns=True)
     name, records = _records(expand(path), config, options, wanted.choose)
     inputs = []
     for place, record, row in wanted.read(name, itertools.islice(records, config.limit)):
         whole = {} if isinstance(record, Bad) else dict(record)
         inputs.append(Input(whole, None, place, str(row)) if isinstance(row, Bad) else Input(whole, row, place))
+    _check_split(name, options)
     return inputs, [*options.notes, *wanted.used()]
 
 
-def _read_options(config: RowsConfig, split: str) -> ReadOptions:
-    return ReadOptions(config.header, config.separator, config.encoding, config.under, split)
+def _read_options(config: RowsConfig, splits: Splits) -> ReadOptions:
+    return ReadOptions(config.header, config.separator, config.encoding, config.under, splits)
+
+
+def _check_split(name: str, options: ReadOptions) -> None:
+    """Raises ValueError for a split that was named of data that has none."""
+    if options.splits.named and not options.chosen:
+        raise ValueError(f"split {options.splits.order[0]!r} was named, but {name} has no splits: leave it out")
 
 
 def split_rows(table: Table, fraction: float) -> tuple[Table, Table]:
@@ -454,17 +471,27 @@ def _records(path: str, config: RowsConfig, options: ReadOptions, choose: Choose
 
 def _huggingface(path: str, subset: str | None, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     """Rows of a dataset of the hub, or of a folder that `datasets` saved; class numbers become the names that it has for them."""
-    held = huggingface(path, subset, options.split)
+    held = huggingface(path, subset, _split(lambda: split_names(path, subset), path, options))
     held = held.select_columns(options.columns(choose, held.column_names, path))
     names = {column: found for column, feature in held.features.items() if (found := _class_names(feature))}
     for i, row in enumerate(held):
         yield f" row {i}", {column: _named(value, names.get(column)) for column, value in row.items()}
 
 
+def _split(names: Callable[[], Sequence[str] | None], path: str, options: ReadOptions) -> str:
+    """The split to read, of those that the data has (None: it has no splits)."""
+    first = options.splits.order[0]
+    if options.splits == TRAIN or is_slice(first):
+        return options.take(first)  # the library says what is wrong with it
+    there = names()
+    return first if there is None else options.take(options.splits.require(there, path))
+
+
 def _tfds(path: str, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     """Rows of a TensorFlow dataset; class numbers become the names that it has for them."""
-    rows = tfds_rows(path, options.split)
-    features = tfds_builder(path).info.features
+    info = tfds_builder(path).info
+    rows = tfds_rows(path, _split(lambda: list(info.splits), path, options))
+    features = info.features
     wanted = options.columns(choose, list(features), path)
     for i in range(len(rows)):
         row = rows[i]

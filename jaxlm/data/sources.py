@@ -300,6 +300,16 @@ def huggingface(path: str, subset: str | None, split: str, streaming: bool = Fal
     return held.to_iterable_dataset() if streaming else held
 
 
+def split_names(path: str, subset: str | None) -> list[str] | None:
+    """The splits of a data set that `huggingface` reads; None for a folder into which `datasets` saved a single one."""
+    import datasets
+
+    if not is_saved(path):
+        return _asked(path, lambda: datasets.get_dataset_split_names(path, subset))
+    file = pathlib.Path(path, "dataset_dict.json")
+    return list(json.loads(read_text(file))["splits"]) if file.exists() else None
+
+
 def tfds_rows(path: str, split: str) -> Any:
     """A random-access source read without TensorFlow (the data must lie in ArrayRecord files)."""
     import tensorflow_datasets as tfds

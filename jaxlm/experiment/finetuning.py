@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm.data import ExampleBatches, Table, Tokenizer, framed, read_rows, split_rows, train_tokenizer
+from jaxlm.data import HELD_OUT, ExampleBatches, Table, Tokenizer, framed, read_rows, split_rows, train_tokenizer
 from jaxlm.experiment.config import check_fits
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.generate import GenerationSettings
@@ -95,7 +95,10 @@ class Finetuning(Job):
         assert data.train is not None, "the config was checked"
         table = read_rows(data.train, data.rows, *self._roles)
         if data.validation:
-            return table, read_rows(data.validation, data.rows, *self._roles, split="validation")
+            held = read_rows(data.validation, data.rows, *self._roles, splits=HELD_OUT)
+            if data.validation == data.train and held.rows == table.rows:
+                held.notes.append("the rows of data.train: scores say nothing of other rows")
+            return table, held
         return split_rows(table, data.holdout.fraction)
 
     @functools.cached_property

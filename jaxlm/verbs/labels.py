@@ -16,7 +16,7 @@ from jaxlm.verbs.suites import evaluate_suite
 from jaxlm.verbs.words import rows_config, split_row_flags, split_words
 
 if TYPE_CHECKING:
-    from jaxlm.data import DataConfig, Input, RowsConfig, Table
+    from jaxlm.data import DataConfig, Input, RowsConfig, Splits, Table
     from jaxlm.models import Trained
     from jaxlm.tasks import Task
 
@@ -43,6 +43,8 @@ class PredictOptions(LoadOptions):
     training work too."""
     columns: str | None = None
     """Roles and their columns, as in text=sentence,label=class; empty: as in training."""
+    split: str | None = None
+    """Split of `--file`, where it has several, as hf:ID has; empty: validation, else test, else train."""
     out: str | None = None
     """File of JSON lines to write the predictions to."""
     task: str | None = None
@@ -112,7 +114,8 @@ def _rows(
     optional = [role for role in ("prompt", "pair", "context") if role in task.optional]
     lines = _text_lines(options.file, rows, required)
     if lines is None:
-        inputs, notes = read_inputs(options.file, rows, required, optional, replaceable=replaceable)
+        splits = _splits(options.split, flags or {})
+        inputs, notes = read_inputs(options.file, rows, required, optional, splits=splits, replaceable=replaceable)
         for note in notes:
             say(note)
     elif not lines:
@@ -164,6 +167,13 @@ def _reading(run: pathlib.Path | None, flags: Mapping[str, configs.Text], *, oth
     return config, [role for role in roles if f"data.rows.columns.{role}" not in flags]
 
 
+def _splits(name: str | None, flags: Mapping[str, configs.Text]) -> "Splits":
+    """Which split of other data than the run's own is read."""
+    from jaxlm.data import UNSEEN, named_split
+
+    return (UNSEEN if name is None else named_split(name))._replace(exact_key="data.rows.under" in flags)
+
+
 def _data_of(run: pathlib.Path) -> "DataConfig":
     from jaxlm.data import DataConfig
 
@@ -197,6 +207,8 @@ class EvaluateOptions(LoadOptions):
 
     data: str | None = None
     """Labelled rows, as data.train takes them; empty: those that the run held out."""
+    split: str | None = None
+    """Split of `--data`, where it has several, as hf:ID has; empty: validation, else test, else train."""
     header: tuple[str, ...] = ()
     """Names of the columns of a file without them, as in text,label; empty: as in training. All --data.rows.… options of
     training work too."""
@@ -314,17 +326,19 @@ def _is_suite(options: EvaluateOptions, row_flags: Mapping[str, configs.Text]) -
 
 def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions, flags: Mapping[str, configs.Text]) -> "Table":
     """The labelled rows to evaluate on."""
-    from jaxlm.data import DataConfig, read_rows, split_rows
+    from jaxlm.data import HELD_OUT, DataConfig, read_rows, split_rows
 
     data = DataConfig() if run is None else _data_of(run)
     rows, replaceable = _reading(run, flags, other=options.data is not None)
     roles = task.roles(task.config, task.architecture)
     if options.data is not None:
-        return read_rows(options.data, rows, *roles, replaceable=replaceable)
+        return read_rows(options.data, rows, *roles, splits=_splits(options.split, flags), replaceable=replaceable)
     if data.train is None:
         raise ValueError("give the rows to evaluate on: --data FILE")
+    if options.split is not None:
+        raise ValueError(f"split {options.split!r} is of --data FILE: without it the rows that the run held out are read")
     if data.validation:
-        return read_rows(data.validation, rows, *roles, split="validation")
+        return read_rows(data.validation, rows, *roles, splits=HELD_OUT)
     return split_rows(read_rows(data.train, rows, *roles), data.holdout.fraction)[1]
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jaxlm.data.rows import ColumnsConfig, RowsConfig, Table, read_inputs, read_rows
+from jaxlm.data.splits import HELD_OUT, TRAIN, UNSEEN, named_split
 
 
-def read(path, required=("text", "label"), optional=(), *, columns=None, split="train", **rest) -> Table:
-    return read_rows(str(path), RowsConfig(columns=ColumnsConfig(**(columns or {})), **rest), required, optional, split=split)
+def read(path, required=("text", "label"), optional=(), *, columns=None, splits=TRAIN, **rest) -> Table:
+    return read_rows(str(path), RowsConfig(columns=ColumnsConfig(**(columns or {})), **rest), required, optional, splits=splits)
 
 
 def refused(path, required=("text", "label"), optional=(), **rest) -> str:
@@ -164,7 +165,7 @@ def test_nested_json(tmp_path):
     file.write_text(json.dumps(NESTED))
     header = ("text", "label")
     assert [row["label"] for row in read(file, header=header).rows] == ["lost", "pay"]
-    assert [row["text"] for row in read(file, header=header, split="validation").rows] == ["lost it"]
+    assert [row["text"] for row in read(file, header=header, splits=HELD_OUT).rows] == ["lost it"]
     assert read(file, header=header, under="oos.a").rows == [{"text": "x", "label": "y"}]
     assert "'oos.b'): 'b': " in refused(file, header=header, under="oos.b") or "'b'" in refused(file, header=header, under="oos.b")
     assert "is not an object but list: --data.rows.header" in refused(file)
@@ -175,6 +176,32 @@ def test_nested_json(tmp_path):
         assert read(file).rows == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     (tmp_path / "a.jsonl").write_text('["a", 1]\n["b", 0]\n')
     assert read(tmp_path / "a.jsonl", header=header).rows == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+
+
+def test_the_key_of_the_training_rows_never_gives_held_out_ones(tmp_path):
+    """`data.rows.under` names a key of the training file: of others its like for their split is read, or they are read whole."""
+    file, flat, under = tmp_path / "a.json", tmp_path / "flat.json", "data.train"
+    rows = {name: [{"text": name, "label": "a"}] for name in ("train", "dev", "test", "one")}
+    flat.write_text(json.dumps(rows["one"]))
+    file.write_text(json.dumps({"data": rows}))
+    for splits, texts in ((TRAIN, ["train"]), (HELD_OUT, ["dev"]), (named_split("test"), ["test"]), (UNSEEN, ["dev"])):
+        assert [row["text"] for row in read(file, under=under, splits=splits).rows] == texts
+    assert read(file, under=under, splits=HELD_OUT).notes == ["split dev"]
+    assert [row["text"] for row in read(file, under=under, splits=UNSEEN._replace(exact_key=True)).rows] == ["train"]
+    assert read(flat, under=under, splits=HELD_OUT).rows == rows["one"]
+    assert read(flat, under="rows", splits=UNSEEN).rows == rows["one"]
+    assert "key of" in refused(flat, under=under) and "'data'" in refused(flat, under=under)
+    file.write_text(json.dumps({"rows": rows["one"], "train": rows["train"]}))
+    assert read(file, under="rows", splits=HELD_OUT).notes == ["rows of a.json under rows"]
+    told = refused(file, under="train", splits=HELD_OUT)
+    assert "(data.rows.under train, read here under validation or val or valid or dev or test" in told and "rows, train" in told
+    file.write_text(json.dumps({"train": rows["train"]}))
+    whole = read(file, splits=UNSEEN)
+    assert whole.rows == rows["train"] and "the model may have been trained on these rows" in whole.notes[0]
+    inputs, notes = read_inputs(str(file), RowsConfig(), ["text"])
+    assert len(inputs) == 1 and notes == whole.notes
+    for data, name in ((file, "test"), (flat, "test"), (flat, "train")):
+        assert name in refused(data, splits=named_split(name))
 
 
 def test_half_an_emoji_in_a_row(tmp_path):

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from jaxlm.data import rows as rows_module
-from jaxlm.data.rows import ColumnsConfig, RowsConfig, Table, read_rows, split_rows
+from jaxlm.data.rows import ColumnsConfig, RowsConfig, Table, read_inputs, read_rows, split_rows
+from jaxlm.data.splits import HELD_OUT, TRAIN, UNSEEN, named_split
 
 TEXTS = ["first, text", 'zweites "—" Dokument 🎉', "third\u2028line"]
 PAIRS = [{"text": text, "label": label} for text, label in zip(TEXTS, ["a", "b", "a"], strict=True)]
@@ -22,8 +23,8 @@ def packed(raw: bytes, suffix: str) -> bytes:
     return {"": lambda: raw, ".gz": lambda: gzip.compress(raw), ".zst": lambda: zstandard.compress(raw)}[suffix]()
 
 
-def read(path, required=("text", "label"), optional=(), *, columns=None, split="train", **rest) -> Table:
-    return read_rows(str(path), RowsConfig(columns=ColumnsConfig(**(columns or {})), **rest), required, optional, split=split)
+def read(path, required=("text", "label"), optional=(), *, columns=None, splits=TRAIN, **rest) -> Table:
+    return read_rows(str(path), RowsConfig(columns=ColumnsConfig(**(columns or {})), **rest), required, optional, splits=splits)
 
 
 def refused(path, required=("text", "label"), optional=(), **rest) -> str:
@@ -506,11 +507,18 @@ def test_huggingface_rows_have_the_names_of_their_classes(tmp_path, monkeypatch)
     assert [(row["label"], row["tags"]) for row in table.rows] == [("pos", ["neg", "pos"]), ("neg", ["pos"])]
     assert table.bad == [("one row 2", "label is missing")], "-1 stands for a label that is kept secret"
     assert read(tmp_path / "one", columns={"label": "n"}).rows[2]["label"] == 7
-    assert read(tmp_path / "both", split="test").rows == [{"text": TEXTS[1], "label": "neg"}]
-    assert "trian" in refused(tmp_path / "both", split="trian")
+    assert read(tmp_path / "both", splits=named_split("test")).rows == [{"text": TEXTS[1], "label": "neg"}]
+    assert "did you mean 'train'" in refused(tmp_path / "both", splits=named_split("trian"))
+    assert "has no splits" in refused(tmp_path / "one", splits=named_split("test"))
     assert "(did you mean 'text'?); its columns: text, label, tags, n;" in refused(tmp_path / "one", columns={"text": "txt"})
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "train.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    (tmp_path / "plain" / "test.jsonl").write_text(json.dumps(PAIRS[2]))
+    for path, held in ((tmp_path / "both", {"text": TEXTS[1], "label": "neg"}), (f"hf:{tmp_path / 'plain'}", PAIRS[2])):
+        for splits in (HELD_OUT, UNSEEN):  # there is no validation split
+            assert (read(path, splits=splits).rows, read(path, splits=splits).notes) == ([held], ["split test"])
+        assert len(read_inputs(str(path), RowsConfig(), ["text"])[0]) == 1, "to predict for, too"
+    assert read(f"hf:{tmp_path / 'plain'}", splits=named_split("train[1:3]")).rows == PAIRS[1:3]
     table = read(f"hf:{tmp_path / 'plain'}", limit=2)
     assert table.rows == PAIRS[:2] and table.where[1] == f"{tmp_path / 'plain'} row 1"
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -544,6 +552,9 @@ def test_tfds_rows(tmp_path):
     wanted = [{"text": text, "label": ["neg", "pos", "neg"][i], "tokens": text.split()} for i, text in enumerate(TEXTS)]
     assert sorted(table.rows, key=lambda row: row["text"]) == sorted(wanted, key=lambda row: row["text"])
     assert "its columns: " in refused(path, columns={"text": "body"})
+    alone = read(path, splits=UNSEEN)
+    assert len(alone.rows) == 3 and "split train, as there is no other" in alone.notes[0]
+    assert "allowed: train" in refused(path, splits=HELD_OUT)
     assert "tensorflow" not in sys.modules
 
 
