@@ -95,6 +95,7 @@ ROOMS = {
         "processors",
         "request",
         "text",
+        "deep_stack",
         "constrain",
         "watermark",
         "decode",

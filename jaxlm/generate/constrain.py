@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.tokenizer import Characters, Tokenizer
+from jaxlm.generate.deep_stack import on_deep_stack
 
 LIMITS = {
     "max_items_in_row": 2000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000,
     "max_lexer_states": 100_000, "max_grammar_size": 500_000, "verbose_errors": False,
 }  # fmt: skip
 """Limits for llguidance, in its own units: about 1 s to compile a grammar and 20 ms per token."""
-LENGTH = 1 << 18
-"""Maximum length of a constraint's source, in characters."""
+LENGTH = {"regex": 1 << 16, "grammar": 1 << 15, "json_schema": 1 << 18, "choices": 1 << 18, "whitespace": 1 << 10}
+"""Maximum length of a constraint's source, in characters. The time to compile a regular expression grows with its square: about 15 s
+at this length. The `pattern`s of a JSON schema may together be as long as one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +50,30 @@ class Constraint:
             )
         for name in (*kinds, "whitespace"):
             size = len((self.choices and "".join(self.choices)) or "") if name == "choices" else len(getattr(self, name) or "")
-            if size > LENGTH:
-                raise ValueError(f"{name} has {size:,} characters: at most {LENGTH:,} may be")
+            if size > LENGTH[name]:
+                raise ValueError(f"{name} has {size:,} characters: at most {LENGTH[name]:,} may be")
         if self.whitespace is not None and self.json_schema is None:
             raise ValueError("whitespace is for a json_schema alone")
         if self.choices is not None and not (self.choices and all(self.choices)):
             raise ValueError(f"choices are {list(self.choices)}: there must be at least one, and none may be empty")
         if self.json_schema is not None:
             try:
-                json.loads(self.json_schema)
+                size = _pattern_size(json.loads(self.json_schema))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"json_schema is no JSON: {error}") from None
+            if size > LENGTH["regex"]:
+                raise ValueError(f"the patterns of json_schema have {size:,} characters: at most {LENGTH['regex']:,} may be")
+
+
+def _pattern_size(schema: Any) -> int:
+    """Characters of all regular expressions in a JSON schema."""
+    if isinstance(schema, list):
+        return sum(map(_pattern_size, schema))
+    if not isinstance(schema, dict):
+        return 0
+    size = sum(map(_pattern_size, schema.values()))
+    size += len(pattern) if isinstance(pattern := schema.get("pattern"), str) else 0
+    return size + (sum(map(len, patterns)) if isinstance(patterns := schema.get("patternProperties"), dict) else 0)
 
 
 class Grammar:
@@ -74,9 +89,13 @@ class Grammar:
         library = _llguidance()
         self._tokenizer, self._stop = tokenizer, np.array(sorted({tokenizer.eos_id, *stop}))
         known = _known(tokenizer)
-        try:
+
+        def compile_() -> tuple[str, Any]:
             name, grammar = _source(library, constraint)
-            self._matcher = library.LLMatcher(known, grammar, log_level=0, limits=library.LLParserLimits(**LIMITS))
+            return name, library.LLMatcher(known, grammar, log_level=0, limits=library.LLParserLimits(**LIMITS))
+
+        try:
+            name, self._matcher = on_deep_stack(compile_)
         except Exception as error:  # of Python's part of the library, for a source that it cannot read
             raise ValueError(f"the constraint cannot be used: {_line(error)}") from None
         if self._matcher.is_error():

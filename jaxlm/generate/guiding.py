@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxlm.generate.deep_stack import start_deep
 from jaxlm.generate.request import Guide
 
 
@@ -24,7 +25,7 @@ class GuideWorker:
         self._failure: BaseException | None = None
         self._mask: np.ndarray | None = None
         self._since = 0.0
-        threading.Thread(target=self._work, name="guide", daemon=True).start()
+        start_deep(self._work, "guide")
         self.advance(())
 
     @property

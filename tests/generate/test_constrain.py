@@ -111,7 +111,8 @@ def test_what_a_random_model_writes_matches(tokenizer):
         ({"choices": ()}, "there must be at least one"),
         ({"choices": ("a", "")}, "none may be empty"),
         ({"json_schema": "{"}, "json_schema is no JSON"),
-        ({"regex": "a" * 300_000}, "regex has 300,000 characters: at most 262,144"),
+        ({"regex": "a?" * 40_000}, "regex has 80,000 characters: at most 65,536"),
+        ({"json_schema": json.dumps({"items": [{"pattern": "a?" * 40_000}]})}, "patterns of json_schema have 80,000 characters"),
         ({"grammar": "?"}, "cannot be used"),
         ({"regex": "a", "whitespace": " "}, "for a json_schema alone"),
         ({"regex": "(a"}, r"regex '\(a' cannot be used: unclosed group"),
@@ -179,6 +180,16 @@ def test_a_character_that_the_tokenizer_lacks_is_told():
     grammar.take(0)
     with pytest.raises(ValueError, match="no token for what must come next"):
         grammar.mask()
+
+
+def test_a_constraint_may_be_nested_deeply():
+    """A chain of references and one of rules; on a stack of the usual size they end the process."""
+    chain = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(5000)}
+    schema = {"$defs": {**chain, "a5000": {"const": "x"}}, "$ref": "#/$defs/a0"}
+    rules = "start: r0\n" + "\n".join(f'r{i}: r{i + 1} "b"' for i in range(1800)) + '\nr1800: "a"'
+    for constraint, first in ((Constraint(json_schema=json.dumps(schema)), '"'), (Constraint(grammar=rules), "a")):
+        grammar = Grammar(Bytes(), constraint).copy()
+        assert np.flatnonzero(grammar.mask()).tolist() == [ord(first)]
 
 
 def test_a_stop_token_may_also_be_part_of_the_text():
