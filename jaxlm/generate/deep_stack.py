@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 STACK = 512 << 20
-"""Bytes of address space; memory is taken for what is used alone. The deepest constraint of `constrain.LENGTH` needs about 80 MB."""
+"""Bytes of address space, of which only what is used takes memory: up to about 80 MB for what `constrain.LENGTH` admits."""
 _LOCK = threading.Lock()
 
 
