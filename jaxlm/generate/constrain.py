@@ -23,8 +23,8 @@ LIMITS = {
 }  # fmt: skip
 """Limits for llguidance, in its own units: about 1 s to compile a grammar and 20 ms per token."""
 LENGTH = {"regex": 1 << 16, "grammar": 1 << 15, "json_schema": 1 << 18, "choices": 1 << 18, "whitespace": 1 << 10}
-"""Maximum length of a constraint's source, in characters. The time to compile a regular expression grows with its square: about 15 s
-at this length. The `pattern`s of a JSON schema may together be as long as one."""
+"""Maximum length of a constraint's source, in characters. The time to compile a regular expression grows with the square of its
+length: about 15 s at this one. The `pattern`s of a JSON schema may together be as long as one."""
 
 
 @dataclasses.dataclass(frozen=True)
