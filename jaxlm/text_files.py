@@ -3,8 +3,8 @@
 Every file of texts goes through this module, so a line means the same everywhere: it ends at LF or CRLF. U+2028, U+0085, form
 feeds and a lone CR are text; only a file whose first block holds CR and no LF has lines that end at CR (classic Mac OS).
 
-Encodings: the one that is named, else UTF-16 or UTF-32 where the file begins with their byte-order mark, else UTF-8 with or
-without one.
+Encodings: the one that is named, else UTF-16 or UTF-32 where the file begins with their byte-order mark (or every second byte of
+its first block is 0), else UTF-8 with or without one.
 """
 
 import codecs
@@ -49,11 +49,11 @@ def open_binary(file: pathlib.Path) -> Iterator[Any]:
     """The bytes of a file, decompressed. Anything wrong with them while they are read is a ValueError of one line."""
     with contextlib.ExitStack() as stack:
         raw: Any = stack.enter_context(file.open("rb"))
-        if file.suffix == ".gz":
+        if file.suffix.lower() == ".gz":
             import gzip
 
             raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
-        elif file.suffix == ".zst":
+        elif file.suffix.lower() == ".zst":
             import zstandard
 
             raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
@@ -86,13 +86,21 @@ def open_text(file: pathlib.Path, encoding: str | None = None, *, strict: bool =
             ) from None
     with open_binary(file) as raw:
         head = bytes(raw.peek(8192)[: 1 << 16])
-        marked = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+        marked = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None) or _unmarked_utf16(head)
         named = encoding if encoding and codecs.lookup(encoding).name != "utf-8" else None
         chosen = named or marked or "utf-8-sig"
         errors = "strict" if strict else "replace" if chosen == marked else "surrogateescape"
         start = head.decode(chosen, "ignore")
         newline = "\r" if "\r" in start.removesuffix("\r") and "\n" not in start else "\n"
         yield io.TextIOWrapper(raw, encoding=chosen, errors=errors, newline=newline)
+
+
+def _unmarked_utf16(head: bytes) -> str | None:
+    """UTF-16 without a byte-order mark, where half of the bytes are 0 at odd or at even places and none at the others."""
+    odd, even = head[1::2].count(0), head[::2].count(0)
+    if min(odd, even) > 0 or max(odd, even) < max(len(head) // 4, 1):
+        return None
+    return "utf-16-le" if odd else "utf-16-be"
 
 
 def read_lines(file: pathlib.Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:

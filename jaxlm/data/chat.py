@@ -115,14 +115,20 @@ class Chat:
     def encode(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """The conversation for training: ids int32 (n,) and trained bool (n,), as the head of this file defines it.
 
+        A turn whose message has a `weight` of 0 is not trained, as in OpenAI's fine-tuning files.
+
         Raises ValueError as `render` does, without an assistant's turn, and where the template drops or
         rewrites a part of such a turn or writes no special token after it.
         """
         messages = check_messages(messages, "messages")
         text, regions = self._jinja(messages, blocks=self._blocks)
-        marks = None if self._blocks and not self.split_special_tokens else self._marks(messages, text)
+        untrained = [turn for turn, message in enumerate(messages) if message.get("weight") == 0]
+        marks = None if self._blocks and not self.split_special_tokens and not untrained else self._marks(messages, text)
         if not self._blocks and marks is not None:
             regions = list(self._answers(messages, text, marks))
+        elif marks is not None:
+            ends = [stop for turn in untrained for stop in marks[turn][1]]
+            regions = [(start, stop) for start, stop in regions if not any(start < end <= stop for end in ends)]
         ids, spans = self._tokens(messages, text, marks)
         starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
         trained = np.zeros(len(ids), bool)
@@ -215,7 +221,7 @@ class Chat:
                 "of a turn would not be learnt: write {{ eos_token }} there"
             )
         for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
             starts, stops = marks[turn]
             blank = not message["content"].strip()

@@ -46,7 +46,8 @@ def same_name(column: str, names: Sequence[str]) -> str | None:
 def suggestion(role: str, column: str, names: Sequence[str], taken: Sequence[str] = ()) -> str | None:
     """The name that is probably meant by `column` in the part of `role`: a misspelling of it, or one that has its sense."""
     free = [name for name in names if name not in taken]
-    close = difflib.get_close_matches(column.casefold(), [name.casefold() for name in free], n=1, cutoff=0.75)
+    spelt = [name.casefold() for name in free if role == "id" or not re.search(r"(?i)(_|\b)id$", name)]  # numbers of rows
+    close = difflib.get_close_matches(column.casefold(), spelt, n=1, cutoff=0.75)
     if close:
         return next(name for name in free if name.casefold() == close[0])
     plain = {name.strip().casefold().replace(" ", "_"): name for name in reversed(free)}

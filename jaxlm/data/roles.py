@@ -65,6 +65,8 @@ def _label(value: Any) -> str | int | float:
         raise ValueError(f"holds {shown(value)}, not a text or a number")
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, str) and value.strip().casefold() == "nan":
+        raise ValueError(f"holds {value.strip()!r}, which stands for a missing value")
     return value.strip() if isinstance(value, str) else value
 
 
@@ -73,6 +75,21 @@ def _strings(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str | int | float) for item in value):
         raise ValueError(f"holds {shown(value)}, not a list of texts")
     return [str(item) for item in value]
+
+
+def _choices(value: Any) -> list[str]:
+    """A list of texts, or the `text` of an object of two lists as ARC and CommonsenseQA have it (see `numbered_label`)."""
+    value = decoded(value)
+    return _strings(value["text"] if isinstance(value, Mapping) and "text" in value else value)
+
+
+def numbered_label(label: Any, choices: Any) -> Any:
+    """The number, from 0, of the choice that a label names by its sign, where choices are {"text": […], "label": ["A", …]}; else
+    the label itself."""
+    choices = decoded(choices)
+    signs = choices.get("label") if isinstance(choices, Mapping) else None
+    signs = list(map(str, signs)) if isinstance(signs, list) else []
+    return signs.index(str(label)) if str(label) in signs else label
 
 
 def _tokens(value: Any) -> list[str]:
@@ -154,7 +171,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "labels": _labels,
     "tokens": _tokens,
     "tags": lambda value: [tag.strip() for tag in _strings(value)],
-    "choices": _strings,
+    "choices": _choices,
     "answers": _answers,
     "id": str,
     "group": str,

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 from jaxlm.config import unknown
 from jaxlm.data.cells import decoded
 from jaxlm.data.columns import SYNONYMS, missing_columns, same_name
-from jaxlm.data.formats import Bad, Choose, ReadOptions, Record, is_parallel, read_files, read_parallel
-from jaxlm.data.roles import CONVERSATIONS, MAY_BE_EMPTY, VALUES, conversation, counted, located
+from jaxlm.data.formats import is_parallel, read_files, read_parallel
+from jaxlm.data.records import Bad, Choose, ReadOptions, Record
+from jaxlm.data.roles import CONVERSATIONS, MAY_BE_EMPTY, VALUES, conversation, counted, located, numbered_label
 from jaxlm.data.sources import docstrings, huggingface, is_saved, modules, split_names, tfds_builder, tfds_rows
 from jaxlm.data.splits import TRAIN, UNSEEN, Splits, is_slice
+from jaxlm.data.tables import named
 from jaxlm.data.tokenizer import expand
 
 
@@ -292,6 +294,7 @@ class _Wanted:
         self.speakers = dict(pair.split("=") for pair in config.speakers)
         self.found: dict[str, str] = {}
         self.exchange: tuple[tuple[str, ...], str | None] | None = None
+        self.system: str | None = None
 
     def choose(self, names: Sequence[str], where: str, partial: bool = False) -> list[str]:
         """The columns of these that play the roles; ValueError where one that must be there is not, unless `partial`."""
@@ -306,7 +309,9 @@ class _Wanted:
             options = {role: "data.rows.group" if role == "group" else f"data.rows.columns.{role}" for role in missing}
             raise missing_columns(missing, names, where, options)
         self.found = {role: name for role, name in columns.items() if name is not None}
+        self.system = next((name for name in _SYSTEM if name in names), None) if "messages" in self.columns else None
         parts = [name for name in (*self.exchange[0], self.exchange[1]) if name] if self.exchange else []
+        parts += [self.system] if self.system else []
         outer = [_outer(name, names) or name for name in self.found.values()]
         return list(dict.fromkeys([*outer, *parts]))
 
@@ -326,6 +331,8 @@ class _Wanted:
         if self.exchange:
             asked, answer = self.exchange
             other.append(f"messages from {' and '.join(asked)} (user)" + (f" and {answer} (assistant)" if answer else ""))
+        if self.system:
+            other.append(f"the system message from {self.system}, where messages has none")
         return [f"columns: {', '.join(other)}"] if other else []
 
     def read(self, name: str, records: Iterator[Record]) -> Iterator[tuple[str, Mapping[str, Any] | Bad, dict[str, Any] | Bad]]:
@@ -355,6 +362,8 @@ class _Wanted:
             else:
                 try:
                     value = self._value(role, cell)
+                    if role == "messages" and self.system:
+                        value = _with_system(value, record.get(self.system))
                 except ValueError as error:
                     return Bad(f"{role} {error}")
                 blank = not value.strip() if isinstance(value, str) else value == []
@@ -364,7 +373,9 @@ class _Wanted:
             elif state == "missing" and _is_field(role):
                 row[role] = ""
             elif role in self.required:
-                return Bad(f"{role} is {state}")
+                return Bad(f"{role} is {state}{self._inner_names(role, record)}")
+        if "choices" in row and "label" in row:
+            row["label"] = numbered_label(row["label"], self._cell("choices", record))
         if "tokens" in row and "tags" in row and len(row["tokens"]) != len(row["tags"]):
             return Bad(f"has {counted(len(row['tokens']), 'token')}, but {counted(len(row['tags']), 'tag')}")
         if "answers" in row and "context" in row:
@@ -373,6 +384,12 @@ class _Wanted:
             except ValueError as error:
                 return Bad(f"answers {error}")
         return row
+
+    def _inner_names(self, role: str, record: Mapping[str, Any]) -> str:
+        """The keys of the object in which the column of a role (`a.b`) is not."""
+        outer, _, inner = self.found.get(role, self.columns[role]).partition(".")
+        held = decoded(record.get(outer)) if inner else None
+        return f": {outer} has the keys {', '.join(map(str, held))}"[:100] if isinstance(held, Mapping) else ""
 
     def _cell(self, role: str, record: Mapping[str, Any]) -> Any:
         if role == "messages" and self.exchange:
@@ -407,6 +424,17 @@ def _replied(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages[: last + 1]
 
 
+def _with_system(messages: Any, text: Any) -> Any:
+    """A conversation that begins with the system message of its row, unless it has one itself."""
+    if not isinstance(messages, list) or not isinstance(text, str) or not text.strip():
+        return messages
+    own = any(message["role"] == "system" for message in messages)
+    return messages if own else [{"role": "system", "content": text}, *messages]
+
+
+_SYSTEM = ("system", "system_prompt", "system_message")
+
+
 def _exchange(names: Sequence[str], inputs: bool) -> tuple[tuple[str, ...], str | None] | None:
     """The columns of a question and of its answer, of rows that are one exchange each; of `inputs` the answer may be missing."""
     found = [(asked, answer) for asked, answer in _EXCHANGES if asked[0] in names]
@@ -429,6 +457,7 @@ def _said(cell: Any, role: str) -> list[Any]:
 _EXCHANGES = (
     (("instruction", "input"), "output"), (("instruction", "context"), "response"), (("instruction", "input"), "response"),
     (("prompt",), "completion"), (("prompt",), "response"), (("question",), "answer"), (("query",), "response"),
+    (("question",), "response"), (("input",), "output"),
 )  # fmt: skip
 
 
@@ -441,7 +470,7 @@ def _look_up(record: Mapping[str, Any], column: str) -> Any:
     if column in record or "." not in column:
         return record.get(column)
     outer, _, inner = column.partition(".")
-    held = record.get(outer)
+    held = decoded(record.get(outer))
     return _look_up(held, inner) if isinstance(held, Mapping) else None
 
 
@@ -475,7 +504,7 @@ def _huggingface(path: str, subset: str | None, options: ReadOptions, choose: Ch
     held = held.select_columns(options.columns(choose, held.column_names, path))
     names = {column: found for column, feature in held.features.items() if (found := _class_names(feature))}
     for i, row in enumerate(held):
-        yield f" row {i}", {column: _named(value, names.get(column)) for column, value in row.items()}
+        yield f" row {i}", {column: named(value, names.get(column)) for column, value in row.items()}
 
 
 def _split(names: Callable[[], Sequence[str] | None], path: str, options: ReadOptions) -> str:
@@ -495,20 +524,12 @@ def _tfds(path: str, options: ReadOptions, choose: Choose) -> Iterator[Record]:
     wanted = options.columns(choose, list(features), path)
     for i in range(len(rows)):
         row = rows[i]
-        yield f" row {i}", {name: _named(_plain(row[name]), _class_names(features[name])) for name in wanted}
+        yield f" row {i}", {name: named(_plain(row[name]), _class_names(features[name])) for name in wanted}
 
 
 def _class_names(feature: Any) -> Sequence[str] | None:
     """What `datasets` and `tfds` call the classes of a label, or of a list of labels."""
     return getattr(getattr(feature, "feature", feature), "names", None)
-
-
-def _named(value: Any, names: Sequence[str] | None) -> Any:
-    if isinstance(value, list):
-        return [_named(item, names) for item in value]
-    if names is None or not isinstance(value, int):
-        return value
-    return names[value] if 0 <= value < len(names) else None  # -1: a test set that keeps its labels to itself
 
 
 def _plain(value: Any) -> Any:

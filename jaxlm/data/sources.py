@@ -194,8 +194,8 @@ def find_files(path: str, formats: Sequence[str] = FORMATS) -> list[pathlib.Path
 
 
 def format_of(file: pathlib.Path) -> str:
-    """The suffix of a file, below that of its compression."""
-    return file.with_suffix("").suffix if file.suffix in PACKED else file.suffix
+    """The suffix of a file in lower case, below that of its compression."""
+    return (file.with_suffix("") if file.suffix.lower() in PACKED else file).suffix.lower()
 
 
 def _read(file: pathlib.Path, column: str) -> Iterator[str]:

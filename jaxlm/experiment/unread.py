@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxlm import config as configs
-from jaxlm.data.formats import is_parallel
+from jaxlm.data.formats import FORMATS, is_parallel
+from jaxlm.data.sources import format_of
 from jaxlm.tasks import PRETRAINING, TASKS
 
 Config = Any
@@ -75,8 +76,8 @@ def _named(config: Config, *suffixes: str) -> bool:
     def named(path: str) -> bool:
         if re.match(r"(hf|tfds|embedded):", path):
             return False
-        suffix = "{}" if is_parallel(path) else pathlib.Path(re.sub(r"\.(gz|zst)$", "", path)).suffix
-        return suffix in suffixes or suffix not in ("{}", ".jsonl", ".json", ".parquet", ".conll", ".tsv", ".csv", ".txt")
+        suffix = "{}" if is_parallel(path) else format_of(pathlib.Path(path))
+        return suffix in suffixes or suffix not in ("{}", ".txt", *FORMATS)
 
     return any(map(named, filter(None, (config.data.train, config.data.validation))))
 
@@ -129,7 +130,7 @@ RULES: tuple[Rule, ...] = (
     Rule("data.rows.under", "data.train", lambda config: _named(config, ".json"), "from .json files"),
     Rule(
         "data.rows.encoding", "data.train",
-        lambda config: _named(config, ".tsv", ".csv", ".txt", ".json", ".jsonl", ".conll", "{}"), "from files of text",
+        lambda config: _named(config, ".tsv", ".csv", ".txt", ".json", ".jsonl", ".conll", ".conllu", "{}"), "from files of text",
     ),
     _with("data.rows.speakers", "task.kind", "chat", "preference", "reward"),
     Rule(

@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxlm.data.formats import FORMATS, Bad, ReadOptions, Record, read_files
+from jaxlm.data.formats import FORMATS, read_files
+from jaxlm.data.records import Bad, ReadOptions, Record
 from jaxlm.data.sources import find_files, format_of
 from jaxlm.harness.suites import READY, Form, Question, Suite, pages
 from jaxlm.text_files import read_lines, read_text, undecodable

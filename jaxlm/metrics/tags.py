@@ -1,9 +1,9 @@
 """Scores of tagged spans (named entities, chunks), by the rules of CoNLL's `conlleval`.
 
-A tag is `O` or one of B (begin), I (inside), E (end), S (single) with a type: `B-PER`. IOB1, IOB2 and BIOES are read
-alike, and leniently: a token continues the span before it if it is I or E, the token before is B or I, and the types agree;
-any other token but O begins a span. So I-PER after O begins one, and so does I-PER after I-LOC (Tjong Kim Sang & De Meulder
-2003, section 2; `seqeval` calls this its default mode).
+A tag is `O` or one of B (begin), I (inside), E or L (end, last), S or U (single, unit) with a type: `B-PER`. IOB1,
+IOB2, BIOES and BILOU are read alike, and leniently: a token continues the span before it if it is I or E, the token
+before is B or I, and the types agree; any other token but O begins a span. So I-PER after O begins one, and so does
+I-PER after I-LOC (Tjong Kim Sang & De Meulder 2003, section 2; `seqeval` calls this its default mode).
 A span counts as found if its type, first and last token are right. B sentences · T types.
 """
 
@@ -29,14 +29,18 @@ class Span(NamedTuple):
     stop: int
 
 
+_BILOU = {"L": "E", "U": "S"}
+
+
 def spans_of(tags: Sequence[str]) -> list[Span]:
     """The spans of one sentence, in order; a tag without a type has the type `_`."""
     found: list[Span] = []
     prefix_before, type_before = "O", ""
     for i, tag in enumerate(tags):
         prefix, _, kind = tag.partition("-")
+        prefix = _BILOU.get(prefix, prefix)
         if prefix not in ("O", "B", "I", "E", "S") or (prefix == "O" and kind):
-            raise ValueError(f"unknown tag {tag!r}: expected O, or one of B-, I-, E-, S- with a type")
+            raise ValueError(f"unknown tag {tag!r}: expected O, or one of B-, I-, E-, S-, L-, U- with a type")
         kind = kind or "_"
         if prefix in ("I", "E") and prefix_before in ("B", "I") and kind == type_before:
             found[-1] = found[-1]._replace(stop=i + 1)

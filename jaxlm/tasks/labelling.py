@@ -1,5 +1,6 @@
 """Labels of texts and of their words: one class, several classes, a number, a tag a word."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -229,6 +230,9 @@ class Regression(_OfTexts):
         return f"{prediction['value']:.4f}"
 
 
+_SPAN_TAG = re.compile("O|[BIESLU]-.+|[BI]", re.DOTALL)
+
+
 class Tagging(Task):
     """A tag for each word, of names by BIO tags; the first token of a word stands for it (Devlin et al. 2019, §5.3)."""
 
@@ -239,6 +243,11 @@ class Tagging(Task):
 
     def learn(self, rows: Sequence[Row]) -> None:
         self.labels = label_names({tag for row in rows for tag in row["tags"]}, self.config, self.labels)
+        strange = next((tag for tag in self.labels if not _SPAN_TAG.fullmatch(tag)), None)
+        if any(tag.startswith("B-") for tag in self.labels) and strange is not None:
+            raise ValueError(
+                f"tag {strange!r} is no span's as other tags are: expected O, or one of B-, I-, E-, S-, L-, U- with a type"
+            )
 
     @property
     def saved_tokenizer(self) -> Tokenizer:
@@ -251,8 +260,8 @@ class Tagging(Task):
 
     @property
     def spans(self) -> bool:
-        """The tags name spans (B-…, I-…), else parts of speech or the like."""
-        return any(label.startswith("B-") for label in self.labels)
+        """The tags name spans (BIO, IOB1, BIOES, BILOU), else parts of speech or the like."""
+        return any(label != "O" for label in self.labels) and all(map(_SPAN_TAG.fullmatch, self.labels))
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
         items, about = [], []

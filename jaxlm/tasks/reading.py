@@ -177,13 +177,15 @@ class MultipleChoice(Task):
 
     @staticmethod
     def _number(row: Row, where: str) -> int:
-        """A label is the number of a choice from 0, or its text; of choices that are numbers themselves a text means the
-        choice."""
+        """A label is the number of a choice from 0, its letter (A, B, …), or its text; of choices that are numbers
+        themselves a text means the choice."""
         choices, label = [choice.strip() for choice in row["choices"]], row["label"]
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices):
             return int(label)
         if str(label) in choices:
             return choices.index(str(label))
+        if label in tuple("ABCDEFGHIJ"[: len(choices)]):
+            return "ABCDEFGHIJ".index(str(label))
         if str(label).isdecimal() and int(label) < len(choices):
             return int(label)
         raise unknown(

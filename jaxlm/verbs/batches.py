@@ -20,7 +20,9 @@ MAX_TOKENS = 200
 def read_lines(file: str) -> list[Line]:
     """Prompts of a file: rows with `prompt` or `messages` in any format that training reads, or a text a line (.txt), of which
     every line is one. ValueError with the place of a row that is neither."""
-    from jaxlm.data.formats import FORMATS, Bad, ReadOptions, read_files, read_jsonl
+    from jaxlm.data.formats import FORMATS, read_files
+    from jaxlm.data.json_rows import read_jsonl
+    from jaxlm.data.records import Bad, ReadOptions
     from jaxlm.data.sources import format_of
 
     path = pathlib.Path(file)

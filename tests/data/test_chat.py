@@ -560,6 +560,15 @@ def test_white_space_at_the_end_of_a_generation_block_is_trained():
     assert text_of(chat, ids[trained]) == "It sat on the mat. Then it slept. "
 
 
+@pytest.mark.parametrize("make", [plain, blocks])
+def test_a_turn_with_weight_0_is_not_trained(make):
+    """OpenAI's fine-tuning files; the weight was accepted and did nothing."""
+    talk = [{**message, **weight} for message, weight in zip(TWO_TURNS, [{}, {"weight": 0}, {}, {"weight": 1}], strict=True)]
+    assert trained_text(make(CHATML), talk) == "Then it slept.<|im_end|>"
+    with pytest.raises(ValueError, match="nothing to train"):
+        trained_text(make(CHATML), talk[:2])
+
+
 def test_two_answers_in_a_row_and_an_answer_first():
     assert trained_text(plain(CHATML), [assistant("It sat on the mat."), assistant("Then it slept.")]) == ANSWERS
 

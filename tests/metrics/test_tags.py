@@ -21,6 +21,7 @@ from jaxlm.metrics import bootstrap, span_scores, spans, spans_of, weighted_span
         ("E-A I-A", [("A", 0, 1), ("A", 1, 2)]),  # what has ended goes on no more
         ("S-A I-A E-A", [("A", 0, 1), ("A", 1, 3)]),
         ("B-A-x I-A-x", [("A-x", 0, 2)]),
+        ("U-A U-A B-A I-A L-A I-A", [("A", 0, 1), ("A", 1, 2), ("A", 2, 5), ("A", 5, 6)]),  # BILOU
         ("B I", [("_", 0, 2)]),
         ("O O", []),
         ("", []),
@@ -99,7 +100,7 @@ def test_resampled_scores_are_those_of_each_resample():
         (lambda: spans([], []), "no predictions to score"),
         (lambda: spans([["O"]], [["O"], ["O"]]), "predictions and references differ in number: 1 and 2"),
         (lambda: spans([["O"]], [["O", "O"]]), "sentence 0 has 1 predicted tags for 2 tokens"),
-        (lambda: spans([["PER"]], [["O"]]), "unknown tag 'PER': expected O, or one of B-, I-, E-, S- with a type"),
+        (lambda: spans([["PER"]], [["O"]]), "unknown tag 'PER': expected O, or one of B-, I-, E-, S-, L-, U- with a type"),
     ],
 )
 def test_mistakes(call, message):

@@ -49,9 +49,26 @@ def test_a_number_means_the_number_of_a_choice_and_a_text_the_choice():
     assert [label(text, ["1", "2", "3"]) for text in ("1", "2", "3")] == [0, 1, 2]
     assert [label(given, ["a", "b"]) for given in ("b", "1", 1)] == [1, 1, 1] and label(7, ["5", "7"]) == 1
     assert label("b", [" a", " b"]) == 1 and label(True, ["True", "False"]) == 0
-    for wrong in ("c", 2, "²", -1):
+    assert [label(letter, ["x", "y"]) for letter in "AB"] == [0, 1] and label("A", ["B", "A"]) == 1
+    for wrong in ("c", "C", 2, "²", -1):
         with pytest.raises(ValueError, match="neither a choice nor the number of one"):
             label(wrong, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric"),
+    [(("O", "B-X", "I-X"), "f1"), (("O", "I-X"), "f1"), (("O", "U-X", "B-X", "L-X"), "f1"), (("NN", "VB"), "accuracy")],
+)
+def test_the_schemes_of_span_tags_are_known_by_all_their_tags(labels, metric):
+    """IOB1 without a B- was scored word by word; of BILOU the scores failed once the model was trained."""
+    task = task_of("tagging")
+    task.learn([{"tokens": ["a"], "tags": [label]} for label in labels])
+    assert task.metric == metric
+
+
+def test_a_tag_of_another_scheme_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"tag 'X' is no span's as other tags are: expected O"):
+        task_of("tagging").learn([{"tokens": ["a", "b"], "tags": ["B-X", "X"]}])
 
 
 @pytest.mark.parametrize("label", ["nan", "inf", float("inf"), "high"])
