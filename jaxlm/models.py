@@ -183,11 +183,15 @@ class Trained:
         decoder = {**transformer["decoder"], "layers": tuple(map(unflatten_dict, made))}
         return {**self.params, "transformer": {**transformer, "decoder": decoder}}
 
-    def task(self, kind: str | None = None, length: int | None = None, split_special_tokens: bool = False) -> Task:
+    def task(self, kind: str | None = None, length: int | None = None, split_special_tokens: bool | None = None) -> Task:
         """The task that it was trained for, or `kind` of a Hugging Face model, as far as its head is one's.
-        `split_special_tokens`: as `TextEncoder`'s, where the run does not ask for it itself."""
+        `split_special_tokens`: as `TextEncoder`'s; None: as in training.
+
+        Raises ValueError for a `length` that is more than the model's positions."""
         head, architecture = self.model.config.head.kind, self.model.config.architecture
         positions = self.model.config.positions
+        if length is not None and length > positions:
+            raise ValueError(f"length {length} is more than the {positions} positions of {self.name}: give up to {positions}")
         if self.run is not None:
             tree = configs.read_yaml(self.run / "config.yaml")[0]
             config = configs.build(TaskConfig, tree.get("task", {}))
@@ -209,8 +213,8 @@ class Trained:
         if self.run is None and config.kind == "text_to_text":
             room = settings.room(1, DecodeConfig().max_tokens)
             config = dataclasses.replace(config, decode=settings.decode({"max_tokens": room}))
-        if split_special_tokens:
-            config = dataclasses.replace(config, split_special_tokens=True)
+        if split_special_tokens is not None:
+            config = dataclasses.replace(config, split_special_tokens=split_special_tokens)
         task = TASKS[config.kind](
             config, self.tokenizer, min(length or positions, positions), labels=self.labels, architecture=architecture,
             start_id=start_id(self.run or self.source, self.tokenizer),

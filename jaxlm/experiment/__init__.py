@@ -3,5 +3,6 @@
 from jaxlm.experiment.config import ExperimentConfig, Unresolved, known_leaves, load_config
 from jaxlm.experiment.run import Run
 from jaxlm.experiment.seeds import train_seeds
+from jaxlm.experiment.unread import check_row_flags
 
-__all__ = ["ExperimentConfig", "Run", "Unresolved", "known_leaves", "load_config", "train_seeds"]
+__all__ = ["ExperimentConfig", "Run", "Unresolved", "check_row_flags", "known_leaves", "load_config", "train_seeds"]

@@ -277,7 +277,7 @@ class Finetuning(Job):
     def score_names(self) -> list[str]:
         _, examples = self._scored
         if self.task.refers:  # `prepare` puts the true ones in their place
-            self.task.refer(examples, [dict.fromkeys(("chosen_B", "rejected_B"), np.float32(0))] * len(examples))
+            self.task.refer(examples, [dict.fromkeys(("chosen_B", "rejected_B"), np.zeros((), np.float32))] * len(examples))
         return list(self._scores(self.predictor.dry_run(examples.items, outputs=not self.task.generates)))
 
     def sample(self, params: Params) -> str | None:

@@ -121,7 +121,7 @@ class Pretraining(Job):
         )
 
     @functools.cached_property
-    def _eval_step(self) -> Callable[..., Any]:
+    def _eval_step(self) -> Any:
         return make_eval_step(self.model(), self.objective(), self.mesh)
 
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:

@@ -9,7 +9,8 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxlm import config as configs
@@ -186,6 +187,22 @@ RULES: tuple[Rule, ...] = (
     _not_with("model.head.bias", "model.head.kind", "embedding"),
     _above(r"model.moe.(?!experts).*", "model.moe.experts", 0),
 )  # fmt: skip
+
+
+def check_row_flags(names: Iterable[str], path: str, rows: Any, task: Any, architecture: str) -> None:
+    """Refuse those of the flags `data.rows.…` that nothing reads for rows of one path, with a ValueError of one line."""
+    space = types.SimpleNamespace
+    config = space(
+        data=space(train=path, validation=None, rows=rows), task=task, model=space(architecture=architecture),
+    )  # fmt: skip
+    for name in names:
+        for rule in RULES:
+            if re.fullmatch(rule.options, name) and not rule.holds(config):
+                raise ValueError(f"{name} would do nothing here: it is read {rule.words} only; leave it out")
+        role = name.removeprefix("data.rows.columns.")
+        if role != name and role not in _roles(config):
+            roles = ", ".join(sorted(_roles(config)))
+            raise ValueError(f"{name} would do nothing here: the columns of task {task.kind} are {roles}; leave it out")
 
 
 def check_read(loaded: configs.Loaded) -> tuple[configs.Loaded, list[str]]:

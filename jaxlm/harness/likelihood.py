@@ -48,7 +48,9 @@ class Scorer:
         if length is not None and length < 1:
             raise ValueError(f"length is {length}: it must be at least 1")
         self.trained, self.tokenizer, self.truncated, self.batch_size = trained, trained.tokenizer, 0, batch_size
-        self.length = min(length or model.config.positions, model.config.positions)
+        if length is not None and length > model.config.positions:
+            raise ValueError(f"length {length} is more than the model's {model.config.positions} positions: give no more")
+        self.length = length or model.config.positions
         self.encoder = TextEncoder(self.tokenizer)
         self.begin = self.encoder.prefix if bos is None else [self.tokenizer.bos_id] * bos
 

@@ -48,7 +48,7 @@ def vectors_of(trained: Trained, split_special_tokens: bool = False) -> Task | N
     """The task that gives vectors of texts: the model's own head, or the mean of hidden states; None for an encoder-decoder."""
     config = trained.model.config
     if config.head.kind == "embedding":
-        return trained.task(split_special_tokens=split_special_tokens)
+        return trained.task(split_special_tokens=split_special_tokens or None)
     if config.architecture == "encoder_decoder":
         return None
     task = TaskConfig(kind="embedding", split_special_tokens=split_special_tokens)
@@ -59,7 +59,7 @@ def labels_of(trained: Trained, split_special_tokens: bool = False) -> Task | No
     """The task whose labels `/classify` tells; None for a model without a head for them."""
     if trained.model.config.head.kind != "sequence":
         return None
-    task = trained.task(split_special_tokens=split_special_tokens)
+    task = trained.task(split_special_tokens=split_special_tokens or None)
     return task if task.config.kind in LABELS else None
 
 

@@ -77,6 +77,10 @@ class Classification(_OfTexts):
         named = [label for label in self.labels if label.strip().casefold() in ("positive", "pos", "yes", "true", "1")]
         return named[0] if len(named) == 1 else self.labels[1]
 
+    @property
+    def scoring_options(self) -> dict[str, str | None]:
+        return super().scoring_options | ({"positive": None} if len(self.labels) == 2 else {})
+
     def title(self, score: str) -> str:
         of_one = self.positive is not None and score in ("precision", "recall", "f1", "auroc", "auprc")
         return f"{score} ({self.positive})" if of_one else score

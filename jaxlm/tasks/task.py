@@ -223,6 +223,11 @@ class Task:
         """A prediction for each row."""
         raise NotImplementedError
 
+    @property
+    def scoring_options(self) -> dict[str, str | None]:
+        """The options of `TaskConfig` that only scores depend on → None if this task reads them, else when they are read."""
+        return {"tokenize": "in the BLEU of text_to_text only", "positive": "in classification with two classes only"}
+
     def statistic(self) -> Callable[..., dict[str, float]]:
         """The scores, a function of (predictions, rows); a `Weighted` one where they are to be had fast for resamples."""
         raise NotImplementedError

@@ -135,6 +135,11 @@ class TextToText(_Written):
     def _kind(self) -> str:
         return "answers" if self.answers else "translation" if self.config.scores == "auto" else self.config.scores
 
+    @property
+    def scoring_options(self) -> dict[str, str | None]:
+        own = None if self._kind == "translation" else f"with BLEU only, and this task is scored as {self._kind}"
+        return super().scoring_options | {"tokenize": own}
+
     def statistic(self) -> Callable[..., dict[str, float]]:
         scores = {
             "answers": metrics.weighted_squad(), "summarisation": metrics.weighted_summarisation(),

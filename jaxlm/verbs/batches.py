@@ -296,7 +296,7 @@ class Batched:
         if trained.reads:
             if any("messages" in line for line in lines):
                 raise ValueError(f"{trained.name} is an encoder-decoder: it reads prompts, not messages")
-            task = trained.task(split_special_tokens=split)
+            task = trained.task(split_special_tokens=split or None)
             if len(task.given) != 1:
                 raise ValueError(f"{trained.name} reads {' and '.join(task.given)}: `jaxlm predict --file` takes them as columns")
             read = task.prompts([{task.given[0]: lines[i]["prompt"]} for i in left])

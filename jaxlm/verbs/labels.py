@@ -51,8 +51,9 @@ class PredictOptions(LoadOptions):
     """The task, where a Hugging Face model's head leaves it open."""
     length: int | None = None
     """Most tokens of a row; empty: as in training, or the model's positions."""
-    split_special_tokens: bool = False
-    """Read special tokens that rows spell, such as </s>, as ordinary text; false: as in training, or as transformers does."""
+    split_special_tokens: bool | None = None
+    """Read special tokens that rows spell, such as </s>, as ordinary text; empty: as in training, or as transformers does, which
+    reads them as special tokens."""
     batch_size: int = 32
     """Rows computed at a time."""
 
@@ -72,6 +73,10 @@ def predict(words: Sequence[str]) -> int:
 
     trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length, options.split_special_tokens)
+    if options.length is not None and task.config.kind == "chat":
+        raise ValueError(
+            f"length {options.length} would do nothing here: a conversation to be continued is read whole; leave it out"
+        )
     _tell_settings(trained, task)
     inputs = [_checked(task, item) for item in _rows(task, options, trained.run, row_flags)]
     rows = [item.row for item in inputs if item.row is not None]
@@ -105,16 +110,25 @@ def _rows(
 ) -> list["Input"]:
     """What to predict for, with the roles that the task needs; one for each row of a file."""
     from jaxlm.data import Input, read_inputs
+    from jaxlm.experiment import check_row_flags
 
+    flags = flags or {}
     if options.file is None:
+        unread = ["split"] * (options.split is not None) + list(flags)
+        if unread:
+            raise ValueError(f"{unread[0]} would do nothing here: it is read with --file only; leave it out")
         row = _given_row(task, options)
         return [Input(row, row, "the row")]
-    rows, replaceable = _reading(run, flags or {}, other=True)
+    for name in ("data.rows.group", "data.rows.max_bad"):
+        if name in flags:
+            raise ValueError(f"{name} would do nothing here: every row is predicted for; leave it out")
+    rows, replaceable = _reading(run, flags, other=True)
+    check_row_flags(flags, options.file, rows, task.config, task.architecture)
     required = [role for role in task.given if role not in task.optional]
     optional = [role for role in ("prompt", "pair", "context") if role in task.optional]
     lines = _text_lines(options.file, rows, required)
     if lines is None:
-        splits = _splits(options.split, flags or {})
+        splits = _splits(options.split, flags)
         inputs, notes = read_inputs(options.file, rows, required, optional, splits=splits, replaceable=replaceable)
         for note in notes:
             say(note)
@@ -123,8 +137,12 @@ def _rows(
     elif len(required) > 1:
         needs = " and ".join(required)
         raise ValueError(f"{options.file} holds one text a line; task {task.config.kind} reads {needs}: name them with --header")
+    elif options.split is not None or (columns := [name for name in flags if name.startswith("data.rows.columns.")]):
+        idle = "split" if options.split is not None else columns[0]
+        raise ValueError(f"{idle} would do nothing here: {options.file} holds one text a line; leave it out")
     else:
-        inputs = [Input({required[0]: text}, None if why else {required[0]: text}, place, why) for place, text, why in lines]
+        role, lines = required[0], lines[: rows.limit]
+        inputs = [Input({role: text}, None if why else {role: text}, place, why) for place, text, why in lines]
     if any("pair" in (item.row or {}) for item in inputs):  # all are pairs, and the second text of some is empty
         inputs = [item._replace(row=item.row and {"pair": "", **item.row}) for item in inputs]
     return inputs
@@ -184,9 +202,18 @@ def _given_row(task: "Task", options: PredictOptions) -> dict[str, Any]:
     """The row that the flags give."""
     given: dict[str, Any] = {name: getattr(options, name) for name in ("pair", "question", "context")}
     given["choices"] = options.choices.split("|") if options.choices else None
-    if options.text is not None:
-        given[task.given[0]] = options.text
     given = {name: value for name, value in given.items() if value is not None}
+    read = [
+        name for name in ("text", "pair", "question", "context", "choices") if name in {*task.given, *task.required, *task.optional}
+    ]
+    if unread := [name for name in given if name not in read]:
+        raise ValueError(
+            f"{unread[0]} would do nothing here: task {task.config.kind} reads {', '.join(read) or 'text'}; leave it out"
+        )
+    if options.text is not None:
+        if task.given[0] in given:
+            raise ValueError(f"text and {task.given[0]} are one and the same to task {task.config.kind}: give one of them")
+        given[task.given[0]] = options.text
     missing = [name for name in task.given if name not in given]
     if missing:
         known = [f"--{'text' if name == task.given[0] and name not in ('question',) else name}" for name in missing]
@@ -231,8 +258,9 @@ class EvaluateOptions(LoadOptions):
     """Another model's predictions.jsonl for the same rows, to be compared with by a paired test."""
     length: int | None = None
     """Most tokens of a row; empty: as in training, or the model's positions (of a suite always these)."""
-    split_special_tokens: bool = False
-    """Read special tokens that rows spell, such as </s>, as ordinary text; false: as in training, or as transformers does."""
+    split_special_tokens: bool | None = None
+    """Read special tokens that rows spell, such as </s>, as ordinary text; empty: as in training, or as transformers does, which
+    reads them as special tokens."""
     batch_size: int = 32
     """Rows computed at a time."""
 
@@ -259,6 +287,9 @@ def evaluate(words: Sequence[str]) -> int:
     trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length, options.split_special_tokens)
     scoring = {name: value for name in ("tokenize", "positive") if (value := getattr(options, name)) is not None}
+    for name, given in scoring.items():
+        if when := task.scoring_options[name]:
+            raise ValueError(f"{name} {given} would do nothing here: it is read {when}; leave it out")
     if scoring:
         task.config = configs.build(type(task.config), {**configs.to_dict(task.config), **scoring})
     _tell_settings(trained, task)
@@ -319,19 +350,25 @@ def _is_suite(options: EvaluateOptions, row_flags: Mapping[str, configs.Text]) -
         raise ValueError(f"task {options.task} needs --data FILE: rows in the harness's format")
     if options.against or row_flags:
         raise ValueError(f"against, header and columns are not for task {options.task}, whose rows have one format")
-    if options.tokenize or options.positive:
-        raise ValueError(f"tokenize and positive are not for task {options.task}, whose scores are the harness's")
+    for name in ("tokenize", "positive", "split", "split_special_tokens"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} is not for task {options.task}, whose rows and scores are the harness's: leave it out")
     return True
 
 
 def _held_out(run: pathlib.Path | None, task: "Task", options: EvaluateOptions, flags: Mapping[str, configs.Text]) -> "Table":
     """The labelled rows to evaluate on."""
     from jaxlm.data import HELD_OUT, DataConfig, read_rows, split_rows
+    from jaxlm.experiment import check_row_flags
 
     data = DataConfig() if run is None else _data_of(run)
     rows, replaceable = _reading(run, flags, other=options.data is not None)
     roles = task.roles(task.config, task.architecture)
+    if path := options.data or data.train:
+        check_row_flags(flags, path, rows, task.config, task.architecture)
     if options.data is not None:
+        if "data.rows.group" in flags:
+            raise ValueError("data.rows.group would do nothing here: all rows of --data are scored; leave it out")
         return read_rows(options.data, rows, *roles, splits=_splits(options.split, flags), replaceable=replaceable)
     if data.train is None:
         raise ValueError("give the rows to evaluate on: --data FILE")

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from jaxlm import cli
+from jaxlm import cli, models
 
 GOOD = [f"{word} film number {i}\t{label}" for i in range(30) for word, label in (("good", "pos"), ("bad", "neg"))]
 MODEL = [
@@ -86,16 +86,56 @@ def test_tasks_and_data_must_fit(train, tmp_path, capsys):
     assert code == 1 and "decoder" in said
 
 
-def test_predict_says_what_it_needs(train, tmp_path, capsys):
-    train(GOOD)
+def test_a_flag_of_predict_or_evaluate_is_honoured_or_refused(train, tmp_path, capsys, monkeypatch):
+    three = [*GOOD, *(f"odd film number {i}\tnone" for i in range(30))]
+    assert train(three)[0] == 0
     assert cli.main(["predict", "runs/task"]) == 1
     assert "--text" in capsys.readouterr().err
     assert cli.main(["predict", "runs/task", "--text", "a good film"]) == 0
-    assert capsys.readouterr().out.split()[0] in ("pos", "neg")
+    assert capsys.readouterr().out.split()[0] in ("pos", "neg", "none")
     assert cli.main(["predict", "runs/task", "--text", "a", "--file", "b"]) == 1
     assert "not both" in capsys.readouterr().err
     assert cli.main(["predict", "runs/nowhere", "--text", "a"]) == 1
     assert "runs/task" in capsys.readouterr().err
+    (tmp_path / "texts.txt").write_text("good\nbad\n")
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}]))
+    splits = {"train": [{"text": "good", "label": "pos"}] * 3, "test": [{"text": "bad", "label": "neg"}] * 2}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    refused = {
+        "predict": [
+            ("--text good --header text", "data.rows.header"), ("--text good --split test", "split"),
+            ("--text good --question x", "question"),
+            ("--text good --choices a|b", "choices"), ("--text good --length 33", "32 positions"),
+            ("--file rows.json --data.rows.max-bad 0", "data.rows.max_bad"),
+            ("--file rows.json --data.rows.group text", "data.rows.group"),
+            ("--file rows.json --data.rows.subset x", "data.rows.subset"), ("--file rows.json --split test", "has no splits"),
+            ("--file rows.json --data.rows.separator ,", "data.rows.separator"),
+            ("--file rows.json --columns answers=text", "columns.answers"),
+            ("--file texts.txt --columns text=x", "columns.text"), ("--file texts.txt --split test", "split"),
+        ],
+        "evaluate": [
+            ("--tokenize zh", "tokenize zh"), ("--positive pos", "positive pos"), ("--split test", "split"), ("--limit 3", "limit"),
+            ("--data rows.json --data.rows.group text", "data.rows.group"),
+            ("--data rows.json --data.rows.subset x", "data.rows.subset"),
+            ("--data.rows.subset x", "data.rows.subset"), ("--data rows.json --split dev", "has no splits"),
+            ("--task hellaswag --data rows.json --split dev", "split is not for task"),
+            ("--task hellaswag --data rows.json --split-special-tokens true", "split_special_tokens is not for task"),
+        ],
+    }  # fmt: skip
+    trained = models.load_model("runs/task")  # once for all
+    monkeypatch.setattr(models, "load_model", lambda argument, options: trained)
+    for verb, cases in refused.items():
+        for flags, part in cases:
+            capsys.readouterr()
+            assert cli.main([verb, "runs/task", *flags.split()]) == 1, flags
+            told = capsys.readouterr().err
+            assert part in told and told.count("\n") == 1, told
+    capsys.readouterr()
+    for flags, lines in (("texts.txt --data.rows.limit 1", 1), ("splits.json", 2), ("splits.json --split train", 3)):
+        assert cli.main(["predict", "runs/task", "--file", *flags.split(), "--out", "out.jsonl"]) == 0
+        assert len((tmp_path / "out.jsonl").read_text().splitlines()) == lines
+    assert "split test" in capsys.readouterr().out
+    assert cli.main(["evaluate", "runs/task", "--data", "splits.json"]) == 0 and "2 rows; split test" in capsys.readouterr().out
 
 
 def test_a_metric_that_the_task_does_not_have_is_told(train):

@@ -69,6 +69,18 @@ def test_what_has_no_positive_class():
         TaskConfig(kind="chat", tokenize="zh")
 
 
+def test_which_scores_depend_on_an_option():
+    """What `jaxlm evaluate` refuses of a run that is scored otherwise."""
+    read = [(labels, task("classification", labels).scoring_options["positive"]) for labels in (("a", "b"), ("a", "b", "c"))]
+    assert [when is None for _, when in read] == [True, False]
+    by = {
+        scores: task("text_to_text", scores=scores).scoring_options
+        for scores in ("auto", "translation", "summarisation", "answers")
+    }
+    assert [name for name, options in by.items() if options["tokenize"] is None] == ["auto", "translation"]
+    assert all(options["positive"] for options in by.values()) and all(task("tagging", ("O", "B-x")).scoring_options.values())
+
+
 def shown(page):
     """Rows of the table of classes in a page."""
     table = page.partition("Scores of each class")[2].partition("</table>")[0]
