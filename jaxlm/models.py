@@ -290,14 +290,12 @@ def load_model(argument: str, mesh: jax.sharding.Mesh | None = None, options: Lo
     mesh = mesh_of(options.parallel) if mesh is None else mesh
     folder = locate(argument)
     if (folder / ADAPTER).is_file():
-        return _in_dtype(_adapted(folder, mesh), options.dtype)
+        trained = _adapted(folder, mesh)
+        assert trained.source is not None, "an adapter is merged into the model of a Hugging Face folder"
+        return _in_dtype(trained, stored_dtype(trained.source) if options.dtype == "auto" else options.dtype)
     if is_hugging_face(folder):
-        config, held = read_config(folder), "float32"
-        if options.dtype in ("auto", "bfloat16"):
-            held = options.dtype if options.dtype == "bfloat16" else stored_dtype(folder)
-            computed: Any = "bfloat16" if held == "bfloat16" else "float32"
-            config = dataclasses.replace(config, dtype=computed, param_dtype=computed)
-        model = Model(config)
+        held = stored_dtype(folder) if options.dtype == "auto" else options.dtype or "float32"
+        model = Model(_computing(read_config(folder), held))
         params = load_parameters(folder, model, mesh, parameters=held)
         return Trained(model, params, mesh, folder.name, folder, source=folder, theirs=read_json(folder))
     model, params = _restore(folder, mesh)
@@ -305,12 +303,17 @@ def load_model(argument: str, mesh: jax.sharding.Mesh | None = None, options: Lo
     return _in_dtype(trained, None if options.dtype == "auto" else options.dtype)
 
 
+def _computing(config: TransformerConfig, held: str) -> TransformerConfig:
+    """The config of a model whose parameters are held in dtype `held`; float16 is computed with in float32."""
+    computed: Any = "bfloat16" if held == "bfloat16" else "float32"
+    return dataclasses.replace(config, dtype=computed, param_dtype=computed)
+
+
 def _in_dtype(trained: Trained, dtype: str | None) -> Trained:
-    """The model in another precision, parameters and computation; None: as it is. Its old parameters are given up."""
-    config: Any = trained.model.config
-    if dtype in (None, "auto") or (config.dtype == dtype == config.param_dtype):
+    """Copy with parameters held in another dtype and computed with accordingly; None: unchanged. Deletes the old parameters."""
+    model = trained.model if dtype is None else Model(_computing(trained.model.config, dtype))
+    if dtype is None or (model.config == trained.model.config and held_dtype(trained.params) == dtype):
         return trained
-    model = Model(dataclasses.replace(config, dtype=dtype, param_dtype=dtype))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trained.params)
     cast = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf.astype(dtype), params), out_shardings=shardings, donate_argnums=0)
     with warnings.catch_warnings():  # JAX tells of each buffer that is too large to be used again

@@ -41,7 +41,7 @@ def export(words: Sequence[str]) -> int:
     """jaxlm export MODEL DIR [--dtype TYPE] [--family NAME] [--max-shard-gb N] [--adapter]: write a Hugging Face folder."""
     (argument, target), flags = split_words(words, "MODEL", "DIR")
     options = configs.load(ExportOptions, None, flags).value
-    from jaxlm.hub import save_adapter, save_folder
+    from jaxlm.hub import ADAPTER, save_adapter, save_folder
     from jaxlm.models import held_dtype, load_model, load_tuned, locate, one_device
 
     if options.adapter:
@@ -54,7 +54,9 @@ def export(words: Sequence[str]) -> int:
         )
         say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
         return 0
-    trained = load_model(argument, options=LoadOptions("auto", options.parallel))
+    # An adapter is merged in float32: what the written dtype can hold of the sum is kept.
+    merged = (locate(argument) / ADAPTER).is_file() and options.dtype != "auto"
+    trained = load_model(argument, options=LoadOptions("float32" if merged else "auto", options.parallel))
     dtype = held_dtype(trained.params) if options.dtype == "auto" else options.dtype
     folder = save_folder(
         pathlib.Path(target), trained.model, trained.params, tokenizer=trained.tokenizer_folder, like=trained.json(),

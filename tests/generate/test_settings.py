@@ -16,8 +16,10 @@ from jaxlm import cli
 from jaxlm.data import TokenizerConfig, train_tokenizer
 from jaxlm.devices import LoadOptions, MeshOptions
 from jaxlm.generate import BatchGenerator, DecodeConfig, GenerationSettings, Generator, LogitsRules, SampleConfig
+from jaxlm.hub import save_adapter
 from jaxlm.models import held_dtype, load_model
 from jaxlm.serve.asks import Asker, Limits
+from jaxlm.train import LoraConfig, TuneConfig, Tuning
 from jaxlm.verbs.decoding import Decoding
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "hub"))
@@ -208,13 +210,20 @@ def test_an_encoder_decoders_settings_reach_its_texts_and_its_export(tmp_path, c
 
 @pytest.mark.parity
 def test_a_model_is_read_in_its_own_precision_onto_any_mesh(tmp_path):
-    """bfloat16 and float16 files are held as they are, each parameter once; eight devices give the tokens and labels of one."""
+    """bfloat16 and float16 files are held as they are, each parameter once, an adapter as its base model; eight devices give the
+    tokens and labels of one."""
     theirs, _, folder = folder_of("gpt2", tmp_path, {})
+    base, tune = load_model(str(folder)), TuneConfig(None, LoraConfig(2, 4.0))
+    trained, _ = Tuning(tune, base.model).split(base.params, jax.random.key(0))
+    adapter = save_adapter(tmp_path / "adapter", tune, trained, base.model, "gpt2", str(folder))
     for dtype, kind in (("bfloat16", theirs.bfloat16), ("float16", theirs.half)):
         kind().save_pretrained(folder)
         for asked, held in (("auto", dtype), (None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
             loaded = load_model(str(folder), options=LoadOptions(asked))
             assert held_dtype(loaded.params) == held and len({leaf.dtype for leaf in jax.tree.leaves(loaded.params)}) == 1
+        adapted = load_model(str(adapter), options=LoadOptions("auto"))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(adapted.params)} == {dtype}
+        assert adapted.model.config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
     one = load_model(str(folder), options=LoadOptions("auto"))
     eight = load_model(str(folder), options=LoadOptions("auto", MeshOptions(data=2, fsdp=2, tensor=2)))
     largest = max(jax.tree.leaves(eight.params), key=lambda leaf: leaf.size)
