@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 GUIDE_WAIT_S = 0.002
 """Seconds that other texts wait for a guide before they go on without its text."""
+NO_TOKEN_LEFT = "no token may come next: what is allowed, the bad sequences and the least number of tokens exclude each other"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,6 +367,8 @@ class Engine:
         first = _token(int(jax.device_get(token_1)[0]), jax.device_get(own), (0,), request)
         if request.max_tokens < 1:
             self._leave(seat, "length")
+        elif first.id < 0:
+            self._leave(seat, "stuck", reason=NO_TOKEN_LEFT)
         elif first.id in request.stop:
             self._leave(seat, "stop", stop=first)
         else:
@@ -410,6 +413,8 @@ class Engine:
             self._hand_on(seat, tokens, None)
         elif told.new_B[b] >= request.max_tokens:
             self._hand_on(seat, tokens, "length")
+        elif told.tokens_BT[b, count] < 0:
+            self._hand_on(seat, tokens, "stuck")
         else:
             self._hand_on(seat, tokens, "stop", token(count))
 
@@ -421,7 +426,7 @@ class Engine:
             seat.held_back, seat.mask_V = tokens, None
             seat.guide.advance([token.id for token in tokens])
         elif ended is not None:
-            self._leave(seat, ended, tokens, stop=stop)
+            self._leave(seat, ended, tokens, NO_TOKEN_LEFT if ended == "stuck" else "", stop)
         elif tokens:
             seat.ticket.tell(Event(tuple(tokens)))
 

@@ -20,7 +20,7 @@ BAD_LENGTH = 16
 """Most tokens of such a sequence."""
 
 Ended = Literal["stop", "length", "cancelled", "stuck", "error"]
-"""stuck: its guide allows no token at all."""
+"""stuck: its guide, allowed tokens, bad sequences and least length together leave no token."""
 
 
 class Guide(Protocol):

@@ -170,7 +170,7 @@ class Decoder:
         own = dataclasses.replace(own, length=(start + length)[None])
         first = Slots(own, row, seen, allowed_1V, recent_1H, zero_1, zero_1, zero_1 > 0)
         token_1 = self._choose(logits_1V, first)
-        ended_1 = jnp.any(token_1[:, None] == row.stop_BE, axis=1) | (row.limit_B < 1)
+        ended_1 = _ends(token_1, row) | (row.limit_B < 1)
         running_1 = whole & ~ended_1 & (row.limit_B > 1)
         first = self._took(first, token_1, jnp.ones(1, bool)).replace(  # type: ignore[attr-defined]
             new_B=(~ended_1).astype(jnp.int32), running_B=running_1
@@ -201,7 +201,7 @@ class Decoder:
             logits_BLV, cache = self.model.apply(params, {"tokens_BL": state.token_B[:, None]}, state.cache)
             logits_BV = logits_BLV[:, 0]
             token_B = self._choose(logits_BV, state)
-            ended_B = jnp.any(token_B[:, None] == state.row.stop_BE, axis=1)
+            ended_B = _ends(token_B, state.row)
             given_B = running_B & ~ended_B
             new_B = state.new_B + given_B.astype(jnp.int32)
             cache = dataclasses.replace(cache, length=state.cache.length + running_B.astype(jnp.int32))
@@ -231,11 +231,12 @@ class Decoder:
             # Counted only where some row has penalties: the tables are large.
             seen=jax.lax.cond(state.row.knobs.penalise, count, lambda: seen),
             recent_BH=jnp.where(running_B[:, None], shifted_BH, state.recent_BH),
-            token_B=jnp.where(running_B, token_B, state.token_B),
+            token_B=jnp.where(running_B & (token_B >= 0), token_B, state.token_B),
         )
 
     def _choose(self, logits_BV: jax.Array, state: Slots) -> jax.Array:
-        """The next token of each row, drawn with a key that hangs on its request's seed and its place alone."""
+        """The next token of each row, sampled with a key that depends on its request's seed and position alone; −1 where
+        `allowed_BV`, `least_B` and `worst_BW` together leave no token."""
         row = state.row
         keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(row.key_B), state.new_B)
         row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
@@ -246,15 +247,18 @@ class Decoder:
         )
         early_B = state.new_B < row.least_B
 
-        def restricted() -> jax.Array:
+        def restricted() -> tuple[jax.Array, jax.Array]:
             stop_BE = jnp.where(early_B[:, None] & (row.stop_BE >= 0), row.stop_BE, NONE)
             same_BW = jnp.all((row.bad_BWH < 0) | (row.bad_BWH == state.recent_BH[:, None, :]), axis=-1)
             allowed_BV = state.allowed_BV.at[row_B1, stop_BE].set(False, mode="drop")
-            return allowed_BV.at[row_B1, jnp.where(same_BW, row.worst_BW, NONE)].set(False, mode="drop")
+            allowed_BV = allowed_BV.at[row_B1, jnp.where(same_BW, row.worst_BW, NONE)].set(False, mode="drop")
+            return allowed_BV, jnp.any(allowed_BV[:, : self.vocab_size], axis=1)
 
         some = jnp.any(early_B) | jnp.any(row.worst_BW != NONE)
-        allowed_BV = jax.lax.cond(some, restricted, lambda: state.allowed_BV)
-        return sample(logits_BV, keys_B, row.knobs, self.vocab_size, state.seen, allowed_BV)
+        # Otherwise the host has seen to it that a token is left.
+        allowed_BV, any_B = jax.lax.cond(some, restricted, lambda: (state.allowed_BV, jnp.ones_like(early_B)))
+        token_B = sample(logits_BV, keys_B, row.knobs, self.vocab_size, state.seen, allowed_BV)
+        return jnp.where(any_B, token_B, -1)
 
     def _scores_if_asked(self, logits_BV: jax.Array, token_B: jax.Array, asked_B: jax.Array) -> Scores:
         B = token_B.shape[0]
@@ -284,6 +288,11 @@ class Decoder:
         # The length with them: what a slot that stands still writes must not fall on what was copied.
         cache = dataclasses.replace(state.cache.map(change), length=state.cache.length.at[target].set(length))
         return state.replace(cache=cache)  # type: ignore[attr-defined]
+
+
+def _ends(token_B: jax.Array, row: Row) -> jax.Array:
+    """Whether a token ends its text: one of its stop tokens, or −1, none."""
+    return jnp.any(token_B[:, None] == row.stop_BE, axis=1) | (token_B < 0)
 
 
 def _layout(state: Slots, mesh: jax.sharding.Mesh) -> Slots:

@@ -447,6 +447,21 @@ def test_only_allowed_tokens_come(case):
     assert set(both.ids) <= {3, 8} and none.ended == "stuck"
 
 
+def test_a_text_whose_constraints_leave_no_token_ends_alone(case):
+    """Behind its prompt, or after some tokens; another text beside it is as if alone."""
+    *_, engine = case
+    tokenizer = Characters("abcdefghijklmnopqrstuvwxyz0123456789")
+    (free,) = requests_of(11, sample=WARM)
+    pairs = ((3, 3), (3, 8), (8, 3), (8, 8))
+    after = [Request((1,), 5, sample, allowed=(3, 8), bad=pairs, stop=stop) for sample in (WARM, GREEDY) for stop in (
+        frozenset({9}), frozenset(range(10, 18)))]  # fmt: skip
+    at_once = Request((1,), 5, WARM, guide=Grammar(tokenizer, Constraint(regex="z[a-z]*")), bad=((35,),))
+    *stuck, beside, none = answers(engine, [*after, free, at_once])
+    assert all(ear.ended == "stuck" and len(ear.ids) == 1 and ear.reason.startswith("no token may come next") for ear in stuck)
+    assert none.ended == "stuck" and none.ids == []
+    assert beside.tokens == answers(engine, [free])[0].tokens
+
+
 def test_bad_sequences_never_come(case):
     """Of one token and of several, among new tokens alone; nothing else is changed before one would have come."""
     *_, engine = case
