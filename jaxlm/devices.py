@@ -57,5 +57,6 @@ class LoadOptions:
 
     dtype: Dtype | None = None
     """Precision of parameters and computation; auto: that of the checkpoint's files, for an adapter of its base model's (float16 is
-    held as it is and computed with in float32). Empty: float32, the precision in which outputs are compared with other libraries'; for a run that of its training."""
+    held as it is and computed with in float32). Empty: float32, the precision in which outputs are compared with other libraries';
+    for a run that of its training."""
     parallel: MeshOptions = MeshOptions()
