@@ -22,6 +22,7 @@ from jaxlm.hub import (
     find,
     fingerprint_files,
     is_hugging_face,
+    label_names,
     load_adapter,
     load_parameters,
     read_adapter,
@@ -137,8 +138,7 @@ class Trained:
         """Names of the classes of a head over labels, where they are known."""
         if self.run is not None:
             return read_card(self.run).labels
-        named = (self.theirs or {}).get("id2label") or {}
-        return tuple(str(named[key]) for key in sorted(named, key=int))
+        return label_names(self.theirs or {})
 
     def start(self) -> Params:
         """The parameters that its run started from. Raises ValueError for a model of no run."""
@@ -428,7 +428,9 @@ def _adapted(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Trained:
     tuning = Tuning(adapter.config, model)
     placed = jax.device_put(adapter.trained, stored_shardings(tuning.axes, tuning.shapes, mesh))
     params = _merged(Tuned(adapter.config, model, placed, base, 0, ""), mesh)
-    theirs = {key: value for key, value in read_json(source).items() if key not in ("id2label", "label2id")}
+    theirs, own_head = read_json(source), read_config(source).head
+    if (own_head.kind, own_head.labels) != (model.config.head.kind, model.config.head.labels):  # names of other outputs
+        theirs = {key: value for key, value in theirs.items() if key not in ("id2label", "label2id")}
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))  # its chat template, say
     return Trained(model, params, mesh, folder.name, folder if own else source, source=source, theirs=theirs)
 
@@ -449,8 +451,7 @@ def source_labels(argument: str | None, head: str) -> tuple[str, ...]:
         return ()
     if not is_hugging_face(folder):
         return read_card(folder).labels
-    named = read_json(folder).get("id2label") or {}
-    return tuple(str(named[key]) for key in sorted(named, key=int))
+    return label_names(read_json(folder))
 
 
 def start_parameters(

@@ -7,6 +7,7 @@ from jaxlm.hub.convert import (
     family_for,
     family_of,
     is_hugging_face,
+    label_names,
     load_folder,
     load_parameters,
     read_config,
@@ -24,7 +25,7 @@ from jaxlm.hub.tensors import Table
 __all__ = [
     "ADAPTER", "FAMILIES", "GENERATION", "Adapter", "Family", "Head", "Table", "Tensors", "family_for", "family_of", "find",
     "fingerprint_files",
-    "is_hugging_face", "load", "load_adapter", "load_folder", "load_parameters", "read_adapter", "read_config",
+    "is_hugging_face", "label_names", "load", "load_adapter", "load_folder", "load_parameters", "read_adapter", "read_config",
     "read_generation", "read_json", "save", "save_adapter", "save_folder", "stored_dtype",
     "tensor_names", "write_generation",
 ]  # fmt: skip

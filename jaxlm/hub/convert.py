@@ -1,5 +1,6 @@
 """A Hugging Face folder ↔ a model of ours: the registry of families, and the two directions."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -16,7 +17,7 @@ from jaxlm.config import unknown
 from jaxlm.hub.decoders import DECODERS
 from jaxlm.hub.encoders import ENCODERS
 from jaxlm.hub.family import Family, complete
-from jaxlm.hub.files import Tensors, find, has_weights, tensor_names
+from jaxlm.hub.files import DTYPES, Tensors, find, has_weights, tensor_names
 from jaxlm.hub.loading import load
 from jaxlm.hub.model_card import PIPELINE_TAGS, CardFacts, model_card
 from jaxlm.hub.saving import Carried, save
@@ -52,6 +53,23 @@ def read_json(folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file} holds {theirs!r}: expected an object with a model_type")
     family_of(theirs)
     return complete(theirs)
+
+
+def label_names(theirs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a head's outputs in their order, by the `id2label` of a `config.json`; empty without one.
+
+    Raises ValueError where its ids are not 0, 1, … without a gap, or where two outputs have the same name.
+    """
+    named = {int(key): str(name) for key, name in (theirs.get("id2label") or {}).items()}
+    if sorted(named) != list(range(len(named))):
+        raise ValueError(
+            f"config.json: id2label has the ids {', '.join(map(str, sorted(named)))}: expected 0 to {len(named) - 1}, one for each "
+            "output of the head"
+        )
+    repeated = next((name for name, count in collections.Counter(named.values()).items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"config.json: id2label gives the name {repeated!r} to several outputs: give each a name of its own")
+    return tuple(named[i] for i in range(len(named)))
 
 
 def family_of(theirs: Mapping[str, Any]) -> Family:
@@ -120,8 +138,14 @@ def load_parameters(
     tied = read_copies(tensors, table_of(family, config), config.tie_embeddings)
     if config.tie_embeddings and not tied:
         raise ValueError(f"{str(folder)!r} holds a head that is not tied to the embeddings: give model.tie_embeddings false")
+    if (theirs.get("quantization_config") or {}) and any(stored.dtype not in DTYPES for stored in tensors.index.values()):
+        method = theirs["quantization_config"].get("quant_method", "unknown method")
+        raise ValueError(
+            f"{str(folder)!r}: quantization_config ({method}): quantised tensors are not read: dequantise the model with "
+            "transformers and save it anew"
+        )
     shardings = stored_shardings(model.axes, model.shapes, mesh)
-    held = family.config(theirs, tensors.index)
+    held = family.config(theirs)
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     if (held.head.kind, held.outputs) != (config.head.kind, config.outputs):

@@ -92,7 +92,7 @@ GPT_NEOX = Family(
         "parallel": "use_parallel_residual",
     },
     activation="hidden_act",
-    read=lambda theirs, names: read_rope(theirs),
+    read=lambda theirs, names: read_rope(theirs, partial=True),
     write=lambda config: {"attention_dropout": config.dropout, "attention_bias": True, **write_rope(config, always=True)},
     require={"attention_bias": True},
     tensors={
@@ -146,11 +146,11 @@ _NORMS: Tensors = {
 _BUFFERS = (r"rotary_emb\.inv_freq",)
 
 
-def _read(theirs: Json, names: Collection[str]) -> dict[str, Any]:
+def _read(theirs: Json, names: Collection[str], partial: bool = False) -> dict[str, Any]:
     width, heads = theirs["hidden_size"], theirs["num_attention_heads"]
     return {
         "kv_heads": theirs.get("num_key_value_heads") or heads, "head_width": theirs.get("head_dim") or width // heads,
-        **read_rope(theirs),
+        **read_rope(theirs, partial),
     }  # fmt: skip
 
 
@@ -159,10 +159,10 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     return {"num_key_value_heads": config.K, "use_cache": True, **width, **write_rope(config)}
 
 
-def _read_window(theirs: Json, names: Collection[str]) -> dict[str, Any]:
+def _read_window(theirs: Json, names: Collection[str], partial: bool = False) -> dict[str, Any]:
     """A window in every layer, or none."""
     window = theirs.get("sliding_window")
-    return {**_read(theirs, names), **({"window": window, "layer_pattern": "L"} if window else {})}
+    return {**_read(theirs, names, partial), **({"window": window, "layer_pattern": "L"} if window else {})}
 
 
 def _write_window(config: TransformerConfig) -> dict[str, Any]:
@@ -231,7 +231,8 @@ OLMO2 = Family(  # OLMo Team 2024: norms after the sub-layers alone
 )  # fmt: skip
 
 PHI3 = Family(  # Abdin et al. 2024: fused matrices
-    name="phi3", prefix="model.", fixed=_FIXED, keys=_KEYS, activation="hidden_act", read=_read_window,
+    name="phi3", prefix="model.", fixed=_FIXED, keys=_KEYS, activation="hidden_act",
+    read=lambda theirs, names: _read_window(theirs, names, partial=True),
     write=lambda config: {
         **_write_window(config), "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
     },
@@ -272,8 +273,10 @@ GEMMA2 = Family(  # Gemma Team 2024: norms before and after the sub-layers, soft
           "logit_softcap": "final_logit_softcapping"},
     activation="hidden_activation", read=_read_gemma2,
     write=lambda config: {
-        **_write(config), "hidden_activation": "gelu_pytorch_tanh", "layer_types": write_layers(config),
-        "head_dim": config.H,
+        **_write(config), "layer_types": write_layers(config), "head_dim": config.H,
+        **({"hidden_activation": "gelu_pytorch_tanh"} if config.activation == "geglu_tanh" else {}),
+        # Its class asks for a window even where no layer has one.
+        "sliding_window": config.window or config.positions,
         "query_pre_attn_scalar": _whole((config.attention_scale or config.H**-0.5) ** -2),
     },
     require={"attention_bias": False, "use_bidirectional_attention": None},

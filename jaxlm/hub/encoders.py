@@ -219,6 +219,16 @@ ELECTRA = Family(
     ignored=(r"embeddings\.position_ids", r"generator_lm_head\.weight"),
 )  # fmt: skip
 
+
+def _read_albert(theirs: Json, names: Any) -> dict[str, Any]:
+    if theirs["embedding_size"] == theirs["hidden_size"]:
+        raise ValueError(
+            f"an embedding_size (our embedding_width) of {theirs['embedding_size']}, that of the hidden states, which its class "
+            "projects all the same: not supported"
+        )
+    return _positions(theirs, names)
+
+
 _ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0."
 
 # Lan et al. 2020: one block, used again and again.
@@ -228,11 +238,10 @@ ALBERT = Family(
     fixed={**_POST_NORM, "share_layers": True},
     keys={**_KEYS, "embedding_width": "embedding_size"},
     activation="hidden_act",
-    read=_positions,
+    read=_read_albert,
     write=lambda config: {**_same_dropout(config), "embedding_size": config.W, "num_hidden_groups": 1, "inner_group_num": 1},
     require={"num_hidden_groups": 1, "inner_group_num": 1, "position_embedding_type": "absolute"},
-    # Its embeddings are always projected.
-    cannot=lambda config: [*_untyped(config), *([] if config.factored else [f"embedding_width {config.W}, that of the model"])],
+    cannot=_untyped,
     tensors={
         **_embeddings("albert.embeddings."),
         **linear("albert.encoder.embedding_hidden_mapping_in", f"{_STACK}/embed_project", "D W"),

@@ -23,7 +23,7 @@ SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh"}
 PLAIN = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "tanh": "tanh",
+    "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "gelu_python": "gelu",
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ class Family:
         for key, allowed in self.require.items():
             if theirs.get(key, allowed) != allowed:
                 raise ValueError(f"{self.name} config: {key} {theirs[key]!r} is not supported: only {allowed!r} is")
-        kind = head or self.head_of(theirs)
+        kind = head or self.head_of(theirs, names)
         if kind not in self.heads:
             raise unknown(f"head of {self.name}", kind, self.heads)
         tree: dict[str, Any] = {}
@@ -108,12 +108,28 @@ class Family:
             raise unknown(f"{self.name} config: {self.activation}", name, table)
         return table[name]
 
-    def head_of(self, theirs: Json) -> str:
-        """Our kind of head for the class that a `config.json` names; without one, the first that the family has."""
-        named = (theirs.get("architectures") or [None])[0]
-        found = [kind for kind, head in self.heads.items() if head.architecture == named]
-        if found or named is None:
-            return found[0] if found else next(iter(self.heads))
+    def head_of(self, theirs: Json, names: Collection[str] = ()) -> str:
+        """Our kind of head for the class that a `config.json` names.
+
+        Without one it is the first kind that the family has. Raises ValueError where the tensors `names` are those of another
+        head: several kinds call theirs alike.
+        """
+        named = theirs.get("architectures") or ()
+        classes = [named] if isinstance(named, str) else named
+        found = [kind for name in classes for kind, head in self.heads.items() if head.architecture == name]
+        if found:
+            return found[0]
+        if not classes:
+            default, *others = self.heads
+            fitting = [kind for kind in self.heads if any(name in names for name in self.heads[kind].tensors)]
+            if fitting and default not in fitting:
+                first, *more = (self.heads[kind].architecture for kind in others if kind in fitting)
+                raise ValueError(
+                    f'{self.name} config: architectures, which says what the head is for, is missing: add "architectures": '
+                    f'["{first}"]' + (f", or {' or '.join(more)}" if more else "")
+                )
+            return default
+        named = classes[0]
         # Classes that only older versions had, and BERT's with both its pretraining heads.
         if named.endswith(("LMHeadModel", "ForPreTraining")):
             return "masked_lm" if "masked_lm" in self.heads else "language_model"
@@ -257,8 +273,12 @@ _USED = {
 }  # fmt: skip
 
 
-def read_rope(theirs: Json) -> dict[str, Any]:
-    """Our `rope` fields, from `rope_parameters` or from the older `rope_theta`, `rope_scaling` and `rotary_pct`."""
+def read_rope(theirs: Json, partial: bool = False) -> dict[str, Any]:
+    """Our `rope` fields, from `rope_parameters` or from the older `rope_theta`, `rope_scaling` and `rotary_pct`.
+
+    `partial`: whether the family's class in transformers can rotate a part of each head; the others ignore
+    `partial_rotary_factor`, so any value but 1 is refused for them.
+    """
     given = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
     kind = given.get("rope_type") or given.get("type") or "default"
     kind = "none" if kind == "default" else kind
@@ -267,6 +287,8 @@ def read_rope(theirs: Json) -> dict[str, Any]:
     if kind == "yarn" and (given.get("mscale") or given.get("truncate") is False):
         raise ValueError("rope_parameters: mscale and truncate of yarn are not supported: give attention_factor")
     fraction = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or theirs.get("rotary_pct") or 1.0
+    if fraction != 1 and not partial:
+        raise ValueError(f"partial_rotary_factor {fraction} is not supported: this family rotates whole heads")
     theta = given.get("rope_theta") or theirs.get("rope_theta") or theirs.get("rotary_emb_base") or 10_000.0
     fields = {"theta": float(theta), "fraction": float(fraction), "scaling": kind}
     fields |= {ours: given[_ROPE[ours]] for ours in _USED[kind] if given.get(_ROPE[ours]) is not None}

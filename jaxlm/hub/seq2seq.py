@@ -55,7 +55,14 @@ def _read_t5(theirs: Json, names: Collection[str]) -> dict[str, Any]:
 
 
 def _write_t5(config: TransformerConfig) -> dict[str, Any]:
-    names = {"geglu_tanh": "gated-gelu", "swiglu": "gated-silu", "relu": "relu", "gelu": "gelu", "silu": "silu"}
+    names = {
+        "geglu_tanh": "gated-gelu",
+        "swiglu": "gated-silu",
+        "relu": "relu",
+        "gelu": "gelu",
+        "silu": "silu",
+        "gelu_tanh": "gelu_new",
+    }
     return {
         "feed_forward_proj": names.get(config.activation, config.activation), "num_decoder_layers": config.stacks["decoder"],
         "tie_word_embeddings": config.logit_scale, "is_encoder_decoder": True, "use_cache": True,

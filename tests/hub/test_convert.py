@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlm.config import build
-from jaxlm.hub import family_for, load_folder, save_folder
-from jaxlm.hub.family import read_layers
+from jaxlm.hub import FAMILIES, family_for, label_names, load_folder, read_config, save_folder
+from jaxlm.hub.family import complete, read_layers
 from jaxlm.model import Model, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh
 
@@ -41,6 +41,7 @@ def edit(folder, **changes):
         ({"hidden_act": "softsign"}, ["hidden_act", "softsign", "silu"]),
         ({"attention_bias": True}, ["attention_bias True", "False"]),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["longrope"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5", "whole heads"]),
         ({"architectures": ["LlamaForDreaming"]}, ["architecture of llama 'LlamaForDreaming'", "LlamaForCausalLM"]),
         ({"rms_norm_eps": float("nan")}, ["config.json", "NaN", "no number"]),
         ({"hidden_size": "wide"}, ["config.json", "hidden_size"]),
@@ -112,7 +113,7 @@ def test_presets_are_written_as_their_family(preset, family):
     "preset, changes, parts",
     [
         # Read again the config would be the same, but the class in torch always has these tensors.
-        ("bert-tiny", {"share_layers": True}, ["embedding_width 16"]),
+        ("bert-tiny", {"share_layers": True}, ["embedding_width) of 16"]),
         ("bert-tiny", {"token_types": 0, "norm_eps": 1e-5}, ["token_types 0"]),
         ("llama-1m", {"norm_position": "post"}, ["norm_position post"]),
     ],
@@ -148,6 +149,67 @@ def test_names_and_leftovers_of_older_files(mesh, tmp_path):
     save_file({**tensors, extra: np.zeros((32, 2), np.float32)}, folder / "model.safetensors")
     edit(folder, architectures=["T5WithLMHeadModel"])
     assert load_folder(str(folder), mesh).model.config.head.kind == "language_model"
+
+
+def test_a_family_that_rotates_whole_heads_is_not_given_a_part_of_them():
+    """Llama's class in transformers ignores `partial_rotary_factor`; Phi-3's is the first of its kind that reads it."""
+    config = build(TransformerConfig, {"preset": "llama-1m", **SMALL, "kv_heads": None, "rope": {"fraction": 0.5}})
+    assert family_for(config)[0].name == "phi3"
+    with pytest.raises(ValueError, match=r"llama models cannot have .*partial_rotary_factor 0\.5"):
+        FAMILIES["llama"].json(config)
+
+
+def test_a_gemma_without_windows_and_a_t5_with_the_tanh_gelu_are_written():
+    """Gemma 2's class in transformers asks for a window even where all layers see everything."""
+    gemma = FAMILIES["gemma2"].config(complete({"model_type": "gemma2", "layer_types": ["full_attention"] * 26}))
+    assert FAMILIES["gemma2"].json(gemma)["sliding_window"] > 0
+    t5 = build(TransformerConfig, {"preset": "t5-v1.1-small", **SMALL, "activation": "gelu_tanh"})
+    assert family_for(t5)[1]["feed_forward_proj"] == "gelu_new"
+
+
+@pytest.mark.parametrize(
+    "named, part",
+    [
+        ({"0": "a", "2": "b"}, "ids 0, 2: expected 0 to 1"),
+        ({"1": "a", "2": "b"}, "ids 1, 2: expected 0 to 1"),
+        ({"0": "a", "1": "b", "2": "a"}, "name 'a' to several outputs"),
+    ],
+)
+def test_names_of_labels_that_are_not_one_for_each_output_are_refused(named, part):
+    with pytest.raises(ValueError, match=part):
+        label_names({"id2label": named})
+    assert label_names({"id2label": {"10": "k", **{str(i): chr(97 + i) for i in range(10)}}}) == tuple("abcdefghijk")
+
+
+def test_a_folder_that_does_not_say_what_its_head_is_for(folder, tmp_path):
+    """The class may stand alone or behind unknown ones; without any a head that is not the default one is not guessed."""
+    config = build(
+        TransformerConfig,
+        {"preset": "bert-tiny", **SMALL, "head": {"kind": "sequence", "labels": 3, "activation": "tanh", "norm": False}},
+    )
+    model = Model(config)
+    save_folder(tmp_path / "labels", model, model.init(jax.random.key(0)))
+    edit(tmp_path / "labels", architectures=None)
+    with pytest.raises(ValueError, match=r"architectures, .*BertForSequenceClassification.* or BertForTokenClassification"):
+        read_config(tmp_path / "labels")
+    for named in ("BertForSequenceClassification", ["Own", "BertForSequenceClassification"]):
+        edit(tmp_path / "labels", architectures=named)
+        assert read_config(tmp_path / "labels").head.kind == "sequence"
+    edit(folder, architectures=[])
+    assert read_config(folder).head.kind == "language_model"
+
+
+def test_quantised_tensors_are_refused_by_the_name_of_their_config(folder, mesh):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value.astype(np.int8) if "q_proj" in name else value for name, value in tensors.items()},
+        folder / "model.safetensors",
+    )
+    edit(folder, quantization_config={"quant_method": "gptq", "bits": 8})
+    with pytest.raises(ValueError, match=r"quantization_config \(gptq\)"):
+        load_folder(str(folder), mesh)
 
 
 def test_what_no_family_can_say_is_refused_with_its_name():
