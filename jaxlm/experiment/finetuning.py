@@ -272,6 +272,9 @@ class Finetuning(Job):
         scores = {"loss": passed.loss, **passed.means}
         if self.task.generates:
             return {**scores, "perplexity": math.exp(min(passed.means["nll"], 50.0))}
+        if wrong := passed.undefined:  # the run goes on: a score that is no number is never the best
+            say(f"the model's outputs for {len(wrong):,} of {len(examples):,} held-out texts are NaN: they are not scored")
+            return dict.fromkeys((self.config.train.metric or self.metric, *scores), math.nan)
         return {**scores, **self.task.scores(rows, self.task.read(rows, examples, passed.outputs))}
 
     def score_names(self) -> list[str]:
@@ -283,7 +286,10 @@ class Finetuning(Job):
     def sample(self, params: Params) -> str | None:
         rows = self.tables[1].rows[:SHOWN_ROWS]
         examples = None if self.task.generates else self.examples[1].first(SHOWN_ROWS)
-        predictions = self.predictor.predict(params, rows, examples)
+        try:
+            predictions = self.predictor.predict(params, rows, examples)
+        except ValueError as error:
+            return str(error)
         assert predictions is not None, "nothing stops it"
         given = [" | ".join(str(row.get(role, ""))[:200] for role in self.task.given) for row in rows]
         return "\n".join(f"{text} → {self.task.show(row, p)}" for text, row, p in zip(given, rows, predictions, strict=True))

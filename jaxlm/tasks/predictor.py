@@ -24,6 +24,11 @@ class Passed:
     outputs: Outputs
     """Of each example, without the padding of its batch's length taken off."""
 
+    @property
+    def undefined(self) -> list[int]:
+        """Numbers of the examples with an output that is NaN, which no prediction can be read off."""
+        return [i for i, output in enumerate(self.outputs) if any(np.isnan(array).any() for array in output.values())]
+
 
 def once(apply: Callable[..., Any]) -> Callable[..., Any]:
     """`apply` that computes the same call once: within one traced step the loss and the outputs ask for the same scores."""
@@ -97,8 +102,8 @@ class Predictor:
         self, params: Any, rows: Sequence[Row], examples: Examples | None = None, *,
         stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda n: None, likelihood: bool = False,
     ) -> list[Prediction] | None:  # fmt: skip
-        """A prediction for each row, or None once `stop()` is true. With `likelihood` those of a chat task hold that of the
-        assistant's turns too: `nll` in nats, of so many `tokens`."""
+        """A prediction for each row, or None once `stop()` is true. With `likelihood` those of a chat task also hold the
+        likelihood of the assistant's turns: `nll` in nats, of so many `tokens`. Raises ValueError if outputs are NaN."""
         if self.task.generates:
             written = self._write(params, rows, advance)
             answered = getattr(self.task, "answered", None) if likelihood else None
@@ -113,7 +118,14 @@ class Predictor:
             ]
         examples = self.task.examples(rows) if examples is None else examples
         passed = self.run(params, examples.items, loss=False, stop=stop, advance=advance)
-        return None if passed is None else self.task.read(rows, examples, passed.outputs)
+        if passed is None:
+            return None
+        if wrong := passed.undefined:
+            raise ValueError(
+                f"the model's outputs for {len(wrong):,} of {len(examples):,} texts are NaN, the first for row "
+                f"{examples.row[wrong[0]] + 1:,}: its parameters are not finite, or its precision is too low (--dtype float32)"
+            )
+        return self.task.read(rows, examples, passed.outputs)
 
     def _write(self, params: Any, rows: Sequence[Row], advance: Callable[[int], None]) -> list[Prediction]:
         task: Any = self.task

@@ -138,6 +138,15 @@ def test_a_flag_of_predict_or_evaluate_is_honoured_or_refused(train, tmp_path, c
     assert cli.main(["evaluate", "runs/task", "--data", "splits.json"]) == 0 and "2 rows; split test" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_outputs_that_are_no_numbers_stop_no_training_and_are_no_predictions(train, tmp_path):
+    """Parameters of 1e38 are finite, and what the model makes of them is not."""
+    code, said = train(GOOD, "--optim.learning-rate", "1e38", "--optim.warmup", "0", "--train.eval-every", "1")
+    rows = list(map(json.loads, (tmp_path / "runs/task/metrics.jsonl").read_text().splitlines()))
+    assert [row["accuracy"] for row in rows if row["kind"] == "eval"] == [None, None], said
+    assert "held-out texts are NaN: they are not scored" in said and code == 1 and "the model's outputs for" in said
+
+
 def test_a_metric_that_the_task_does_not_have_is_told(train):
     code, said = train(GOOD, "--train.metric", "acuracy")
     assert code == 1 and "did you mean 'accuracy'" in said

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import classification_report, precision_recall_fscore_support, roc_auc_score
 
 from jaxlm.data import TokenizerConfig, train_tokenizer
-from jaxlm.tasks import TASKS, TaskConfig, write_predictions
+from jaxlm.tasks import TASKS, Examples, Passed, Predictor, TaskConfig, write_predictions
 
 TOKENIZER = train_tokenizer(TokenizerConfig("bytes", special=("pad", "cls", "sep", "mask")), [])
 
@@ -67,6 +67,16 @@ def test_what_has_no_positive_class():
         TaskConfig(kind="tagging", positive="a")
     with pytest.raises(ValueError, match="tokenize zh is for the BLEU"):
         TaskConfig(kind="chat", tokenize="zh")
+
+
+def test_no_prediction_is_read_off_outputs_that_are_no_numbers():
+    """argmax of NaN is 0: a broken model would be right wherever the first choice or tag is."""
+    of = task("multiple_choice")
+    predictor = Predictor.__new__(Predictor)
+    predictor.task = of
+    predictor.run = lambda *args, **options: Passed(0.0, {}, [{"p": np.ones(2)}, {"p": np.array([1, np.nan])}])
+    with pytest.raises(ValueError, match=r"the model's outputs for 1 of 2 texts are NaN, the first for row 2: "):
+        predictor.predict(None, [{}, {}], Examples([{}, {}], np.arange(2)))
 
 
 def test_which_scores_depend_on_an_option():
