@@ -105,7 +105,7 @@ def check_flags(options: SamplingOptions) -> None:
 
 def decoding_of(trained: Any, options: SamplingOptions, default: int) -> Decoding:
     """How `options` have this model write; `default` is the maximum number of new tokens where nobody says another. ValueError for
-    settings or flags out of range."""
+    settings or flags out of range, and for flags that would do nothing."""
     from jaxlm.generate import DecodeConfig, GenerationSettings, SampleConfig
 
     settings = trained.generation() if options.generation_config == "auto" else GenerationSettings()
@@ -120,7 +120,32 @@ def decoding_of(trained: Any, options: SamplingOptions, default: int) -> Decodin
     if getattr(options, "min_tokens", None) is not None:
         rules = dataclasses.replace(rules, min_length=0)
     given = {name for flag, names in _OVERRIDES.items() if getattr(options, flag, None) is not None for name in names}
-    return Decoding(sampling, decode, decode.rules(rules), settings, options.max_tokens, default, frozenset(given))
+    decoding = Decoding(sampling, decode, decode.rules(rules), settings, options.max_tokens, default, frozenset(given))
+    _check_read(options, decoding)
+    return decoding
+
+
+# Flags of commands that write text, each with the value at which it does nothing anywhere.
+_NEUTRAL: dict[str, Any] = {
+    "top_k": None, "top_p": 1, "min_p": 0, "typical_p": 1, "length_penalty": 1, "early_stopping": "false", "presence_penalty": 0,
+    "frequency_penalty": 0, "beams": 1, "no_repeat_ngram_size": 0, "min_tokens": 0,
+}  # fmt: skip
+
+
+def _check_read(options: SamplingOptions, decoding: Decoding) -> None:
+    """Raise ValueError for a flag that does nothing in the way in which text will be written."""
+    drawn = decoding.sampling.temperature > 0 or getattr(options, "penalty_alpha", None) is not None
+    free = all(getattr(options, name, None) is None for name in ("regex", "json_schema"))
+    for names, holds, when in (
+        (("top_k", "top_p", "min_p", "typical_p"), drawn, "if tokens are sampled, at a temperature above 0"),
+        (("beams", "no_repeat_ngram_size", "min_tokens"), free, "without regex and json_schema"),
+        (("length_penalty", "early_stopping"), decoding.beams, "with beams above 1"),
+        (("presence_penalty", "frequency_penalty"), not decoding.beams, "without beams"),
+    ):
+        for name in names:
+            value = getattr(options, name, None)
+            if not holds and value is not None and value != _NEUTRAL[name]:
+                raise ValueError(f"{name} {value} would do nothing here: it is read {when}; leave it out")
 
 
 def report_spelled(texts: int, split: bool) -> None:

@@ -35,6 +35,11 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.max_shard_gb <= 0:
             raise ValueError(f"max_shard_gb is {self.max_shard_gb}: it must be positive")
+        if self.adapter:
+            own = ("adapter", "family")
+            idle = [f.name for f in dataclasses.fields(self) if f.name not in own and getattr(self, f.name) != f.default]
+            if idle:
+                raise ValueError(f"{idle[0]} would do nothing here: it is read without adapter only; leave it out")
 
 
 def export(words: Sequence[str]) -> int:

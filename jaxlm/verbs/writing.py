@@ -34,8 +34,8 @@ class GenerateOptions(SamplingOptions):
     penalty_alpha · its likeness to the text so far. Nothing is drawn, and the text comes at once."""
     draft: str | None = None
     """A smaller MODEL of the same tokenizer that guesses tokens, which the model checks all at once: sooner the same."""
-    draft_tokens: int = 4
-    """Tokens that `draft` guesses each time."""
+    draft_tokens: int | None = None
+    """Number of tokens that `draft` guesses each time; empty: 4."""
     lookup: int | None = None
     """Tokens to guess each time by looking up what came after the same words before; for texts that repeat their prompt."""
     regex: str | None = None
@@ -78,6 +78,8 @@ class GenerateOptions(SamplingOptions):
                 raise ValueError(
                     f"penalty_alpha draws nothing and goes with top_k and max_tokens alone: leave off {', '.join(others)}"
                 )
+        if self.draft_tokens is not None and self.draft is None:
+            raise ValueError(f"draft_tokens {self.draft_tokens} would do nothing here: it is read with draft only; leave it out")
         for name in ("draft_tokens", "lookup"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
@@ -160,7 +162,7 @@ def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: A
             small = load_model(options.draft, mesh, options).for_writing(free=True)
             if small.tokenizer.fingerprint != tokenizer.fingerprint:
                 raise ValueError(f"draft {options.draft!r} has another tokenizer than {trained.name!r}: it cannot guess its tokens")
-            speculator = Speculator(model, mesh, tokenizer.vocab_size, options.draft_tokens, small.model)
+            speculator = Speculator(model, mesh, tokenizer.vocab_size, options.draft_tokens or 4, small.model)
             tokens = speculator.stream(*asked, draft_params=small.params, seed=options.seed, stop=stop, stats=stats)
         else:
             assert options.lookup is not None, "there are two ways to guess"

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import types
 
 import jax
 import numpy as np
@@ -17,10 +18,12 @@ from jaxlm.data import TokenizerConfig, train_tokenizer
 from jaxlm.devices import LoadOptions, MeshOptions
 from jaxlm.generate import BatchGenerator, DecodeConfig, GenerationSettings, Generator, LogitsRules, SampleConfig
 from jaxlm.hub import save_adapter
+from jaxlm.model import TransformerConfig
 from jaxlm.models import held_dtype, load_model
 from jaxlm.serve.asks import Asker, Limits
 from jaxlm.train import LoraConfig, TuneConfig, Tuning
-from jaxlm.verbs.decoding import Decoding
+from jaxlm.verbs.decoding import Decoding, decoding_of
+from jaxlm.verbs.writing import GenerateOptions
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "hub"))
 from torch_models import BART, BASE, CASES, make
@@ -66,6 +69,25 @@ def test_settings_of_a_search_are_not_said_to_apply_to_texts_that_are_drawn():
     assert drawn.told() == "generation_config.json: do_sample true, top_k 7; not applied: num_beams, renormalize_logits"
     searched = dataclasses.replace(drawn, sampling=SampleConfig(0.0), given=frozenset({"do_sample"}))
     assert searched.told() == "generation_config.json: num_beams 4; overridden: do_sample; not applied: renormalize_logits"
+
+
+@pytest.mark.parametrize(
+    ("idle", "read_with"),
+    [
+        ({"top_k": 5, "temperature": 0.0}, {"temperature": 0.5}), ({"top_p": 0.5, "beams": 2}, {"beams": None}),
+        ({"min_p": 0.1, "temperature": 0.0}, {"temperature": None}), ({"typical_p": 0.5, "temperature": 0.0}, {"temperature": 1.0}),
+        ({"length_penalty": 2.0}, {"beams": 2}), ({"early_stopping": "true", "beams": 1}, {"beams": 2}),
+        ({"presence_penalty": 0.5, "beams": 2}, {"beams": None}), ({"frequency_penalty": 0.5, "beams": 2}, {"beams": 1}),
+        ({"min_tokens": 3, "regex": "a"}, {"regex": None}), ({"beams": 2, "regex": "a"}, {"regex": None}),
+        ({"no_repeat_ngram_size": 3, "regex": "a"}, {"regex": None}),
+    ],
+)  # fmt: skip
+def test_flags_that_do_nothing_in_the_way_of_writing_are_refused(idle, read_with):
+    trained = types.SimpleNamespace(generation=read, model=types.SimpleNamespace(config=TransformerConfig()))
+    name = next(iter(idle))
+    with pytest.raises(ValueError, match=rf"^{name} {idle[name]} would do nothing here: it is read "):
+        decoding_of(trained, GenerateOptions(**idle), 64)
+    decoding_of(trained, GenerateOptions(**{**idle, **read_with}), 64)
 
 
 def test_a_search_is_written_as_settings_that_read_as_it():
