@@ -37,8 +37,12 @@ class Loaded(NamedTuple):
 
 
 def nearest(given: object, allowed: Iterable[str]) -> str | None:
-    """The allowed name closest to the given one, or the first that goes on behind it with a _; None if nothing is close."""
+    """The only allowed name that begins with the given one, else that of the closest spelling, else the first that goes on behind
+    it with a _; None if nothing is close."""
     allowed = list(allowed)
+    begun = [name for name in allowed if len(str(given)) > 2 and name.startswith(str(given))]
+    if len(begun) == 1:
+        return begun[0]
     close = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.6)
     return close[0] if close else next((name for name in allowed if given and name.startswith(f"{given}_")), None)
 
@@ -72,14 +76,14 @@ def parse_flags(args: Sequence[str]) -> dict[str, Text]:
 
 def read_yaml(file: pathlib.Path) -> tuple[dict, dict[str, str]]:
     """A YAML file as a nested dict with underscored keys, and `file:line` for every dotted leaf."""
+    if (file / "config.yaml").is_file():
+        raise ValueError(f"{file} is the folder of a run: its config file is {file / 'config.yaml'}")
     if not file.is_file():
-        there = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = nearest(str(file), there)
-        raise ValueError(
-            f"no config file {str(file)!r}"
-            + (f": did you mean {hint!r}?" if hint else "")
-            + (f" There are: {', '.join(there)}" if there else "")
-        )
+        there = {str(p): p.stem for p in sorted(file.parent.glob("*.yaml"))} if file.parent.is_dir() else {}
+        stem = nearest(file.stem, there.values())  # the ending, which all have, makes nothing alike
+        hint = next((name for name in there if there[name] == stem), None)
+        guess = f": did you mean {hint!r}?" if hint else ":" if there else ""
+        raise ValueError(f"no config file {str(file)!r}{guess}" + (f" there are: {', '.join(there)}" if there else ""))
     origins: dict[str, str] = {}
 
     def walk(node: yaml.Node, path: str) -> Any:

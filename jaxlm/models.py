@@ -196,6 +196,9 @@ class Trained:
             tree = configs.read_yaml(self.run / "config.yaml")[0]
             config = configs.build(TaskConfig, tree.get("task", {}))
             length = length or tree["data"]["length"]
+            outputs = self.model.config.head.labels
+            if config.kind in ("classification", "multilabel", "tagging") and len(self.labels) != outputs:
+                raise ValueError(f"{self.run / CARD} must name the {outputs} labels of the model, and names {len(self.labels)}")
         else:
             named = kind or self._task_of_head()
             if named not in TASKS:
@@ -347,9 +350,10 @@ def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
         model = Detection(model.config, task.generator)
     config = configs.build(TuneConfig, tree.get("tune", {}))
     tuning = Tuning(config, model)
-    card, checkpoints = read_card(folder), best_checkpoints(folder)
-    step = checkpoints.best()
-    if step is None:
+    card = read_card(folder)
+    checkpoints = best_checkpoints(folder) if (folder / "checkpoints").is_dir() else None  # which would make the folder
+    step = checkpoints and checkpoints.best()
+    if checkpoints is None or step is None:
         raise ValueError(
             f"{folder} has no checkpoint yet: train it first with: {command('jaxlm', 'train', folder / 'config.yaml')}"
         )
@@ -593,7 +597,11 @@ def locate(argument: str, weights: bool = True) -> pathlib.Path:
     there = f"here: {', '.join(runs)}" if runs else "`python train.py` makes one"
     there = f"did you mean {hint!r}? {there}" if hint else there
     if folder.is_dir():
-        raise ValueError(f"no model at {argument!r}: the folder has neither config.yaml (a run) nor config.json (Hugging Face)")
+        inside = sorted(str(file.parent) for file in folder.glob("*/config.yaml"))
+        there = f"it holds {', '.join(inside)}" if inside else there
+        raise ValueError(
+            f"no model at {argument!r}: the folder has neither config.yaml (a run; {there}) nor config.json (Hugging Face)"
+        )
     try:
         return find(argument, weights=weights)
     except ValueError as error:

@@ -62,6 +62,37 @@ def test_mistakes_are_one_line_and_exit_1(words, parts, capsys, tmp_path, monkey
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("config nothere.yaml", "no config file 'nothere.yaml': there are: broken.yaml"),  # it suggested broken.yaml
+        ("config brokn.yaml", "did you mean 'broken.yaml'? there are: broken.yaml"),
+        ("train runs/a", "runs/a is the folder of a run: its config file is runs/a/config.yaml"),
+        ("config --train.metric acc", "unknown metric 'acc': did you mean 'accuracy'?"),  # it was mcc, the nearest by spelling
+        ("predict runs --text x", "(a run; it holds runs/a)"),
+        ("predict runs/a --text x", "runs/a has no checkpoint yet: train it first with: jaxlm train runs/a/config.yaml"),
+        ("predict runs/a --file rows.csv --out none/p.jsonl", "there is no folder 'none'"),  # it was told after all the work
+        ("predict runs/a --file rows.csv --out runs", "out 'runs' is a folder: name a file in it"),
+        ("evaluate runs/a --data rows.csv --out rows.csv", "out 'rows.csv' is a file: name a folder"),
+    ],
+)
+def test_wrong_folders_and_files_are_told_before_any_work(words, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.yaml").write_text(
+        "task: {kind: classification}\nmodel: {architecture: encoder, vocab_size: 300, head: {kind: sequence, labels: 2}}\n"
+    )
+    (tmp_path / "broken.yaml").write_text("task: {kind: classification\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.yaml").touch()
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    there = sorted(tmp_path.rglob("*"))
+    assert cli.main(words.split()) == 1
+    message = capsys.readouterr().err
+    assert told in message and message.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == there, "a refused command leaves nothing behind"
+
+
 def test_help_lists_the_verbs_and_their_options(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out

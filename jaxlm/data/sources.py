@@ -185,7 +185,9 @@ def find_files(path: str, formats: Sequence[str] = FORMATS) -> list[pathlib.Path
     found = [file for file in matches if file.is_file()]
     if not found:
         there = sorted(file.name for file in given.parent.iterdir()) if given.parent.is_dir() else []
-        hint = nearest(given.name, there)
+        stems = {name.split(".")[0]: name for name in reversed(there)}  # the ending, which many have, makes nothing alike
+        stem = nearest(given.name.split(".")[0], stems)
+        hint = nearest(given.name, [name for name in there if name.split(".")[0] == stem]) or stems.get(stem or "")
         raise ValueError(f"no file matches {path!r}" + (f": did you mean {hint!r}?" if hint else ""))
     for file in found:
         if formats and format_of(file) not in formats:

@@ -365,6 +365,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
     """A tokenizer from what `save` wrote, or from any Hugging Face tokenizer folder."""
     folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no tokenizer at {str(folder)!r}: there is no such folder")
     card = folder / CARD
     kind = json.loads(card.read_text(encoding="utf8"))["kind"] if card.exists() else "huggingface"
     if kind == "huggingface":

@@ -86,6 +86,8 @@ class TaskConfig:
     decode: DecodeConfig = DecodeConfig()
 
     def __post_init__(self) -> None:
+        if len(self.labels) == 1:  # on the command line a list is spelt with commas
+            object.__setattr__(self, "labels", tuple(name.strip() for name in self.labels[0].split(",")))
         for name in ("label_smoothing", "threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")

@@ -13,7 +13,7 @@ from jaxlm.report.console import bar, say
 from jaxlm.text_files import read_lines, undecodable, write_json_lines
 from jaxlm.verbs.decoding import SAMPLING, report_spelled
 from jaxlm.verbs.suites import evaluate_suite
-from jaxlm.verbs.words import rows_config, split_row_flags, split_words
+from jaxlm.verbs.words import check_out, rows_config, split_row_flags, split_words
 
 if TYPE_CHECKING:
     from jaxlm.data import DataConfig, Input, RowsConfig, Splits, Table
@@ -68,6 +68,8 @@ def predict(words: Sequence[str]) -> int:
     (argument,), flags = split_words(words, "MODEL")
     flags, row_flags = split_row_flags(flags)
     options = configs.load(PredictOptions, None, flags).value
+    if options.out is not None:
+        check_out(pathlib.Path(options.out))
     from jaxlm.models import load_model
     from jaxlm.tasks import Predictor
 
@@ -284,6 +286,8 @@ def evaluate(words: Sequence[str]) -> int:
     from jaxlm.models import load_model
     from jaxlm.tasks import Predictor, paired_scores, paired_tests, usable, write_predictions
 
+    if options.out is not None and pathlib.Path(options.out).is_file():
+        raise ValueError(f"out {options.out!r} is a file: name a folder")
     trained = load_model(argument, options=options)
     task = trained.task(options.task, options.length, options.split_special_tokens)
     scoring = {name: value for name in ("tokenize", "positive") if (value := getattr(options, name)) is not None}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -51,6 +53,16 @@ def rows_config(base: "RowsConfig", flags: Mapping[str, configs.Text]) -> "RowsC
     configs.override(tree, origins, flags)
     root = dataclasses.make_dataclass("Flags", [("data", DataConfig)], frozen=True)
     return configs.build(root, tree, origins).data.rows
+
+
+def check_out(file: pathlib.Path) -> None:
+    """ValueError where a file cannot be written, before the work whose results it is for."""
+    if file.is_dir():
+        raise ValueError(f"out {str(file)!r} is a folder: name a file in it")
+    if not file.parent.is_dir():
+        raise ValueError(f"out {str(file)!r}: there is no folder {str(file.parent)!r}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"out {str(file)!r} may not be written")
 
 
 def split_words(words: Sequence[str], *whats: str, default: str | None = None) -> tuple[list[str], dict[str, configs.Text]]:

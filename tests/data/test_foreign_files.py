@@ -172,6 +172,12 @@ def test_a_column_with_the_system_message(tmp_path):
     assert [message["content"] for message in row["messages"]] == ["be kind", "q", "a"]
 
 
+def test_a_file_is_suggested_by_its_name_and_not_by_its_ending(tmp_path):
+    (tmp_path / "one.csv").write_text("text,label\na,b\n")
+    assert "did you mean" not in refused(tmp_path / "nothere.csv")  # it was one.csv
+    assert "did you mean 'one.csv'?" in refused(tmp_path / "one.cvs") and "'one.csv'?" in refused(tmp_path / "on.csv")
+
+
 def test_choices_with_their_signs(tmp_path):
     """ARC's answer "1" stands for the first of the choices "1" to "4", not for number 1 from 0."""
     choices = {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}

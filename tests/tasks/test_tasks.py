@@ -164,6 +164,10 @@ def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     custom = {"classification": "McNemar's exact test (accuracy)", "text_to_text": f"approximate randomisation ({score})"}
     assert f"{custom[kind]}: p = 1\n" in out if kind in custom else "exact test" not in out and "randomisation" not in out
     assert ("calibrates these rows" in out) == (kind == "classification")
+    if kind == "classification":  # "zip() argument 2 is longer than argument 1"
+        (folder / "task.json").unlink()
+        assert cli.main(["predict", str(folder), "--text", "red"]) == 1
+        assert "task.json must name the 2 labels of the model, and names 0" in capsys.readouterr().err
 
 
 def test_a_passage_of_several_questions_is_one_candidate():
