@@ -182,7 +182,9 @@ def family_for(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
             if not lost:
                 return family, theirs
             reasons.append((len(lost), f"{family.name} models cannot have {', '.join(lost)}"))
-    raise ValueError(f"no Hugging Face family describes this {config.architecture}; the nearest: {min(reasons, key=lambda reason: reason[0])[1]}")
+    raise ValueError(
+        f"no Hugging Face family describes this {config.architecture}; the nearest: {min(reasons, key=lambda reason: reason[0])[1]}"
+    )
 
 
 def save_folder(

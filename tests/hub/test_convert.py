@@ -112,8 +112,8 @@ def test_presets_are_written_as_their_family(preset, family):
 @pytest.mark.parametrize(
     "preset, changes, parts",
     [
+        ("bert-tiny", {"share_layers": True}, ["bert models cannot have share_layers True"]),
         # Read again the config would be the same, but the class in torch always has these tensors.
-        ("bert-tiny", {"share_layers": True}, ["embedding_width) of 16"]),
         ("bert-tiny", {"token_types": 0, "norm_eps": 1e-5}, ["token_types 0"]),
         ("llama-1m", {"norm_position": "post"}, ["norm_position post"]),
     ],
@@ -124,6 +124,12 @@ def test_what_torch_could_not_run_is_refused(preset, changes, parts):
         family_for(config)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_an_albert_always_projects_its_embeddings():
+    config = build(TransformerConfig, {"preset": "bert-tiny", **SMALL, "share_layers": True})
+    with pytest.raises(ValueError, match=r"albert models cannot have .*embedding_width\) of 16"):
+        FAMILIES["albert"].json(config)
 
 
 def test_kinds_of_layer_are_named():
