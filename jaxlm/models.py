@@ -343,6 +343,8 @@ class Tuned(NamedTuple):
 
 def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
     """The best checkpoint of a run as it was trained, adapters apart from what they adapt."""
+    if not (folder / "checkpoints").is_dir():  # to look for checkpoints would make it
+        raise _no_checkpoint(folder)
     tree = configs.read_yaml(folder / "config.yaml")[0]
     task = configs.build(TaskConfig, tree.get("task", {}))
     model: Any = Model(model_config(str(folder)))
@@ -350,16 +352,17 @@ def load_tuned(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Tuned:
         model = Detection(model.config, task.generator)
     config = configs.build(TuneConfig, tree.get("tune", {}))
     tuning = Tuning(config, model)
-    card = read_card(folder)
-    checkpoints = best_checkpoints(folder) if (folder / "checkpoints").is_dir() else None  # which would make the folder
-    step = checkpoints and checkpoints.best()
-    if checkpoints is None or step is None:
-        raise ValueError(
-            f"{folder} has no checkpoint yet: train it first with: {command('jaxlm', 'train', folder / 'config.yaml')}"
-        )
+    card, checkpoints = read_card(folder), best_checkpoints(folder)
+    step = checkpoints.best()
+    if step is None:
+        raise _no_checkpoint(folder)
     trained = checkpoints.restore_params(step, tuning.shapes, stored_shardings(tuning.axes, tuning.shapes, mesh))
     base, ordered = tree["model"].get("init_from"), bool(task.labels)
     return Tuned(config, model, trained, base, tree["seed"], task.kind, card.labels, ordered, card.base)
+
+
+def _no_checkpoint(folder: pathlib.Path) -> ValueError:
+    return ValueError(f"{folder} has no checkpoint yet: train it first with: {command('jaxlm', 'train', folder / 'config.yaml')}")
 
 
 def best_checkpoints(folder: pathlib.Path) -> Checkpoints:
