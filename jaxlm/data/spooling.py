@@ -47,22 +47,29 @@ def write_records(texts: Iterable[str], text_file: pathlib.Path, record_file: pa
 
 
 def mark_first(hash_N2: np.ndarray, first_N: np.ndarray, folder: pathlib.Path) -> None:
-    """Set `first_N` where no document before has the same hash. Partitions are kept in `folder`, which is removed again."""
+    """Set `first_N` where no document before has the same hash. Partitions are kept in `folder`, which is removed again.
+
+    Duplicates within a chunk go into no partition: a text that makes up most of a corpus would fill one of them.
+    """
     count = len(hash_N2)
     parts = min(MOST, 1 << max(0, math.ceil(math.log2(count / PARTITION)))) if count > PARTITION else 1
 
-    def mark(records: np.ndarray) -> None:
+    def firsts(records: np.ndarray) -> np.ndarray:
+        """Records in the order of their hashes, of equal ones the first document's."""
         order = np.lexsort((records["number"], records["hash"][:, 1], records["hash"][:, 0]))
         hashes = records["hash"][order]
         new = np.ones(len(order), bool)
         new[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
-        first_N[records["number"][order[new]]] = True
+        return records[order[new]]
 
     def records_of(start: int) -> np.ndarray:
         part = np.asarray(hash_N2[start : start + CHUNK])
         records = np.empty(len(part), _HASH)
         records["hash"], records["number"] = part, np.arange(start, start + len(part))
-        return records
+        return firsts(records)
+
+    def mark(records: np.ndarray) -> None:
+        first_N[firsts(records)["number"]] = True
 
     if parts == 1:
         mark(np.concatenate([records_of(start) for start in range(0, count, CHUNK)]))
@@ -73,11 +80,9 @@ def mark_first(hash_N2: np.ndarray, first_N: np.ndarray, folder: pathlib.Path) -
     shift = np.uint64(64 - int(math.log2(parts)))
     for start in range(0, count, CHUNK):
         records = records_of(start)
-        part_of = records["hash"][:, 0] >> shift
-        order = np.argsort(part_of, kind="stable")
-        edges = np.searchsorted(part_of[order], np.arange(parts + 1))
+        edges = np.searchsorted(records["hash"][:, 0] >> shift, np.arange(parts + 1))
         for file, left, right in zip(files, edges[:-1], edges[1:], strict=True):
-            file.write(records[order[left:right]].tobytes())
+            file.write(records[left:right].tobytes())
     for file in files:
         file.close()
         mark(np.fromfile(file.name, _HASH))

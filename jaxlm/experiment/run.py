@@ -168,7 +168,8 @@ class Run:
         self._check_metric()
         if self.start:
             self._check_started(card)
-        schedule = make_schedule(c.optim, steps)
+        # Data that ends before: its last step is the schedule's last.
+        schedule = make_schedule(c.optim, min(steps, self.batches.total or steps))
         optimizer = make_optimizer(c.optim, schedule, tuning)
         if speaks():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -145,3 +145,20 @@ def test_memory_does_not_grow_with_the_documents(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, 1_000)
     few, many = (prepare(tmp_path / str(count), count) for count in (4_000, 16_000))
     assert many < 1.2 * few
+
+
+def test_memory_does_not_grow_where_most_documents_are_the_same(tmp_path, monkeypatch):
+    """Copies of one text share a hash, and so a partition."""
+    for name in ("CHUNK", "PARTITION"):
+        monkeypatch.setattr(spooling, name, 1_000)
+    peaks = []
+    for count in (4_000, 16_000):
+        hashes = np.random.default_rng(0).integers(0, 1 << 63, (count, 2), np.uint64)
+        hashes[np.arange(count) % 10 > 0] = hashes[1]
+        first = np.zeros(count, bool)
+        tracemalloc.start()
+        mark_first(hashes, first, tmp_path / "partitions")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert np.flatnonzero(first).tolist() == sorted({0, 1, *range(0, count, 10)})
+    assert peaks[1] < 1.5 * peaks[0]

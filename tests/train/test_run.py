@@ -174,11 +174,14 @@ def test_restore_onto_another_mesh_goes_on_with_the_same_numbers(make, monkeypat
 
 
 def test_exhausted_data_says_so(make, capsys):
-    config = make("short", data__epochs=1, train__steps=500)
+    """The schedule ends with the data: the last rate is the final one."""
+    config = make("short", data__epochs=1, train__steps=500, optim__schedule="linear", optim__final=0.25)
     assert Run(config).train() == "exhausted"
     out = capsys.readouterr().out
     assert "the data is exhausted after 1 epoch(s)" in out and "--data.epochs" in out
     assert 0 < rows(config)[-1]["step"] < 500
+    last = [row for row in rows(config) if row["kind"] == "train"][-1]
+    assert last["learning_rate"] == pytest.approx(0.25 * config.optim.learning_rate)
 
 
 def test_the_folder_holds_what_it_should(make):
