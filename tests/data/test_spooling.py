@@ -149,8 +149,8 @@ def test_memory_does_not_grow_with_the_documents(tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_where_most_documents_are_the_same(tmp_path, monkeypatch):
     """Copies of one text share a hash, and so a partition."""
-    for name in ("CHUNK", "PARTITION"):
-        monkeypatch.setattr(spooling, name, 1_000)
+    for name, value in (("CHUNK", 1_000), ("PARTITION", 1_000), ("MOST", 4)):  # each partition has a file with a buffer
+        monkeypatch.setattr(spooling, name, value)
     peaks = []
     for count in (4_000, 16_000):
         hashes = np.random.default_rng(0).integers(0, 1 << 63, (count, 2), np.uint64)
