@@ -8,6 +8,8 @@ from typing import Literal
 from jaxlm.devices import LoadOptions
 
 KEY = "JAXLM_API_KEY"
+OF_ENGINE = ("slots", "context", "cache", "exact", "max_tokens", "max_n", "generation_config")
+"""Options that only a model that writes text reads."""
 
 
 @dataclasses.dataclass(frozen=True)

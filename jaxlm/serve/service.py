@@ -9,7 +9,7 @@ from jaxlm.generate import NO_SETTINGS, GenerationSettings
 from jaxlm.models import Trained
 from jaxlm.serve.asks import Asker, Limits
 from jaxlm.serve.metrics import Metrics
-from jaxlm.serve.options import ServeOptions
+from jaxlm.serve.options import OF_ENGINE, ServeOptions
 from jaxlm.serve.readers import Readers
 from jaxlm.serve.rows import Rows, labels_of, vectors_of
 from jaxlm.serve.speaking import chat_of
@@ -91,7 +91,12 @@ class Service:
 
 
 def serve_what(trained: Trained, options: ServeOptions, engine: Any = None) -> Service:
-    """All that a model can do. ValueError for one that can do nothing here."""
+    """All that a model can do. ValueError for one that can do nothing here, and for options of an engine without one."""
+    for field in dataclasses.fields(options) if engine is None else ():
+        if field.name in OF_ENGINE and (value := getattr(options, field.name)) != field.default:
+            raise ValueError(
+                f"{field.name} {value} would do nothing here: {trained.name} is no model that writes text; leave it out"
+            )
     split = options.split_special_tokens
     chat, chats = chat_of(trained, split) if engine is not None else (None, False)
     vectors, labels = vectors_of(trained, split), labels_of(trained, split)

@@ -5,6 +5,7 @@ import concurrent.futures
 import functools
 import importlib.util
 import pathlib
+import types
 
 import httpx
 import jax
@@ -132,6 +133,15 @@ def test_labels_of_many_clients_at_once(tmp_path):
         service.labels.close()
         assert httpx.get(f"{url}/healthz").status_code == 503
     service.close()
+
+
+@pytest.mark.parametrize(
+    "given", [{"slots": 4}, {"context": 64}, {"cache": "int8"}, {"exact": False}, {"max_tokens": 5}, {"max_n": 2}]
+)
+def test_options_of_the_engine_are_refused_for_a_model_without_one(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=rf"^{name} {given[name]} would do nothing here: encoder is no model that writes text"):
+        serve_what(types.SimpleNamespace(name="encoder"), ServeOptions(**given))
 
 
 @pytest.mark.slow
