@@ -1,14 +1,17 @@
 """What words alone can do: the mark that a fine-tuned classifier has to beat."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from jaxlm.tasks.task import Prediction, Row, Task
 
 MOST = 50_000  # rows beyond which the baseline is not worth the wait
 NAME = "tf-idf + logistic regression"
-# Of scripts without spaces (Thai, kana, Chinese characters) each sign counts as a word; of others a run of letters.
-SPACELESS = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
-WORD = rf"(?u)[{SPACELESS}]|[^\W{SPACELESS}]+|[^\w\s]"
+# In scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Chinese characters) each character counts as a word, in others a run
+# of letters with the marks on them, which Python's \w leaves out.
+SPACELESS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_MARKS = "".join(char for char in map(chr, range(0x300, 0x10000)) if unicodedata.category(char)[0] == "M")
+WORD = rf"(?u)[{SPACELESS}]|(?:[^\W{SPACELESS}][{_MARKS}]*)+|[^\w\s]"
 
 
 def words_alone(task: Task, train: Sequence[Row], held: Sequence[Row]) -> list[Prediction] | None:
