@@ -183,6 +183,8 @@ class Finetuning(Job):
     def examples(self) -> tuple[Examples, Examples]:
         """Those to train on, those held out; long texts that were cut are told."""
         made = tuple(self.task.examples(table.rows, table.where) for table in self.tables)
+        for name, why in self.task.idle_options().items():
+            raise ValueError(f"task.{name} would do nothing here: {why}; leave it out")
         if truncated := self.task.text_encoder.truncated:
             say(f"{truncated:,} texts are longer than data.length {self.config.data.length} tokens and were cut")
         if self.task.spelled:

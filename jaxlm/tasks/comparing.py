@@ -128,6 +128,10 @@ class _Pairs(Task):
         if "chosen" in row and (parts := turns(row)) is not None:
             self.conversations(*parts)
 
+    def idle_options(self) -> dict[str, str]:
+        given = self.config.chat_template is not None and "chat" not in vars(self)
+        return {"chat_template": "no row holds messages"} if given else {}
+
     def parts(self, rows: Sequence[Row], where: Sequence[str] | None) -> list[tuple[Turns, Turns, Turns] | None]:
         """`turns` of each row. Raises ValueError with the place of a row that has neither form."""
         made = []

@@ -208,6 +208,10 @@ class Task:
         """The examples of labelled rows; rows without what is to be predicted give examples without it."""
         raise NotImplementedError
 
+    def idle_options(self) -> dict[str, str]:
+        """Options of `TaskConfig` that were given and that the examples made so far did not need → why."""
+        return {}
+
     def refer(self, examples: Examples, outputs: Outputs) -> None:
         """Keep with each example what the model at the start gave for it, where the task `refers`."""
         raise NotImplementedError

@@ -75,6 +75,7 @@ class TextToText(_Written):
         self.template = _template(config, self.architecture)
         self.given = tuple(_fields(self.template))  # type: ignore[misc]
         self.answers = _answers(config, self.given)
+        self._ends_itself = False
 
     @property
     def spelled(self) -> int:
@@ -110,6 +111,7 @@ class TextToText(_Written):
         if not self.seq2seq:
             return [np.concatenate([ids[: most - len(end)], end]) for ids in self.target_encoder.bare(texts)]
         encoded = [encoding.ids for encoding in self.target_encoder.encode(texts)]
+        self._ends_itself = any(ids[-1] == eos for ids in encoded)
         return [ids if ids[-1] == eos else np.concatenate([ids[: most - len(end)], end]) for ids in encoded]
 
     def examples(self, rows: Sequence[Row], where: Sequence[str] | None = None) -> Examples:
@@ -119,6 +121,10 @@ class TextToText(_Written):
         encoded = zip(self.prompts(rows), self._targets([str(target) for target in targets]), strict=True)
         make = self._pair if self.seq2seq else self._row
         return Examples([make(np.array(prompt, np.int32), target) for prompt, target in encoded], np.arange(len(rows)))
+
+    def idle_options(self) -> dict[str, str]:
+        given = not self.config.append_eos and self._ends_itself
+        return {"append_eos": "the tokenizer itself ends texts with the end-of-text token"} if given else {}
 
     def _pair(self, source: np.ndarray, target: np.ndarray) -> Example:
         ones = np.ones(len(target), np.int32)

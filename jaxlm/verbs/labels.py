@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm import config as configs
 from jaxlm.devices import LoadOptions
 from jaxlm.report.console import bar, say
-from jaxlm.text_files import read_lines, undecodable, write_json_lines
+from jaxlm.text_files import json_line, read_lines, undecodable, write_json_lines
 from jaxlm.verbs.decoding import SAMPLING, report_spelled
 from jaxlm.verbs.suites import evaluate_suite
 from jaxlm.verbs.words import check_out, rows_config, split_row_flags, split_words
@@ -298,7 +298,7 @@ def evaluate(words: Sequence[str]) -> int:
         task.config = configs.build(type(task.config), {**configs.to_dict(task.config), **scoring})
     _tell_settings(trained, task)
     held = usable(task, _held_out(trained.run, task, options, row_flags))
-    other = None if options.against is None else _predictions(options.against, len(held.rows))
+    other = None if options.against is None else _predictions(options.against, task, held)
     predictor = Predictor(task, trained.model, trained.mesh, options.batch_size)
     examples = None if task.generates else task.examples(held.rows, held.where)
     if task.refers and examples is not None:
@@ -322,15 +322,20 @@ def evaluate(words: Sequence[str]) -> int:
     return 0
 
 
-def _predictions(file: str, rows: int) -> list[Any]:
-    """The predictions of a predictions.jsonl. Raises ValueError where they are not as many as the rows, or none."""
+def _predictions(file: str, task: "Task", held: "Table") -> list[Any]:
+    """The predictions of a predictions.jsonl. Raises ValueError unless they are of the same rows in the same order."""
     try:
-        found = [json.loads(line)["prediction"] for _, line in read_lines(pathlib.Path(file)) if line.strip()]
+        lines = [(number, json.loads(line)) for number, line in read_lines(pathlib.Path(file)) if line.strip()]
+        predictions = [line["prediction"] for _, line in lines]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is no predictions.jsonl: each line holds an object with a prediction") from None
-    if len(found) != rows:
-        raise ValueError(f"{file} holds {len(found):,} predictions, for {rows:,} rows")
-    return found
+    if len(lines) != len(held.rows):
+        raise ValueError(f"{file} holds {len(lines):,} predictions, for {len(held.rows):,} rows")
+    for (number, line), row, place in zip(lines, held.rows, held.where, strict=True):
+        for role in task.given:
+            if role in line and role in row and json_line(line[role]) != json_line(row[role]):
+                raise ValueError(f"{file}:{number} has another {role} than {place}: predictions are compared row by row")
+    return predictions
 
 
 def _tell_settings(trained: "Trained", task: "Task") -> None:

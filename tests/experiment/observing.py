@@ -10,7 +10,6 @@ import json
 import pathlib
 import re
 import shutil
-import types
 from unittest import mock
 
 import jax
@@ -22,7 +21,7 @@ from jaxlm.experiment import Run, finetuning, load_config, pretraining, train_se
 from jaxlm.experiment import run as running
 from jaxlm.model import empty_cache
 from jaxlm.parallel import make_mesh
-from jaxlm.tasks import predictor
+from jaxlm.tasks import Passed, predictor
 from jaxlm.train import TrainState, Tuning, init_state, make_optimizer, make_schedule, make_train_step, state_shapes
 from jaxlm.train.step import state_shardings
 
@@ -217,7 +216,7 @@ class Observed:
                             name: rng.dirichlet(np.ones(x.shape[-1]), x.shape[1:-1]).astype(np.float32) if x.ndim > 1
                             else np.float32(rng.random()) for name, x in shapes.items()
                         }  # fmt: skip
-            return types.SimpleNamespace(loss=next(scores), means={"nll": 1.0}, outputs=kept)
+            return Passed(next(scores), {"nll": 1.0}, kept)
 
         def evaluate(params, stop):
             value = next(scores)

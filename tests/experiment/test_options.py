@@ -144,7 +144,7 @@ NOWHERE = {
     "data.rows.separator": "files of cells alone: tests/data/test_rows.py",
     "data.rows.under": "nested JSON alone: tests/data/test_rows.py",
     "data.tokenizer.path": "tokenizers of others alone: tests/data/test_tokenizer.py",
-    "task.decode.n_best": "`jaxlm generate` alone",
+    "task.decode.n_best": "from Python alone, by BatchGenerator.ranked: tests/generate/test_batch.py",
     "model.head.labels": "a task sets it",
     "model.init_from": "needs a model: tests/tasks/test_tuning.py",
     "parallel.data": "the mesh has two devices: tests/parallel/test_mesh.py",
@@ -165,11 +165,6 @@ def leaves(cls: type, path: str = "") -> typing.Iterator[tuple[str, typing.Any, 
 
 # Options that a recipe here reads and finds nothing for in its rows.
 UNSEEN = ("data.rows.header", "data.rows.speakers")
-UNSEEN_BY = {  # rows here hold texts, not messages
-    "preference": ("task.chat_template",),
-    "reward": ("task.chat_template",),
-    "decoded": ("task.append_eos",),  # its tokenizer ends a text itself
-}
 OPTIONS = {name: (kind, default) for name, kind, default in leaves(ExperimentConfig) if name not in UNSEEN}
 
 
@@ -277,10 +272,6 @@ SAME = r"(name|runs|seeds?|(hosts|tune|optim|parallel|model)\..*|data\.prefetch|
 WHOLE = ("causal", "classification")
 
 
-def tried_by(recipe):
-    return [name for name in OPTIONS if name not in UNSEEN_BY.get(recipe, ())]
-
-
 def some_slow(names, fast):
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
@@ -290,20 +281,20 @@ FAST = ("causal", "masked", "classification", "text_to_text")
 
 @pytest.mark.parametrize("recipe", some_slow(RECIPES, FAST))
 def test_every_option_is_honoured_or_refused(recipe, place):
-    check(Tried(place, RECIPES[recipe]), tried_by(recipe), ".*" if recipe == "causal" else rf"(?!{SAME}$).*")
+    check(Tried(place, RECIPES[recipe]), list(OPTIONS), ".*" if recipe == "causal" else rf"(?!{SAME}$).*")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", WHOLE)
 def test_every_other_value_is_honoured_or_refused(recipe, place):
     """All choices of an option, and the options that mean the same everywhere."""
-    check(Tried(place, RECIPES[recipe]), tried_by(recipe), most=9)
+    check(Tried(place, RECIPES[recipe]), list(OPTIONS), most=9)
 
 
 @pytest.mark.parametrize("variant", some_slow(VARIANTS, ("experts classification", "stages", "adafactor", "schedules", "yarn")))
 def test_options_that_hang_on_others(variant, place):
     flags, prefixes = VARIANTS[variant]
-    check(Tried(place, flags), [name for name in tried_by(variant) if name.startswith(tuple(prefixes.split()))])
+    check(Tried(place, flags), [name for name in OPTIONS if name.startswith(tuple(prefixes.split()))])
 
 
 def test_every_option_is_read_by_some_recipe(place):

@@ -223,3 +223,7 @@ def test_predict_and_evaluate_read_the_columns_of_training(tmp_path, monkeypatch
     (tmp_path / "other.jsonl").write_text('{"prediction": 1}\n')
     assert cli.main([*evaluate, "--against", "other.jsonl", "--out", "scores-2"]) == 1
     assert "holds 1 predictions, for 6 rows" in capsys.readouterr().err and not (tmp_path / "scores-2").exists()
+    turned = (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()[::-1]
+    (tmp_path / "other.jsonl").write_text("\n".join(turned))
+    assert cli.main([*evaluate, "--against", "other.jsonl", "--out", "scores-2"]) == 1
+    assert "other.jsonl:1 has another text than held.tsv:1: predictions are compared row by row" in capsys.readouterr().err
