@@ -238,7 +238,7 @@ def test_prompts(folders, caught, tmp_path, name):
     assert sorted(prompts) == sorted(wanted)
 
     asker = Asker(tokenizer, None, [], Limits(128, 128, 1, 16))
-    asked = asker.completion({"prompt": texts, "max_tokens": 1}, "somebody")
+    asked = asker.completion({"prompt": texts, "max_tokens": 1})
     assert [list(request.prompt) for request in asked.requests] == wanted
     items = vectors_of(made).examples([{"text": text} for text in texts]).items
     assert [item["tokens"].tolist() for item in items] == wanted
@@ -284,7 +284,7 @@ def test_conversations(folders, caught, tmp_path, name):
 
     asker = Asker(tokenizer, chat_of(made)[0], [], Limits(128, 128, 1, 16))
     for talk, ids in zip(talks, wanted, strict=True):
-        (request,) = asker.conversation({"messages": talk, "max_tokens": 1}, "somebody").requests
+        (request,) = asker.conversation({"messages": talk, "max_tokens": 1}).requests
         assert list(request.prompt) == ids
 
     prompts.clear()
@@ -339,7 +339,7 @@ def test_a_completions_text_tokens_and_offsets_agree(folders, name, echo):
     asker = Asker(tokenizer, None, [], Limits(128, 128, 1, 16))
     new = hf(" saw a big dog", add_special_tokens=False)["input_ids"]
     for prompt in ("the small", "ran", ""):
-        ask = asker.completion({"prompt": prompt, "max_tokens": 32, "logprobs": 1, "echo": echo}, "somebody")
+        ask = asker.completion({"prompt": prompt, "max_tokens": 32, "logprobs": 1, "echo": echo})
         ids, text = list(ask.requests[0].prompt), _Text(0, tokenizer, ask)
         pieces = [text.take(Event(prompt=tuple(Token(i, -1.0, ((i, -1.0),)) for i in ids)))] if echo else []
         pieces += [text.take(Event(tokens=(Token(i, -1.0, ((i, -1.0),)),))) for i in new]

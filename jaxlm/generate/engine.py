@@ -16,7 +16,7 @@ from jaxlm.generate.guiding import GuideWorker
 from jaxlm.generate.request import Ended, Event, Full, Request, Tell, Token, check
 from jaxlm.generate.seats import Seat, Ticket, choose, line, rows
 from jaxlm.generate.slots import BURST, Burst, Decoder, Scores, Slots, filled, pieces, row_of
-from jaxlm.generate.turns import Turns
+from jaxlm.generate.turns import FairRequestQueue
 from jaxlm.model import Model, Params
 from jaxlm.parallel import settle
 
@@ -102,29 +102,38 @@ class Engine:
             self._params = self._decoder.split(params)
             self._state: Slots = self._decoder.empty()
         self._seats = [Seat() for _ in range(config.slots)]
-        self._waiting = Turns[Ticket]()
+        self._waiting = FairRequestQueue[Ticket]()
         self._gone: list[Ticket] = []
         """Cancelled while they waited, and not yet told so."""
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
         self._clock, self._beat = itertools.count(1), time.monotonic()
+        self._reads = itertools.count()
         self._step_s: dict[int, float] = {}
         """Of each number of rows."""
         self._counts = collections.Counter[str]()
 
     # --- what others ask, from any thread ---------------------------------------------------------
 
-    def submit(self, request: Request, tell: Tell) -> Ticket:
-        """Take a request; `tell` hears what becomes of it. Raises ValueError for one that cannot be answered, and Full."""
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a request that cannot be answered. Takes time that grows with what the request holds."""
         check(request, self.vocab_size, self.config.context)
+
+    def submit(self, request: Request, tell: Tell, *, checked: bool = False) -> Ticket:
+        """Take a request; `tell` hears what becomes of it. Raises ValueError for one that cannot be answered, unless it was
+        `checked` before, and Full. Where the queue is full, a client with less than its share of the waiting requests is still
+        taken, so that no client keeps the others out."""
+        if not checked:
+            self.check(request)
         ticket = Ticket(request, tell)
         with self._lock:
             if self._closing:
                 raise Full("the engine is closing: it takes no more requests")
-            if len(self._waiting) >= self.config.queue:
-                raise Full(f"{self.config.queue} requests are waiting: try again later")
-            self._waiting.put(request.owner, ticket)
+            waiting, share = self._waiting.count(request.owner), self._waiting.share(self.config.queue)
+            if len(self._waiting) >= self.config.queue and waiting >= share:
+                raise Full(f"{len(self._waiting)} requests are waiting: try again later")
+            self._waiting.put(request.owner, ticket, request.user)
             self._counts["requests"] += 1
             self._lock.notify_all()
         return ticket
@@ -133,7 +142,7 @@ class Engine:
         """End a request wherever it is; an event says when its slot is free. No effect on one that is over."""
         with self._lock:
             ticket.cancelled = True
-            if self._waiting.discard(ticket.request.owner, ticket):
+            if self._waiting.discard(ticket.request.owner, ticket, ticket.request.user):
                 self._gone.append(ticket)
             self._lock.notify_all()
 
@@ -300,11 +309,14 @@ class Engine:
         request = ticket.request
         fresh = request.logprobs is not None and request.prompt_logprobs  # needs all of the prompt's scores
         target, source, start = choose(self._seats, () if fresh else request.prompt, self.chunk, request.cache_salt)
-        if source != target:
-            self._state = self._decoder.copy(self._state, np.int32(source), np.int32(target), np.int32(start))
         todo = pieces(len(request.prompt), start, self.chunk, whole=fresh)
-        V = self._decoder.model.config.V
-        allowed_V = None if request.allowed is None else np.isin(np.arange(V), request.allowed)
+        V, allowed_V = self._decoder.model.config.V, None
+        if request.allowed is not None:
+            allowed_V = np.zeros(V, bool)
+            allowed_V[list(request.allowed)] = True
+        if source != target:
+            self._seats[target].held = ()  # whatever fails from here on, the slot's cache has changed
+            self._state = self._decoder.copy(self._state, np.int32(source), np.int32(target), np.int32(start))
         guide = None if request.guide is None else GuideWorker(request.guide, V, self._wake)
         self._seats[target] = Seat(
             ticket, todo, request.prompt[:start], request.cache_salt, next(self._clock), guide=guide, allowed_V=allowed_V
@@ -316,12 +328,17 @@ class Engine:
             self._lock.notify_all()
 
     def _read(self) -> bool:
-        """One piece of the prompt that has waited longest; False: there is none."""
+        """Prefill one chunk of a prompt; False if none is left.
+
+        Turns alternate between the prompt that came first and the one with the fewest chunks left: a long prompt does not hold
+        back short ones, and however many of those come, the first prompt has half of the turns.
+        """
         self._ask_guides()
         seats = [seat for seat in self._seats if seat.todo and (len(seat.todo) > 1 or seat.ready)]
         if not seats:
             return False
-        seat = min(seats, key=lambda seat: seat.used)
+        shortest = next(self._reads) % 2
+        seat = min(seats, key=lambda seat: (len(seat.todo) if shortest else 0, seat.used))
         try:
             self._read_piece(seat)
         except _RequestError as failed:

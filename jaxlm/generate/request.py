@@ -59,7 +59,9 @@ class Request:
     prompt_logprobs: bool = False
     """The same of the prompt's tokens, as many as `logprobs` says."""
     owner: str = ""
-    """Whose it is: owners take turns, and the requests of one wait for each other."""
+    """Client that sent it, such as its address: clients take turns."""
+    user: str = ""
+    """User that the client names: the users of one client take turns within the client's."""
     guide: "Guide | None" = None
     """What its text must match; of this request alone, as it remembers how far the text has come."""
     bias: tuple[tuple[int, float], ...] = ()

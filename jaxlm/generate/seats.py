@@ -1,7 +1,6 @@
 """The slots of an engine as its host knows them: whose text each holds, and what of a prompt another may go on from."""
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 
@@ -87,7 +86,7 @@ class Seat:
         self.allowed_V = None
 
 
-def choose(seats: Sequence[Seat], prompt: Sequence[int], chunk: int, salt: str = "") -> tuple[int, int, int]:
+def choose(seats: Sequence[Seat], prompt: tuple[int, ...], chunk: int, salt: str = "") -> tuple[int, int, int]:
     """For a prompt: a free slot, the slot that holds most of its beginning, and how many tokens that is.
 
     Where no free one holds as many, it is the one that was longest not used, for what is held to be copied to. Whole pieces
@@ -96,10 +95,11 @@ def choose(seats: Sequence[Seat], prompt: Sequence[int], chunk: int, salt: str =
     """
 
     def common(seat: Seat) -> int:
-        if seat.salt != salt:
+        if seat.salt != salt or not prompt:
             return 0
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(seat.held, prompt[:-1], strict=False))
-        return sum(1 for _ in same) // chunk * chunk
+        most = min(len(seat.held), len(prompt) - 1) // chunk * chunk
+        ends = range(chunk, most + 1, chunk)
+        return next((end - chunk for end in ends if seat.held[end - chunk : end] != prompt[end - chunk : end]), most)
 
     lengths = [common(seat) for seat in seats]
     most = max(lengths)

@@ -1,47 +1,66 @@
-"""Who waits, and who is next: owners take turns, so that one who asks for much does not keep the others waiting."""
+"""Fair request queue: round-robin over clients, and over the users of each, so no client can starve the rest."""
 
 import collections
-import itertools
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):
-    """Things that wait, in a queue for each owner. Not for several threads at once."""
+class FairRequestQueue(Generic[T]):
+    """Waiting items by client and user: a client that names many users has no more turns than one that names none.
+
+    Not thread-safe.
+    """
 
     def __init__(self) -> None:
-        self._queues: dict[str, collections.deque[T]] = {}
-        """Whose turn it is stands first."""
+        self._clients: dict[str, dict[str, collections.deque[T]]] = {}
+        """The client and the user whose turn is next come first."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return sum(map(self.count, self._clients))
 
-    def put(self, owner: str, thing: T) -> None:
-        """Behind all others of this owner."""
-        self._queues.setdefault(owner, collections.deque()).append(thing)
+    def __bool__(self) -> bool:
+        return bool(self._clients)
+
+    def count(self, client: str) -> int:
+        """Number of this client's items."""
+        return sum(map(len, self._clients.get(client, {}).values()))
+
+    def share(self, size: int) -> int:
+        """A client's part of `size` places, with one more client than those that wait."""
+        return size // (len(self._clients) + 1)
+
+    def put(self, client: str, item: T, user: str = "") -> None:
+        """Add an item behind all others of its client's user."""
+        self._clients.setdefault(client, {}).setdefault(user, collections.deque()).append(item)
 
     def take(self) -> T:
-        """The next one; its owner's turn comes again after everybody else's. Somebody must wait."""
-        owner = next(iter(self._queues))
-        queue = self._queues.pop(owner)
-        thing = queue.popleft()
-        if queue:
-            self._queues[owner] = queue
-        return thing
+        """Remove and return the next item; the queue must not be empty."""
+        client = next(iter(self._clients))
+        users = self._clients.pop(client)
+        user = next(iter(users))
+        items = users.pop(user)
+        item = items.popleft()
+        if items:
+            users[user] = items
+        if users:
+            self._clients[client] = users
+        return item
 
-    def discard(self, owner: str, thing: T) -> bool:
-        """Let it wait no longer; False where it does not wait."""
-        queue = self._queues.get(owner)
-        if queue is None or thing not in queue:
+    def discard(self, client: str, item: T, user: str = "") -> bool:
+        """Remove an item; False if it is not in the queue."""
+        users = self._clients.get(client, {})
+        if item not in users.get(user, ()):
             return False
-        queue.remove(thing)
-        if not queue:
-            del self._queues[owner]
+        users[user].remove(item)
+        if not users[user]:
+            del users[user]
+        if not users:
+            del self._clients[client]
         return True
 
     def clear(self) -> list[T]:
-        """All that waited."""
-        queues = list(self._queues.values())
-        self._queues.clear()
-        return list(itertools.chain.from_iterable(queues))
+        """Remove and return all items."""
+        items = [item for users in self._clients.values() for items in users.values() for item in items]
+        self._clients.clear()
+        return items

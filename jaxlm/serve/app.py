@@ -21,7 +21,8 @@ from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.guard import Guard, gone, read_json
 from jaxlm.serve.page import Page
 from jaxlm.serve.protocol import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, check_fields
-from jaxlm.serve.rows import Rows
+from jaxlm.serve.readers import Client
+from jaxlm.serve.rows import Job
 from jaxlm.serve.service import Service
 
 
@@ -121,8 +122,6 @@ class _Routes:
             raise ApiError(404, f"{self._service.name} cannot answer {path}: it is for {there}", code="unsupported_route")
         body = await read_json(request, self._service.options.max_body)
         self._check_model(body.get("model"))
-        if path in (EMBEDDINGS, CLASSIFY):
-            check_fields(path, body)
         return body
 
     # --- text --------------------------------------------------------------------------------
@@ -138,16 +137,16 @@ class _Routes:
         return await self._answer(request, body, self._service.asker.conversation, ChatAnswer)
 
     async def _answer(
-        self, request: Request, body: dict[str, Any], read: Callable[[dict[str, Any], str], Ask], kind: type[Answer]
+        self, request: Request, body: dict[str, Any], read: Callable[[dict[str, Any], Client], Ask], kind: type[Answer]
     ) -> Response:
         s = self._service
-        owner = _owner(request, body)
+        client = _client(request, body)
 
         def prepare() -> tuple[Ask, Any]:
-            ask = read(body, owner)
-            return ask, texts_of(s.texts.spelled if ask.special else s.tokenizer, ask)
+            ask = read(body, client)
+            return ask, texts_of(s.texts.spelled if ask.special else s.tokenizer, ask, s.engine)
 
-        ask, texts = await s.readers.run(owner, prepare)
+        ask, texts = await s.readers.run(client, prepare)
         answer = kind(s.name, ask, s.texts)
         choices = Choices(s.engine, texts, ask, s.metrics, s.options.timeout)
         if ask.stream:
@@ -162,17 +161,26 @@ class _Routes:
     async def embeddings(self, request: Request) -> Response:
         body = await self._body(request)
         fields, s = Fields(body), self._service
-        assert s.vectors is not None, "_body has seen that there is"
-        coding = fields.text("encoding_format") or "float"
-        if coding not in ("float", "base64"):
-            raise bad(f"encoding_format is {coding!r:.40}: it must be float or base64", "encoding_format")
-        found, tokens = await self._rows(request, body, s.vectors, self._inputs(fields.get("input"), "input"), "input")
-        data = [
-            {"object": "embedding", "index": i, "embedding": _coded(prediction["anchor"], coding)}
-            for i, prediction in enumerate(found)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return json_response({"object": "list", "data": data, "model": s.name, "usage": usage})
+
+        def read() -> tuple[str, Job]:
+            assert s.vectors is not None, "_body has seen that there is"
+            check_fields(EMBEDDINGS, body)
+            coding = fields.text("encoding_format") or "float"
+            if coding not in ("float", "base64"):
+                raise bad(f"encoding_format is {coding!r:.40}: it must be float or base64", "encoding_format")
+            return coding, s.vectors.submit(self._inputs(fields.get("input"), "input"), "input")
+
+        def write() -> Response:
+            data = [
+                {"object": "embedding", "index": i, "embedding": _coded(prediction["anchor"], coding)}
+                for i, prediction in enumerate(found)
+            ]
+            usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
+            return json_response({"object": "list", "data": data, "model": s.name, "usage": usage})
+
+        coding, job = await s.readers.run(_client(request, body), read)
+        found = await self._predicted(request, job)
+        return await asyncio.to_thread(write)
 
     def _inputs(self, given: Any, name: str) -> list[dict[str, Any]]:
         """Rows of texts, or of token ids, which are read as they are: nothing is added to them."""
@@ -187,8 +195,20 @@ class _Routes:
 
     async def classify(self, request: Request) -> Response:
         body = await self._body(request)
+        s = self._service
+
+        def write() -> Response:
+            usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
+            return json_response({"model": s.name, "results": found, "usage": usage})
+
+        job = await s.readers.run(_client(request, body), self._read_classify, body)
+        found = await self._predicted(request, job)
+        return await asyncio.to_thread(write)
+
+    def _read_classify(self, body: dict[str, Any]) -> Job:
         fields, s = Fields(body), self._service
         assert s.labels is not None, "_body has seen that there is"
+        check_fields(CLASSIFY, body)
         if fields.get("text") is not None and fields.get("input") is not None:
             raise bad("text and input are given: they are two names of one field", "input")
         name = "input" if fields.get("input") is not None else "text"
@@ -202,24 +222,19 @@ class _Routes:
         if pairs and "ids" in rows[0]:
             raise bad(f"pair is for texts: {name} holds token ids, which may be those of a pair", "pair")
         rows = [{**row, "pair": pair} for row, pair in zip(rows, pairs, strict=True)] if pairs else rows
-        found, tokens = await self._rows(request, body, s.labels, rows, name)
-        return json_response({"model": s.name, "results": found, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+        return s.labels.submit(rows, name)
 
-    async def _rows(
-        self, request: Request, body: dict[str, Any], rows: Rows, given: list[Any], param: str
-    ) -> tuple[list[dict[str, Any]], int]:
-        job = await self._service.readers.run(_owner(request, body), rows.submit, given, param)
-        self._service.metrics.rows.labels(request.url.path).inc(len(given))
+    async def _predicted(self, request: Request, job: Job) -> list[dict[str, Any]]:
+        self._service.metrics.rows.labels(request.url.path).inc(len(job.rows))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(job.answer), self._service.options.timeout), job.tokens
+            return await asyncio.wait_for(asyncio.wrap_future(job.answer), self._service.options.timeout)
         except TimeoutError:
             raise unavailable("the server was too busy for this request: try again later") from None
 
 
-def _owner(request: Request, body: dict[str, Any]) -> str:
-    """Whose requests take turns with those of others: a client's address, and the user that it names."""
+def _client(request: Request, body: dict[str, Any]) -> Client:
     user = body.get("user")
-    return f"{request.client.host if request.client else ''} {user if isinstance(user, str) else ''}"[:200]
+    return Client(request.client.host if request.client else "", user[:200] if isinstance(user, str) else "")
 
 
 def _coded(vector: list[float], coding: str) -> Any:

@@ -17,6 +17,7 @@ from jaxlm.serve.fields import Fields, bad, check_ids, texts_or_ids
 from jaxlm.serve.guided import Guided
 from jaxlm.serve.messages import read_messages
 from jaxlm.serve.protocol import CHAT, COMPLETIONS, check_fields
+from jaxlm.serve.readers import NOBODY, Client
 from jaxlm.serve.speaking import turns_of
 
 STOPS = 16
@@ -90,7 +91,7 @@ class Asker:
         self._stop_ids = frozenset([tokenizer.eos_id, *stop_ids])
         self._banned, self.left_out = settings.for_requests(self._stop_ids)
 
-    def completion(self, body: Mapping[str, Any], owner: str) -> Ask:
+    def completion(self, body: Mapping[str, Any], client: Client = NOBODY) -> Ask:
         """Of `/v1/completions`. ApiError for what cannot be answered."""
         check_fields(COMPLETIONS, body)
         fields = Fields(body)
@@ -120,12 +121,12 @@ class Asker:
             echoes.append(shown)
         how = _Scores(logprobs, prompt_logprobs, scored)
         most = min(16, self.limits.max_tokens)
-        requests = self._requests(fields, tokens, n, wanted, most, how, self._stop_ids, owner, COMPLETIONS)
+        requests = self._requests(fields, tokens, n, wanted, most, how, self._stop_ids, client, COMPLETIONS)
         repeated = tuple(text for text in echoes for _ in range(n)) if echo else None
         scored_echo = echo and logprobs is not None
         return self._ask(fields, requests, tokens, how, (), echoes=repeated, echo_scored=scored_echo, unseen=unseen)
 
-    def conversation(self, body: Mapping[str, Any], owner: str) -> Ask:
+    def conversation(self, body: Mapping[str, Any], client: Client = NOBODY) -> Ask:
         """Of `/v1/chat/completions`. ApiError for what cannot be answered."""
         assert self.chat is not None, "the route says so before"
         check_fields(CHAT, body)
@@ -154,7 +155,7 @@ class Asker:
         prompt_logprobs = self._prompt_logprobs(fields)
         how = _Scores((top or 0) if asked else None, prompt_logprobs, prompt_logprobs is not None)
         stop_ids, most = self._stop_ids | self.chat.stop_ids, self.limits.max_tokens
-        requests = self._requests(fields, [prompt], n, wanted, most, how, stop_ids, owner, CHAT)
+        requests = self._requests(fields, [prompt], n, wanted, most, how, stop_ids, client, CHAT)
         echoes = None
         if fields.flag("echo"):  # as vLLM: the last message stands before the text where it is the same speaker's
             last = messages[-1]
@@ -205,7 +206,7 @@ class Asker:
 
     def _requests(
         self, fields: Fields, prompts: Sequence[tuple[int, ...]], n: int, wanted: int | None, default: int, how: "_Scores",
-        ends: frozenset[int], owner: str, route: str,
+        ends: frozenset[int], client: Client, route: str,
     ) -> tuple[Request, ...]:  # fmt: skip
         stop = (frozenset() if fields.flag("ignore_eos") else ends) | frozenset(self._stop_token_ids(fields))
         if len(stop) > STOP_IDS:
@@ -215,9 +216,9 @@ class Asker:
         seed = fields.whole("seed", -(1 << 63), (1 << 64) - 1)
         seed = random.getrandbits(31) if seed is None else seed
         common: dict[str, Any] = {
-            "sample": self._sample(fields), "stop": stop, "logprobs": how.asked, "prompt_logprobs": how.prompt, "owner": owner,
+            "sample": self._sample(fields), "stop": stop, "logprobs": how.asked, "prompt_logprobs": how.prompt,
+            "owner": client.address, "user": client.user, "cache_salt": fields.text("cache_salt") or "",
             "bias": self._bias(fields), "allowed": self._allowed(fields), "bad": self._bad_words(fields),
-            "cache_salt": fields.text("cache_salt") or "",
         }  # fmt: skip
         least = fields.whole("min_tokens", 0, 1 << 31)
         guided = Guided(fields, self.tokenizer, stop)

@@ -48,7 +48,8 @@ class Piece:
 class Choices:
     """Hands an ask's requests to the engine and gives out what becomes of them.
 
-    Use: `texts = texts_of(…)` in a thread, `choices = Choices(…)` in the event loop (ApiError where the engine takes none of it),
+    Use: `texts = texts_of(…)` in a thread, which has the engine check the requests, `choices = Choices(…)` in the event loop
+    (ApiError where the engine takes none of it),
     then `async for piece in choices.pieces()`, and `close()` in any case: it frees the slots of texts that nobody reads any more.
     """
 
@@ -64,13 +65,11 @@ class Choices:
             raise unavailable("the engine has ended: the server must be started again")
         try:
             for i, request in enumerate(ask.requests):
-                self._tickets[i] = engine.submit(request, self._teller(i))
+                self._tickets[i] = engine.submit(request, self._teller(i), checked=True)
         except BaseException as error:
             self.close()
             if isinstance(error, Full):
                 raise busy("the server is busy: its queue is full, try again in a moment") from None
-            if isinstance(error, ValueError):
-                raise bad(str(error)) from None
             raise
         self._timer = self._loop.call_later(timeout, self._events.put_nowait, None)
 
@@ -139,8 +138,13 @@ class Choices:
             self._engine.cancel(ticket)
 
 
-def texts_of(tokenizer: Tokenizer, ask: Ask) -> "list[_Text]":
-    """The state of each text of an ask, before its first token."""
+def texts_of(tokenizer: Tokenizer, ask: Ask, engine: Any) -> "list[_Text]":
+    """The state of each text of an ask, before its first token. ApiError for a request that the engine cannot answer."""
+    try:
+        for request in ask.requests:
+            engine.check(request)
+    except ValueError as error:
+        raise bad(str(error)) from None
     return [_Text(i, tokenizer, ask) for i in range(len(ask.requests))]
 
 

@@ -70,7 +70,7 @@ class Fields:
         if most is not None and len(value) > most:
             raise bad(f"{name} holds {len(value)} token ids: at most {most} may be", name)
         check_ids(value, vocab_size, name)
-        return tuple(value)
+        return tuple(dict.fromkeys(value))
 
 
 def texts_or_ids(value: Any, name: str, most: int) -> list[str] | list[list[int]]:

@@ -104,6 +104,8 @@ REFUSED: Mapping[str, Mapping[str, Refused]] = {
 }  # fmt: skip
 """Fields that a route answers with status 400, unless their value is neutral."""
 
+FIELDS = 256
+"""Maximum number of fields of a request."""
 _WARNED: set[str] = set()
 
 
@@ -111,6 +113,8 @@ def check_fields(route: str, body: Mapping[str, Any]) -> None:
     """Refuse, by its name, a field that would be ignored. A field that neither API has is let through with a warning in the log, as
     vLLM does, unless it is nearly the name of one that the route honours."""
     honoured, refused = HONOURED[route], REFUSED[route]
+    if len(body) > FIELDS:
+        raise bad(f"the body has {len(body)} fields: at most {FIELDS} may be")
     for name, value in body.items():
         if value is None or name in honoured or name in HARMLESS:
             continue

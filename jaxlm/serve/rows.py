@@ -66,7 +66,7 @@ def labels_of(trained: Trained, split_special_tokens: bool = False) -> Task | No
 class Job(NamedTuple):
     """Texts of one request."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     examples: Examples
     answer: "concurrent.futures.Future[list[Prediction]]"
 
@@ -132,7 +132,7 @@ class Rows:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, rows: list[Row], param: str) -> Job:
+    def submit(self, rows: Sequence[Row], param: str) -> Job:
         """Its `answer` comes in time. A row has a text, with `pair` two, or its `ids`, which are read as they are. ApiError for
         one that is longer than the model reads, which training would cut."""
         task = copy.copy(self.task)  # one that counts this request's texts alone: others are read at the same time

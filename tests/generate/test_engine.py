@@ -10,9 +10,10 @@ import pytest
 
 from jaxlm.data.tokenizer import Characters
 from jaxlm.generate import Generator, SampleConfig
+from jaxlm.generate import engine as engine_module
 from jaxlm.generate.constrain import Constraint, Grammar
 from jaxlm.generate.engine import Engine, EngineConfig
-from jaxlm.generate.request import Full, Request
+from jaxlm.generate.request import Event, Full, Request
 from jaxlm.generate.slots import pieces
 from jaxlm.model import HeadConfig, Model, RotaryConfig, TransformerConfig
 from jaxlm.parallel import ParallelConfig, make_mesh, stored_shardings
@@ -228,13 +229,43 @@ def engine(make):
 
 
 def test_owners_take_turns(engine):
+    """Clients first, then the users of each; a full queue is closed to those who fill it, not to another client."""
     order = []
-    for owner in "aaab":
-        engine.submit(Request((1, 2), 2, owner=owner), lambda event, owner=owner: event.ended and order.append(owner))
-    with pytest.raises(Full, match="4 requests are waiting"):
-        engine.submit(Request((1,), 2), Ear())
+
+    def submit(owner, user):
+        request = Request((1, 2), 2, owner=owner, user=user)
+        engine.submit(request, lambda event: event.ended and order.append(owner + user))
+
+    for owner, user in ("a1", "a1", "a2", "a3"):
+        submit(owner, user)
+    for owner, user in ("a1", "a4"):
+        with pytest.raises(Full, match="4 requests are waiting"):
+            submit(owner, user)
+    submit("b", "1")
+    with pytest.raises(Full, match="5 requests are waiting"):
+        submit("b", "2")
     engine.run()
-    assert order == ["a", "b", "a", "a"]
+    assert order == ["a1", "b1", "a2", "a3", "a1"]
+
+
+def test_prompts_take_turns(case, monkeypatch):
+    """A short prompt does not wait for the chunks of long ones before it, and short ones that keep coming starve no long one."""
+    *_, engine = case
+    read, order, short = engine._read_piece, [], requests_of(5)[0]
+    monkeypatch.setattr(engine, "_read_piece", lambda seat: (order.append(len(seat.ticket.request.prompt)), read(seat)))
+
+    def again(event):
+        if event.ended and len(order) < 40:
+            engine.submit(dataclasses.replace(short, max_tokens=1), again)
+
+    ears = [Ear(), Ear()]
+    for request, ear in zip(requests_of(41, 49, seed=5), ears, strict=True):
+        engine.submit(dataclasses.replace(request, max_tokens=2), ear)
+    again(Event(ended="length"))
+    engine.run()
+    assert 5 in order[:2], order
+    assert order[:12].count(41) == 6 and order[:26].count(49) == 7 and len(order) >= 40, order
+    assert [ear.ended for ear in ears] == ["length"] * 2
 
 
 def test_those_who_leave_free_their_slots(engine):
@@ -374,13 +405,14 @@ def test_a_slow_guide_delays_its_own_text_only(case):
     assert late.ended == "error" and "took more than 0.1 s" in late.reason and beside.tokens == alone.tokens
 
 
-@pytest.mark.parametrize("part", ["_place", "copy", "read", "allow"])
+@pytest.mark.parametrize("part", ["_place", "copy", "read", "allow", "GuideWorker"])
 def test_what_fails_before_the_state_is_lost_fails_alone(case, monkeypatch, part):
     """Seating and reading: an error on the way takes along neither the tickets just taken nor the texts that run."""
     *_, engine = case
     (running,) = requests_of(9, sample=WARM, logprobs=1)
     running = dataclasses.replace(running, max_tokens=40)
-    (alone,) = answers(engine, [running])
+    others = requests_of(25, 27, 26, seed=3, sample=WARM, logprobs=1)
+    *before, alone = answers(engine, [*others, running])
     first, late = Ear(), [Ear() for _ in range(3)]
     engine.submit(running, first)
     engine.step()
@@ -389,15 +421,18 @@ def test_what_fails_before_the_state_is_lost_fails_alone(case, monkeypatch, part
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine if part == "_place" else engine._decoder, part, fail)
+        where = {"_place": engine, "GuideWorker": engine_module}.get(part, engine._decoder)
+        patch.setattr(where, part, fail)
         for ear in late:  # a prefix that is running elsewhere: it is copied
-            guide = Broken("", None, 0) if part == "allow" else None
+            guide = Broken("", None, 0) if part in ("allow", "GuideWorker") else None
             engine.submit(Request((*running.prompt[:8], 1, 2), 4, guide=guide), ear)
         engine.run()
     assert [ear.ended for ear in late] == ["error"] * 3, [ear.reason for ear in late]
     assert all("out of memory" in ear.reason for ear in late)
     assert first.tokens == alone.tokens and first.ended == "length"
-    assert not engine._busy() and answers(engine, [running])[0].tokens == alone.tokens
+    assert not engine._busy()
+    # Nothing is reused of a slot whose cache has changed.
+    assert [ear.tokens for ear in answers(engine, [*others, running])] == [ear.tokens for ear in (*before, alone)]
 
 
 def test_an_engine_that_cannot_go_on_tells_everybody(engine, monkeypatch):

@@ -117,12 +117,10 @@ def test_requests_of_an_engine_hold_what_they_can():
         min_new_tokens=3, max_new_tokens=20, no_repeat_ngram_size=2, num_beams=4,
     )  # fmt: skip
     asker = Asker(tokenizer, None, [], Limits(64, 64, 4, 4), settings=settings)
-    (one,) = asker.completion({"prompt": "ab"}, "").requests
+    (one,) = asker.completion({"prompt": "ab"}).requests
     assert one.sample == SampleConfig(0.6, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.2)
     assert one.bad == ((7,), (8, 9)) and one.min_tokens == 3, "what ends a text is no bad word"
-    (other,) = asker.completion(
-        {"prompt": "ab", "temperature": 0, "top_k": 5, "min_tokens": 0, "repetition_penalty": 1}, ""
-    ).requests
+    (other,) = asker.completion({"prompt": "ab", "temperature": 0, "top_k": 5, "min_tokens": 0, "repetition_penalty": 1}).requests
     assert other.sample == SampleConfig(0.0, top_k=5, top_p=1.0, min_p=0.0) and other.min_tokens == 0
     assert set(asker.left_out) == {"no_repeat_ngram_size", "num_beams"}
 

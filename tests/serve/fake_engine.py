@@ -30,9 +30,13 @@ class FakeEngine:
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def submit(self, request, tell):
+    def check(self, request):
         if len(request.prompt) + request.max_tokens > self.config.context:
             raise ValueError(f"{len(request.prompt)} + {request.max_tokens} tokens: the context is {self.config.context}")
+
+    def submit(self, request, tell, *, checked=False):
+        if not checked:
+            self.check(request)
         with self.lock:
             if len(self.waiting) >= self.queue:
                 raise Full

@@ -268,7 +268,7 @@ def test_parts_of_text_and_developers_are_understood(client, live):
     client.chat.completions.create(model="parrot", messages=messages, max_completion_tokens=3, user="someone")
     request = live.engine.seen[-1]
     assert bytes(request.prompt[1:]) == b"System: Be brief\nUser: Hi\nAssistant:" and request.max_tokens == 3
-    assert "someone" in request.owner
+    assert (request.owner, request.user) == ("127.0.0.1", "someone")
 
 
 @pytest.mark.parametrize(

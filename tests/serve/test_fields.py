@@ -204,4 +204,4 @@ def test_the_documentation_names_every_field(route):
 
 def test_the_servers_limit_holds_for_what_a_request_leaves_out():
     asker = Asker(Bytes(), None, (), Limits(64, 4, 16, 256))
-    assert [request.max_tokens for request in asker.completion({"prompt": "a"}, "").requests] == [4]
+    assert [request.max_tokens for request in asker.completion({"prompt": "a"}).requests] == [4]

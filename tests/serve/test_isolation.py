@@ -16,7 +16,7 @@ from test_vectors import trained
 from jaxlm.serve import guided
 from jaxlm.serve.errors import ApiError
 from jaxlm.serve.options import ServeOptions
-from jaxlm.serve.readers import Readers
+from jaxlm.serve.readers import Client, Readers
 from jaxlm.serve.rows import Job
 from jaxlm.serve.service import serve_what
 
@@ -25,8 +25,10 @@ def post(live, **body):
     return httpx.post(f"{live.url}/v1/completions", json={"prompt": "hello", "max_tokens": 8, **body}, timeout=30)
 
 
-def test_slow_grammars_leave_threads_to_others(live, monkeypatch):
-    """A dozen requests of one client, each of which takes long to compile: another client's are answered meanwhile."""
+@pytest.mark.parametrize("users", ["one user", "invented users"])
+def test_slow_grammars_leave_threads_to_others(live, monkeypatch, users):
+    """A dozen requests of one client, each of which takes long to compile: another client's are answered meanwhile, also where
+    the first one names a new user each time."""
     free, begun = threading.Event(), threading.Semaphore(0)
     grammar = guided.Grammar
 
@@ -37,31 +39,47 @@ def test_slow_grammars_leave_threads_to_others(live, monkeypatch):
 
     monkeypatch.setattr(guided, "Grammar", slow)
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        held = [pool.submit(post, live, user="slow", guided_regex="a") for _ in range(12)]
-        assert begun.acquire(timeout=10)
-        for _ in range(3):
-            assert post(live, user="other").json()["choices"][0]["text"] == "hello"
+        user = (lambda i: "slow") if users == "one user" else str
+        held = [pool.submit(post, live, user=user(i), guided_regex="a") for i in range(12)]
+        for _ in range(2 if users == "one user" else 6):
+            assert begun.acquire(timeout=10)
+        address = "127.0.0.1" if users == "one user" else "127.0.0.2"
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=10) as other:
+            for _ in range(3):
+                body = {"prompt": "hello", "max_tokens": 8, "user": "other"}
+                assert other.post(f"{live.url}/v1/completions", json=body).json()["choices"][0]["text"] == "hello"
         assert httpx.get(f"{live.url}/healthz").status_code == 200
         assert not any(future.done() for future in held)
         free.set()
         assert {future.result().status_code for future in held} == {200}
 
 
+class Panic(BaseException):
+    """As a library in Rust raises: no Exception."""
+
+
+def panic():
+    raise Panic
+
+
 def test_a_request_that_takes_too_long_to_read_is_refused():
     """Its client's next one waits for the thread to be free again; another client's does not."""
 
     async def run():
-        readers = Readers(threads=4, each=1, seconds=0.2)
+        readers = Readers(threads=4, address=1, seconds=0.2)
         free = threading.Event()
         with pytest.raises(ApiError, match=r"takes more than 0.2 s") as told:
-            await readers.run("a", free.wait, 20)
+            await readers.run(Client("a", "1"), free.wait, 20)
         assert told.value.status == 400
         with pytest.raises(ApiError):
-            await readers.run("a", int)
-        assert await readers.run("b", int) == 0
+            await readers.run(Client("a", "2"), int)
+        assert await readers.run(Client("b"), int) == 0
         free.set()
         await asyncio.sleep(0.05)
-        assert await readers.run("a", int) == 0
+        assert await readers.run(Client("a"), int) == 0
+        with pytest.raises(RuntimeError, match="Panic"):
+            await readers.run(Client("a"), panic)
+        assert await readers.run(Client("a"), int) == 0
         readers.close()
 
     asyncio.run(run())
