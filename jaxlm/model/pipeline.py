@@ -75,18 +75,22 @@ def pipelined(run: Run, params: Any, x_BLD: jax.Array, shared: Any, layers: int,
     all_stages = jax.vmap(stage, in_axes=(0, None, 0, 0), spmd_axis_name="stage")
     number_Z = jnp.arange(ways, dtype=jnp.int32)
 
+    def take(parts_MBLD: jax.Array, t: jax.Array) -> jax.Array:
+        return constrain(jax.lax.dynamic_index_in_dim(parts_MBLD, t % parts, keepdims=False), "BLD", RESIDUAL)
+
     def tick(carry: Any, t: jax.Array) -> tuple[Any, None]:
         x_ZBLD, done_MBLD, loss = carry
-        # What enters: in the first round a part of the batch, later what came out of the last stage a round ago.
-        fresh = jax.lax.dynamic_index_in_dim(x_MBLD, t % parts, keepdims=False)
-        again = jax.lax.dynamic_index_in_dim(done_MBLD, t % parts, keepdims=False)
-        enters = jnp.where(t < parts, fresh, again)
+        # In the first round a part of the batch enters, later what came out of the last stage a round ago. Its sharding is
+        # stated before it joins the stages: left to the compiler, a TPU's gathers all parts of all devices at every tick.
+        enters = take(x_MBLD, t)
+        if rounds > 1:
+            enters = jnp.where(t < parts, enters, take(done_MBLD, t))
         x_ZBLD = constrain(x_ZBLD.at[0].set(enters), "ZBLD", RESIDUAL)
         x_ZBLD, losses_Z = all_stages(number_Z, t, params_Z, x_ZBLD)
         x_ZBLD = constrain(x_ZBLD, "ZBLD", RESIDUAL)
-        out = t - (ways - 1)
-        kept = jax.lax.dynamic_update_index_in_dim(done_MBLD, x_ZBLD[-1], out % parts, 0)
-        done_MBLD = jnp.where(out >= 0, kept, done_MBLD)
+        # What comes out before the first part does is overwritten by the part whose place it takes.
+        last = constrain(x_ZBLD[-1], "BLD", RESIDUAL)
+        done_MBLD = jax.lax.dynamic_update_index_in_dim(done_MBLD, last, (t - (ways - 1)) % parts, 0)
         return (jnp.roll(x_ZBLD, 1, axis=0), done_MBLD, loss + jnp.sum(losses_Z)), None
 
     start = (jnp.zeros_like(x_MBLD, shape=(ways, *x_MBLD.shape[1:])), jnp.zeros_like(x_MBLD), jnp.zeros((), jnp.float32))

@@ -64,11 +64,24 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 run(callee, count * repeats)
 
     run(entry[1], 1)
-    found = []
+    fused = {
+        name for lines in computations.values() for line in lines for name in re.findall(r" fusion\(.*calls=%?([\w.\-]+)", line)
+    }
+    found, chained = [], dict[str, Collective]()
     for name, lines in computations.items():
-        if times[name] and not _is_scattered_sum(name):
-            found += [one for line in lines if (one := _collective(line, computations, devices, times[name])) is not None]
-    return found
+        if not times[name] or _is_scattered_sum(name):
+            continue
+        for line in lines:
+            one, channel = _collective(line, computations, devices, times[name]), re.search(r"channel_id=(\d+)", line)
+            if one is None:
+                continue
+            if name in fused and channel is not None:
+                # A TPU's compiler starts, advances and ends one collective in several fusions, some of them in loops.
+                known = chained.setdefault(channel[1], one)
+                chained[channel[1]] = min(known, one, key=lambda collective: collective.times)
+            else:
+                found.append(one)
+    return found + list(chained.values())
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
@@ -158,4 +171,8 @@ def _group(line: str, devices: int) -> int:
         return len(listed[1].split(","))
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(tiled[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):  # 'axis'=size, of which 'axis' or its part
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return devices

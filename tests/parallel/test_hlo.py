@@ -59,6 +59,48 @@ def test_each_form_by_hand():
     assert sent_bytes(collectives(TPU, 8)) == 15 * 32 + 5 * 512 * 7 / 8 + 44 + 4 * 64 * 64 * 7
 
 
+# One all-gather that is started before a loop of three rounds, advanced within it beside a product, and ended behind it.
+CHAINED = """HloModule jit_step, num_partitions=8
+
+%start (p: bf16[64,16]) -> (bf16[64,16], bf16[64,64]) {
+  %all-gather.1 = bf16[64,64]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}
+}
+
+%async_collective_fusion.1 (p: bf16[64,16], q: bf16[64,64]) -> bf16[64,64] {
+  %all-gather.2 = bf16[64,64]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}
+}
+
+%end (p: bf16[64,16], q: bf16[64,64]) -> bf16[64,64] {
+  %all-gather.3 = bf16[64,64]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}
+}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %fusion.2 = bf16[64,64] fusion(%p, %q), kind=kOutput, calls=%async_collective_fusion.1
+  %permute.1 = f32[8]{0} collective-permute(%x), channel_id=8
+}
+
+%condition (t: (s32[], f32[8])) -> pred[] {
+  ROOT %lt.2 = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[64,16]) -> bf16[64,64] {
+  %fusion.1 = (bf16[64,16], bf16[64,64]) fusion(%p), kind=kCustom, calls=%start
+  %while.1 = (s32[], f32[8]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %reduce.1 = f32[4]{0} all-reduce(%a), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1':(1)2}, to_apply=%add
+  ROOT %fusion.3 = bf16[64,64] fusion(%p, %q), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_in_several_fusions_counts_once():
+    """With groups that are named by axes of a mesh, or by a part of one."""
+    assert collectives(CHAINED, 8) == [
+        Collective("collective-permute", ((8,),), 32, 8, 3),
+        Collective("all-reduce", ((4,),), 16, 2, 1),
+        Collective("all-gather", ((64, 64),), 2 * 64 * 64, 4, 1),
+    ]
+
+
 def test_a_loop_within_a_loop_as_compiled_here():
     """Six rounds of four sums of 128 numbers over eight devices, and one at the end."""
 

@@ -6,6 +6,7 @@ This file is started as a script: libtpu must find its environment before JAX is
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -78,12 +79,14 @@ def compile_step(name: str) -> dict[str, Any]:
         hlo = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # XLA cannot print what it made asynchronous of several arrays at once
         hlo = None
+    found = collectives(hlo, mesh.size) if hlo else []
     sent = re.findall(rf" ({'|'.join(KINDS)})(?:-start)?\(", hlo or "")
     scattered = re.findall(r"= (\S+) fusion\([^)]*\), kind=kCustom, calls=%all-reduce-scatter", hlo or "")
     return {
         "name": name, "error": None, "seconds": round(time.monotonic() - began, 1),
         "sent": {kind: sent.count(kind) for kind in sorted(set(sent))}, "printed": hlo is not None,
-        "sent_bytes": sent_bytes(collectives(hlo, mesh.size)) if hlo else None,
+        "sent_bytes": sent_bytes(found) if hlo else None,
+        "gathered_in_loops": [shape for one in found for shape in one.shapes if one.kind == "all-gather" and one.times > 1],
         "temp_bytes": memory.temp_size_in_bytes, "state_bytes": memory.argument_size_in_bytes,
         "host_bytes": memory.host_argument_size_in_bytes, "host_temp_bytes": memory.host_temp_size_in_bytes,
         "scattered": [re.match(r"\w+\[[\d,]*\]", shape)[0] for shape in scattered],
@@ -122,6 +125,9 @@ def test_every_kind_of_parallelism_compiles_for_tpus(tmp_path):
     assert sorted(rows["tensor"]["scattered"]) == 4 * LAYERS * [f"bf16{parts}"] + [f"f32{parts}"], rows["tensor"]
     # Eight chunks of the loss gather the table once and sum its gradient once, as one chunk does.
     assert rows["fsdp"]["sent_bytes"] <= rows["fsdp, one chunk"]["sent_bytes"]
+    # A tick gathers what tensor splits of one microbatch's two rows on a device, never the rows of other devices.
+    assert rows["stages"]["gathered_in_loops"]
+    assert max(map(math.prod, rows["stages"]["gathered_in_loops"])) <= 2 * LENGTH * WIDTH
     whole = 3 * 4 * Model(DECODER).parameters()  # parameters and two moments; tiles of small arrays are padded
     assert rows["zero1"]["state_bytes"] < 1.1 * whole * (1 + 2 / 8) / 3, "whole parameters, an eighth of the moments"
     moments = rows["on the host"]["host_bytes"]
