@@ -308,6 +308,10 @@ def evaluate(words: Sequence[str]) -> int:
     with bar("predicting", len(held.rows), "rows") as shown:
         predictions = predictor.predict(trained.params, held.rows, examples, advance=shown.advance, likelihood=True)
     assert predictions is not None, "nothing stops it"
+    if other is not None and not all(map(_same_form, predictions, other)):
+        raise ValueError(
+            f"{options.against} holds predictions of another form than those of task {task.config.kind} with these labels"
+        )
     folder = pathlib.Path(options.out) if options.out else (trained.run or pathlib.Path()) / "evaluation"
     say(held.summary())
     report_spelled(task.spelled, task.config.split_special_tokens)
@@ -336,6 +340,13 @@ def _predictions(file: str, task: "Task", held: "Table") -> list[Any]:
             if role in line and role in row and json_line(line[role]) != json_line(row[role]):
                 raise ValueError(f"{file}:{number} has another {role} than {place}: predictions are compared row by row")
     return predictions
+
+
+def _same_form(one: Any, other: Any) -> bool:
+    """Whether another prediction has all that this one has."""
+    if not isinstance(one, dict):
+        return type(one) is type(other) or {type(one), type(other)} == {int, float}
+    return isinstance(other, dict) and one.keys() <= other.keys() and all(_same_form(one[name], other[name]) for name in one)
 
 
 def _tell_settings(trained: "Trained", task: "Task") -> None:

@@ -223,6 +223,11 @@ def test_predict_and_evaluate_read_the_columns_of_training(tmp_path, monkeypatch
     (tmp_path / "other.jsonl").write_text('{"prediction": 1}\n')
     assert cli.main([*evaluate, "--against", "other.jsonl", "--out", "scores-2"]) == 1
     assert "holds 1 predictions, for 6 rows" in capsys.readouterr().err and not (tmp_path / "scores-2").exists()
+    (tmp_path / "other.jsonl").write_text(
+        '{"prediction": {"label": "good", "probability": 1.0, "probabilities": {"good": 1}}}\n' * 6
+    )
+    assert cli.main([*evaluate, "--against", "other.jsonl", "--out", "scores-2"]) == 1
+    assert "predictions of another form" in capsys.readouterr().err and not (tmp_path / "scores-2").exists()
     turned = (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()[::-1]
     (tmp_path / "other.jsonl").write_text("\n".join(turned))
     assert cli.main([*evaluate, "--against", "other.jsonl", "--out", "scores-2"]) == 1
