@@ -273,6 +273,20 @@ def test_a_config_is_printed_without_the_model_that_it_starts_from(tmp_path, mon
     assert [line for line in lines if "runs/gone" in line and "no model at" in line], "it says what is missing"
     assert cli.main(["config", "mine.yaml", "--optim.learning-rate", "high"]) == 1, "mistakes are still told"
     assert cli.main(["train", "mine.yaml"]) == 1 and "no model at 'runs/gone'" in capsys.readouterr().err
+    for command in ("config", "train"):  # what nothing would read is told before the model is fetched
+        assert cli.main([command, "mine.yaml", "--data.rows.under", "x"]) == 1
+        assert "data.rows.under x would do nothing here: it is read from .json files only" in capsys.readouterr().err
+    assert cli.main(["config", "mine.yaml", "--task.kind", "regression", "--task.labels", "a,b"]) == 1
+
+
+def test_a_config_that_is_made_in_python_is_checked_as_one_from_a_file(tmp_path, monkeypatch):
+    from jaxlm.experiment import Run
+
+    monkeypatch.chdir(tmp_path)
+    config = configs.build(ExperimentConfig, {"optim": {"name": "adafactor", "beta1": 0.5}})
+    with pytest.raises(ValueError, match=r"optim.beta1 0.5 would do nothing here"):
+        Run(config)
+    assert not list(tmp_path.iterdir())
 
 
 def rows_of(folder, **data):

@@ -9,7 +9,7 @@ import jax
 
 from jaxlm import config as configs
 from jaxlm.data import DataConfig
-from jaxlm.experiment.unread import check_read
+from jaxlm.experiment.unread import check_known, check_read
 from jaxlm.hub import ADAPTER, is_hugging_face, read_config
 from jaxlm.model import TransformerConfig
 from jaxlm.models import locate, model_config
@@ -173,6 +173,7 @@ def complete(tree: dict[str, Any], origins: dict[str, str]) -> None:
     elif configs.fields_of(ModelConfig).keys() <= model.keys():
         return  # a run's own config.yaml, which is whole
     else:
+        check_known(configs.build_parts(ExperimentConfig, tree, origins, ("model",)), origins)
         try:
             start, folder = _start(source, head)
         except ValueError as error:

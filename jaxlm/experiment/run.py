@@ -17,6 +17,7 @@ from jaxlm.experiment.config import CHANGEABLE, ExperimentConfig
 from jaxlm.experiment.finetuning import Finetuning
 from jaxlm.experiment.job import Batches, Job
 from jaxlm.experiment.pretraining import Pretraining
+from jaxlm.experiment.unread import check_read
 from jaxlm.hub import write_generation
 from jaxlm.metrics import lower_is_better
 from jaxlm.model import Params
@@ -44,6 +45,8 @@ class Run:
     """One run in its folder: built once from the config, then trained."""
 
     def __init__(self, config: ExperimentConfig):
+        """Raises ValueError for an option that this run would not read, and for a folder that holds a run with another config."""
+        check_read(configs.Loaded(config, {}))
         self.config, self.folder = config, config.folder
         self._absent = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.start = Checkpoints(self.folder / "checkpoints").latest() or 0

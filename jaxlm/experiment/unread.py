@@ -6,11 +6,12 @@ proves both: for every recipe, another value of an option changes the run or is 
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxlm import config as configs
@@ -221,11 +222,31 @@ def check_read(loaded: configs.Loaded) -> tuple[configs.Loaded, list[str]]:
         origin = _origin(name, origins)
         flagged = origins.get(rule.deciding, "").startswith("--")
         if origin.startswith("--") or not flagged:
-            place = "" if origin.startswith("--") or origin == "default" else f" ({origin})"
-            raise ValueError(f"{name} {_shown(value)}{place} would do nothing here: it is read {rule.words} only; leave it out")
+            raise _would_do_nothing(name, value, origin, rule)
         by = f"{origins[rule.deciding]} {_shown(value_of(config, rule.deciding))}"
         notes.append(f"{name} {_shown(value)} ({origin}) is left out: it is read {rule.words} only, and the command line says {by}")
         loaded = configs.Loaded(_replaced(config, name.split("."), default), {**origins, name: "default"})
+
+
+def check_known(parts: Mapping[str, Any], origins: dict[str, str]) -> None:
+    """Refuse what `check_read` refuses by these sections of a config alone, before the model that they start from is fetched."""
+    config = types.SimpleNamespace(**parts)
+    sections = {name: section for name, section in parts.items() if dataclasses.is_dataclass(section)}
+    for name, value, _ in itertools.chain.from_iterable(_given(section, name) for name, section in sections.items()):
+        for rule in RULES:
+            if not re.fullmatch(rule.options, name) or rule.deciding.partition(".")[0] not in parts:
+                continue
+            try:
+                idle = not rule.holds(config)
+            except AttributeError:  # it asks about the model
+                continue
+            if idle and (_origin(name, origins).startswith("--") or not origins.get(rule.deciding, "").startswith("--")):
+                raise _would_do_nothing(name, value, _origin(name, origins), rule)
+
+
+def _would_do_nothing(name: str, value: Any, origin: str, rule: Rule) -> ValueError:
+    place = "" if origin.startswith("--") or origin == "default" else f" ({origin})"
+    return ValueError(f"{name} {_shown(value)}{place} would do nothing here: it is read {rule.words} only; leave it out")
 
 
 def _idle(config: Config, origins: dict[str, str]) -> Iterator[tuple[str, Any, Any, Rule]]:
