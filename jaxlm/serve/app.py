@@ -233,8 +233,7 @@ class _Routes:
 
 
 def _client(request: Request, body: dict[str, Any]) -> Client:
-    user = body.get("user")
-    return Client(request.client.host if request.client else "", user[:200] if isinstance(user, str) else "")
+    return Client(request.client.host if request.client else "", (Fields(body).text("user") or "")[:200])
 
 
 def _coded(vector: list[float], coding: str) -> Any:

@@ -302,9 +302,12 @@ class Asker:
                     f"stream_options has no field {name[:60]!r}: there are include_usage and continuous_usage_stats",
                     "stream_options",
                 )
-        usage, each, padded = (
-            Fields(options or {}).flag(name) for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")
-        )
+        try:
+            usage, each, padded = (
+                Fields(options or {}).flag(name) for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")
+            )
+        except ApiError as error:
+            raise bad(f"stream_options.{error.message}", "stream_options") from None
         if padded:
             raise bad("stream_options.include_obfuscation is not supported", "stream_options", "unsupported_parameter")
         special = not fields.flag("skip_special_tokens", True)

@@ -1,6 +1,5 @@
 """The fields of a request's JSON object, each read as what it should be or refused with one line."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ class Fields:
         value = self.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and least <= value <= most):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
             raise bad(f"{name} is {_shown(value)}: it must be a number from {least:g} to {most:g}", name)
         return float(value)
 
@@ -33,8 +32,8 @@ class Fields:
         value = self.get(name)
         if value is None:
             return None
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-        if not number or not least <= value <= most:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not least <= value <= most or value != int(value):
             raise bad(f"{name} is {_shown(value)}: it must be a whole number from {least} to {most}", name)
         return int(value)
 
