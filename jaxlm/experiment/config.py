@@ -245,11 +245,12 @@ def check_fits(config: ExperimentConfig, model: TransformerConfig, mesh: jax.sha
             raise ValueError(
                 f"parallel.{axis} {sizes[axis]} does not divide {name} {size}: parallel.{axis} may be {', '.join(map(str, fits))}"
             )
-    _check_stages(model, sizes["stage"], config.data.batch_size // config.train.accumulate)
+    _check_stages(model, sizes["stage"], config.data.batch_size // config.train.accumulate, ways)
 
 
-def _check_stages(model: TransformerConfig, stages: int, rows: int) -> None:
-    """Refuse a pipeline in which devices would stand idle, or whose microbatches do not divide the `rows` of a step."""
+def _check_stages(model: TransformerConfig, stages: int, rows: int, ways: int) -> None:
+    """Refuse a pipeline in which devices would stand idle, or whose microbatches do not divide the `rows` of a step into rows
+    for each of the `ways` devices that share a batch."""
     if stages == 1:
         for name, given in (("microbatches", model.microbatches is not None), ("rounds", model.rounds != 1)):
             if given:
@@ -266,9 +267,11 @@ def _check_stages(model: TransformerConfig, stages: int, rows: int) -> None:
             f"{shallow}: some stages would have none; give a product of at most that"
         )
     parts = model.microbatches or stages
-    if rows % parts or (parts < stages and model.rounds > 1):
-        fits = [n for n in range(1, rows + 1) if rows % n == 0 and (model.rounds == 1 or n >= stages)]
+    if rows % (parts * ways) or (parts < stages and model.rounds > 1):
+        fits = [n for n in range(1, rows + 1) if rows % (n * ways) == 0 and (model.rounds == 1 or n >= stages)]
         what = f"model.microbatches {parts}" if model.microbatches else f"parallel.stage {stages} (as many microbatches)"
         allowed = f"give --model.microbatches one of {', '.join(map(str, fits))}" if fits else "give a larger data.batch_size"
-        why = "does not divide" if rows % parts else f"is too few for model.rounds {model.rounds} of"
+        why = f"is too few for model.rounds {model.rounds} of"
+        if rows % (parts * ways):
+            why = "does not divide" + (f", on {ways} devices (data × fsdp × expert)," if ways > 1 else "")
         raise ValueError(f"{what} {why} the {rows} row(s) of a step (data.batch_size / train.accumulate): {allowed}")
