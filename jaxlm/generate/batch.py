@@ -6,6 +6,7 @@ V vocabulary · E tokens that end a text · C candidates.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.generate.processors import NO_RULES, History, LogitsRules, process
-from jaxlm.generate.sample import Knobs, SampleConfig, knobs, penalise_repetition, sample
+from jaxlm.generate.sample import Knobs, SampleConfig, keep, knobs, sample
 from jaxlm.model import Cache, Model, Params, empty_cache
 from jaxlm.model.cache import grow, reorder, spread
 from jaxlm.parallel import batch_sharding
@@ -145,12 +146,17 @@ class _Beams(NamedTuple):
 def beam_search(
     step: Step, start: Prefilled, stop_E: jax.Array, penalty: jax.Array, beams: int, best: int = 1, *,
     early_stopping: "EarlyStopping" = "false", processor: Processor = lambda scores, tokens, new: scores,
+    noise: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda scores, new: (scores, scores),
 ) -> Found:  # fmt: skip
     """The `best` texts, by log-probability / tokens^penalty, of those in which `beams` beams end.
 
     Of the best (1 + E) · G continuations those that end a text are kept if they are among the first G, and the best G of
     the others go on. A text is closed once it has G ended beams and the best one that could go on scores, as it stands,
     no higher than the worst of them: the rule of `transformers` with `early_stopping` False; see `DecodeConfig.early_stopping`.
+
+    `noise` maps the processed scores and the number of new tokens to the scores (R, V) that are summed up and those by which
+    continuations are ranked: with Gumbel noise added to these, continuations are sampled without replacement in proportion to the
+    exponentials of their sums (Kool et al. 2019), as `transformers` does with both num_beams and do_sample.
     """
     (B, T), G, V = start.given_BT.shape, beams, start.scores_BV.shape[1]
     C = max(2, 1 + stop_E.shape[0]) * G
@@ -159,9 +165,13 @@ def beam_search(
 
     def choose(state: _Beams, scores_RV: jax.Array) -> _Beams:
         scores_RV = processor(scores_RV, state.tokens_BGT.reshape(B * G, T), state.new)
+        scores_RV, ranked_RV = noise(scores_RV, state.new)
         # The best of each beam first, then of all of them: shorter rows to sort.
-        best_RC, token_RC = jax.lax.top_k(scores_RV, own)
-        total_BC, place_BC = jax.lax.top_k((state.score_BG[:, :, None] + best_RC.reshape(B, G, own)).reshape(B, -1), C)
+        rank_RC, token_RC = jax.lax.top_k(ranked_RV, own)
+        best_RC = jnp.take_along_axis(scores_RV, token_RC, axis=1)
+        rank_BC, total_BC = ((state.score_BG[:, :, None] + x.reshape(B, G, own)).reshape(B, -1) for x in (rank_RC, best_RC))
+        _, place_BC = jax.lax.top_k(rank_BC, C)
+        total_BC = _rows(total_BC, place_BC)
         parent_BC, token_BC = place_BC // own, _rows(token_RC.reshape(B, -1), place_BC)
         tokens_BCT = jax.lax.dynamic_update_slice(
             _rows(state.tokens_BGT, parent_BC), token_BC[:, :, None], (0, 0, state.new)
@@ -302,15 +312,16 @@ class BatchGenerator:
         """The new tokens of each prompt, in the prompts' order, each ending before one of `stop` or after `max_tokens`.
 
         `forced` are the first new tokens, given instead of chosen (the language code of mBART); they are part of the
-        result. `rules` constrain the tokens beside those of `config`. With `sampling` tokens are drawn, each prompt's by its own of
-        `seeds`, and nothing is searched for. `advance` gets how many prompts each batch held. ValueError: a prompt that is empty or
-        longer than learned positions allow; beams or penalties beside the one for repetition, with `sampling`.
+        result. `rules` constrain the tokens beside those of `config`. With `sampling` above temperature 0 tokens are drawn, each
+        prompt's by its own of `seeds`, with beams continuations of all of them (see `beam_search`). `advance` gets how many prompts
+        each batch held. ValueError: a prompt that is empty or longer than learned positions allow; typical_p with beams; penalties
+        beside the one for repetition, with `sampling`.
         """
         drawn = sampling is not None and sampling.temperature > 0
         if sampling is not None and (sampling.presence_penalty or sampling.frequency_penalty):
             raise ValueError("presence_penalty and frequency_penalty are not for texts written in batches: give repetition_penalty")
-        if drawn and config.beams > 1:
-            raise ValueError(f"beams is {config.beams}: with a temperature above 0 texts are drawn, by 1 beam")
+        if drawn and sampling is not None and sampling.typical_p is not None and config.beams > 1:
+            raise ValueError(f"typical_p is not for beams, which are {config.beams}: give top_p or min_p")
         draws = (sampling, seeds) if drawn else None
         found = self._found(params, prompts, config, stop, batch_size, advance, forced, rules, draws, scored=False)
         return [texts[0].tokens for texts in found]
@@ -408,8 +419,8 @@ class BatchGenerator:
         prompt_B = jnp.ones(B, jnp.int32) if self.reads else length_B - F
         before_BL = jnp.full((B, 1), self.start_id or 0, jnp.int32) if self.reads else _before(tokens_BL, length_B, F)
         source_BS = None
-        if self.reads and rules.encoder_no_repeat_ngram_size:
-            source_BS = jnp.where(batch["encoder"]["segments_BL"] > 0, tokens_BL, -1)
+        if rules.reads_source:
+            source_BS = jnp.where(batch["encoder"]["segments_BL"] > 0, tokens_BL, -1) if self.reads else before_BL
 
         def processor(scores_RV: jax.Array, tokens_RT: jax.Array, new: jax.Array) -> jax.Array:
             if not rules and penalty_of_repetition == 1:
@@ -417,19 +428,20 @@ class BatchGenerator:
             beams = scores_RV.shape[0] // B
             text_RT = jnp.where(jnp.arange(T)[None, :] < new, tokens_RT, -1)
             tokens_RH = jnp.concatenate([jnp.repeat(before_BL, beams, axis=0), text_RT], axis=1)
-            if penalty_of_repetition != 1:
-                scores_RV = penalise_repetition(scores_RV, tokens_RH, penalty_of_repetition)
             history = History(
                 tokens_RH, before_BL.shape[1] + new, jnp.repeat(prompt_B, beams) + new, new, T,
                 None if source_BS is None else jnp.repeat(source_BS, beams, axis=0),
             )  # fmt: skip
-            return process(scores_RV, rules, history, stop_E)
+            return process(scores_RV, rules, history, stop_E, penalty_of_repetition)
 
         given_BT = jnp.broadcast_to(jnp.pad(forced_F, (0, T - F))[None, :], (B, T))
         start = Prefilled(*scores(batch, cache), given_BT, F, length_B > 0)
         step: Step = lambda token_R, cache: scores({"tokens_BL": token_R[:, None]}, cache)  # noqa: E731
         if G > 1:
-            return beam_search(step, start, stop_E, penalty, G, N, early_stopping=early_stopping, processor=processor)
+            options: dict[str, Any] = {"early_stopping": early_stopping, "processor": processor}
+            if drawn is not None:
+                options["noise"] = functools.partial(_noise, *drawn, stop_E.shape[0] + 1)
+            return beam_search(step, start, stop_E, penalty, G, N, **options)
         if drawn is not None:
             knobs, keys_B = drawn
 
@@ -438,6 +450,17 @@ class BatchGenerator:
 
             return greedy(step, start, stop_E, penalty, processor=processor, pick=pick)
         return greedy(step, start, stop_E, penalty, processor=processor)
+
+
+def _noise(knobs: Knobs, keys_B: jax.Array, least: int, scores_RV: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities (R, V) of beams after temperature and filters, of which each row keeps `least` tokens, without and with
+    Gumbel noise by the keys of their texts."""
+    B, (R, V) = keys_B.shape[0], scores_RV.shape
+    settings: Knobs = jax.tree.map(lambda x: jnp.repeat(x, R // B), knobs)
+    kept_RV = jnp.isfinite(keep(scores_RV, settings)) | (scores_RV >= jax.lax.top_k(scores_RV, min(least, V))[0][:, -1:])
+    scores_RV = jnp.where(kept_RV, scores_RV / settings.temperature_B[:, None], -jnp.inf)
+    noise_BGV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, new), (R // B, V)))(keys_B)
+    return scores_RV, scores_RV + noise_BGV.reshape(R, V)
 
 
 def _before(tokens_BL: jax.Array, length_B: jax.Array, F: int) -> jax.Array:

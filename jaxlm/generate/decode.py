@@ -30,14 +30,14 @@ class _Past:
         self._prompt, self._limit = len(prompt), np.int32(max_tokens)
         self._tokens_1H: Any = np.full((1, 1 << (len(prompt) + max_tokens - 1).bit_length()), -1, np.int32)
         self._tokens_1H[0, : len(prompt)] = prompt
-        self._stop_E = np.array(sorted(stop), np.int32)
+        self._stop_E, self._source_1S = np.array(sorted(stop), np.int32), self._tokens_1H.copy()
 
     def at(self, text: Sequence[int]) -> Past:
         """Of prompt and text as they are now; at most one token was added since the last call."""
         length = len(text)
         self._tokens_1H[0, length - 1] = text[-1]
         counts = (np.int32(length), np.int32(length), np.int32(length - self._prompt))
-        return Past(History(self._tokens_1H.copy(), *counts, self._limit), self._stop_E)
+        return Past(History(self._tokens_1H.copy(), *counts, self._limit, self._source_1S), self._stop_E)
 
 
 class Generator:

@@ -9,17 +9,27 @@ from jaxlm.generate.batch import DecodeConfig
 from jaxlm.generate.processors import LogitsRules
 from jaxlm.generate.request import BAD, BAD_LENGTH
 from jaxlm.generate.sample import SampleConfig
+from jaxlm.hub import GENERATION
 
 # What changes the text in transformers and is not read here, with the values that say nothing.
 _UNREAD: Mapping[str, tuple[Any, ...]] = {
-    "assistant_early_exit": (), "constraints": (), "diversity_penalty": (0.0,), "encoder_repetition_penalty": (1.0,),
-    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "exponential_decay_length_penalty": (), "force_words_ids": (),
-    "forced_decoder_ids": (), "guidance_scale": (1, 1.0), "num_beam_groups": (1,), "penalty_alpha": (0.0,), "sequence_bias": (),
-    "dola_layers": (), "max_time": (), "num_return_sequences": (1,), "renormalize_logits": (False,), "stop_strings": (),
-    "token_healing": (False,), "top_h": (), "watermarking_config": (),
+    "assistant_early_exit": (), "constraints": (), "diversity_penalty": (0.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
+    "force_words_ids": (), "forced_decoder_ids": (), "guidance_scale": (1, 1.0), "num_beam_groups": (1,), "penalty_alpha": (0.0,),
+    "dola_layers": (), "max_time": (), "num_return_sequences": (1,), "token_healing": (False,), "top_h": (),
+    "watermarking_config": (),
 }  # fmt: skip
-BEAMS = ("num_beams", "length_penalty", "early_stopping")
-"""Settings of a search, which texts that are drawn do not have."""
+# Settings of transformers that leave the text as it is, or that others here read. Any other name in the file is reported.
+_SILENT = frozenset((
+    "_commit_hash", "_from_model_config", "assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind",
+    "bos_token_id", "cache_config", "cache_implementation", "compile_config", "continuous_batching_config",
+    "decoder_start_token_id", "disable_compile", "eos_token_id", "is_assistant", "low_memory", "max_cache_len",
+    "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions",
+    "output_hidden_states", "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens",
+    "remove_invalid_values", "return_dict_in_generate", "speculation_type", "target_lookbehind", "transformers_version",
+    "use_cache", "use_mtp",
+))  # fmt: skip
+BEAMS = ("num_beams", "length_penalty", "early_stopping", "renormalize_logits")
+"""Settings of beams, without effect on texts of one beam."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 TOP_K = 50
 """Of transformers, where a model asks for sampling and names no other."""
@@ -33,10 +43,10 @@ class GenerationSettings:
     """The settings that apply, by the file's names."""
     unread: tuple[str, ...] = ()
     """Settings of the file that jaxlm does not have."""
-    where: str = "generation_config.json"
+    where: str = GENERATION
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], where: str = "generation_config.json") -> "GenerationSettings":
+    def read(cls, given: Mapping[str, Any], where: str = GENERATION) -> "GenerationSettings":
         """The settings of a `generation_config.json`, nulls left out. ValueError, in one line, for a value of the wrong kind."""
         values: dict[str, Any] = {}
         for name, value in given.items():
@@ -57,6 +67,8 @@ class GenerationSettings:
         if "min_new_tokens" in values:
             values.pop("min_length", None)
         unread = tuple(name for name, neutral in _UNREAD.items() if name in given and given[name] not in neutral)
+        if where == GENERATION:  # a config.json also says what the model is
+            unread += tuple(name for name in given if name not in SETTINGS and name not in _SILENT)
         return cls(values, unread, where)
 
     def temperature(self, encoder_decoder: bool) -> float:
@@ -112,10 +124,15 @@ class GenerationSettings:
         banned: tuple[tuple[int, ...], ...] = tuple((token,) for token in rules.suppress_tokens)
         banned += tuple(word for word in rules.bad_words_ids if len(word) > 1 or word[0] not in stop)
         fits = len(banned) <= BAD and all(len(word) <= BAD_LENGTH for word in banned)
-        held = {"min_length", "min_new_tokens", *(("bad_words_ids", "suppress_tokens") if fits else ())}
+        held = {"min_length", "min_new_tokens", "renormalize_logits", *(("bad_words_ids", "suppress_tokens") if fits else ())}
         every = (field.name for field in dataclasses.fields(LogitsRules))
         left = tuple(name for name in every if name in self.values and name not in held)
         return banned if fits else (), (*left, *(name for name in BEAMS if name in self.values))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings of which each ends a text that it occurs in."""
+        return self.values.get("stop_strings", ())
 
     def least(self, prompt: int) -> int:
         """Least new tokens behind `prompt` tokens of the decoder's."""
@@ -154,6 +171,7 @@ def _neutral(name: str, value: Any) -> bool:
     off: dict[str, Any] = {
         "num_beams": 1, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
         "repetition_penalty": 1.0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "early_stopping": "false", "length_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0, "renormalize_logits": False,
     }  # fmt: skip
     return value == () or (name in off and value == off[name])
 
@@ -186,6 +204,24 @@ def _words(value: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(map(_ids, value))
 
 
+def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    if not all(isinstance(ids, list) and ids for ids, _ in value):
+        raise ValueError
+    return tuple((_ids(ids), _number(bias)) for ids, bias in value)
+
+
+def _decay(value: Any) -> tuple[int, float]:
+    start, factor = value
+    return _whole(start), _number(factor)
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise ValueError
+    return strings
+
+
 def _stopping(value: Any) -> str:
     if value not in (True, False, "never"):
         raise ValueError
@@ -198,6 +234,8 @@ _READERS: Mapping[str, Any] = {
     "max_new_tokens": _whole, "max_length": _whole, "min_new_tokens": _whole, "min_length": _whole, "no_repeat_ngram_size": _whole,
     "encoder_no_repeat_ngram_size": _whole, "bad_words_ids": _words, "suppress_tokens": _ids, "begin_suppress_tokens": _ids,
     "forced_bos_token_id": _whole, "forced_eos_token_id": _ids,
+    "sequence_bias": _biases, "encoder_repetition_penalty": _number, "exponential_decay_length_penalty": _decay,
+    "renormalize_logits": _flag, "stop_strings": _strings,
 }  # fmt: skip
 SETTINGS = frozenset([*_READERS, *_UNREAD])
 """Names of a `generation_config.json` that change what is written, special tokens aside."""

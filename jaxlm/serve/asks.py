@@ -318,8 +318,9 @@ class Asker:
         wanted_id = fields.text("request_id")
         if wanted_id is not None and not re.fullmatch(r"[!-~]{1,200}", wanted_id):
             raise bad("request_id must be of up to 200 printable characters of ASCII, without spaces", "request_id")
+        ends = self.settings.stop_strings if fields.get("stop") is None else fields.texts("stop", STOPS, STOP_LENGTH)
         return Ask(
-            requests, sum(map(len, prompts)), (*fields.texts("stop", STOPS, STOP_LENGTH), *stop),
+            requests, sum(map(len, prompts)), (*ends, *stop),
             frozenset(self._stop_token_ids(fields)), fields.flag("include_stop_str_in_output"), special, how.logprobs,
             how.prompt_logprobs, fields.flag("return_token_ids"), not fields.flag("return_tokens_as_token_ids"), wanted_id, stream,
             usage, usage and each, **more,

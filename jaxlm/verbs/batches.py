@@ -188,7 +188,8 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding:
 
         def teller(index: int) -> Callable[[Event], None]:
             talk = chat is not None and "messages" in lines[index]
-            stream = TextStream(tokenizer, turns_of(chat) if chat and talk else (), trim=talk, prompt=requests[index].prompt)
+            stop = (*(turns_of(chat) if chat and talk else ()), *decoding.stop_strings)
+            stream = TextStream(tokenizer, stop, trim=talk, prompt=requests[index].prompt, keep_stop=not talk)
             parts: list[str] = []
             count = 0
 
@@ -197,8 +198,9 @@ def _sampled(trained: Any, lines: Sequence[Line], left: Sequence[int], decoding:
                 if event.ended == "error":
                     failed.append(f"line {index}: {event.reason}")
                     return
-                parts.extend(stream.push(token.id) for token in event.tokens)
-                count += len(event.tokens)
+                for token in event.tokens:
+                    count += stream.stopped is None
+                    parts.append(stream.push(token.id))
                 if stream.stopped is not None and index in tickets:
                     engine.cancel(tickets.pop(index))
                 if event.ended is not None:
@@ -291,8 +293,6 @@ class Batched:
         self._trained, self._decoding, self._lines, self._seed = trained, decoding, lines, seed
         tokenizer, left = trained.tokenizer, range(len(lines)) if left is None else left
         pad, start, self._chat = tokenizer.special.get("pad", tokenizer.eos_id), None, None
-        if decoding.beams and decoding.sampling.temperature > 0:
-            raise ValueError(f"beams is {decoding.decode.beams}: with a temperature above 0 texts are drawn, by 1 beam")
         if trained.reads:
             if any("messages" in line for line in lines):
                 raise ValueError(f"{trained.name} is an encoder-decoder: it reads prompts, not messages")
@@ -335,11 +335,13 @@ class Batched:
         from jaxlm.serve.speaking import turns_of
 
         tokenizer, ended = self._trained.tokenizer, "length" if len(ids) == room else "stop"
-        if self._trained.reads:
+        stops = self._decoding.stop_strings
+        if self._trained.reads and not stops:
             return Answer(tokenizer.decode(ids), len(ids), ended)
-        talk = "messages" in self._lines[index]
-        stops = turns_of(self._chat) if self._chat is not None and talk else ()
-        stream = TextStream(tokenizer, stops, trim=talk, prompt=self._prompts[index][0])
+        talk, before = "messages" in self._lines[index], () if self._trained.reads else self._prompts[index][0]
+        if self._chat is not None and talk:
+            stops = (*turns_of(self._chat), *stops)
+        stream = TextStream(tokenizer, stops, trim=talk, prompt=before, keep_stop=not talk)
         parts, count = [], 0
         for token in ids:
             parts.append(stream.push(token))

@@ -91,7 +91,7 @@ class Conversation:
             raise ValueError(f"the chat template of {trained.name} writes no question and its answer")
         self._chat, self._tokenizer, self._engine = chat, trained.tokenizer, engine
         self._options, self._decoding = options, decoding
-        self._stop_ids, self._stop = stop_ids(trained, chat), turns_of(chat)
+        self._stop_ids, self._stop = stop_ids(trained, chat), (*turns_of(chat), *decoding.stop_strings)
         self._bad, self.left_out = decoding.settings.for_requests(self._stop_ids)
         self.reset()
 

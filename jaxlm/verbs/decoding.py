@@ -28,7 +28,7 @@ class SamplingOptions(LoadOptions):
     """Maximum number of new tokens; empty: the model's own setting, else 200, in a chat 512."""
     temperature: float | None = None
     """Sampling temperature; 0 selects the most likely token. Empty: the model's own setting, else 0.8, but 0 with beams and for an
-    encoder-decoder."""
+    encoder-decoder. With beams above 0: continuations of all beams are sampled."""
     top_k: int | None = None
     """Sample from this many most likely tokens."""
     top_p: float | None = None
@@ -80,12 +80,18 @@ class Decoding:
     def beams(self) -> bool:
         return self.decode.beams > 1
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end a text, of which they are the end; beams do not look for them."""
+        return () if self.beams else self.settings.stop_strings
+
     def told(self, missing: Any = ()) -> str | None:
         """One line that says which of the model's settings apply, None where it has none, but for those `missing` here."""
         from jaxlm.generate.settings import BEAMS
 
+        missing = {*missing, *(("stop_strings",) if self.beams else BEAMS)}
         if self.sampling.temperature > 0:
-            return self.settings.told(self.given, {*missing, *BEAMS})
+            return self.settings.told(self.given, missing)
         values = {name: value for name, value in self.settings.values.items() if name not in SAMPLING[2:]}
         return dataclasses.replace(self.settings, values=values).told(self.given, missing)
 
@@ -110,13 +116,15 @@ def decoding_of(trained: Any, options: SamplingOptions, default: int) -> Decodin
 
     settings = trained.generation() if options.generation_config == "auto" else GenerationSettings()
     drawn = _flags(options, SampleConfig)
-    if options.temperature is None and (getattr(options, "beams", None) or 1) > 1:
+    if options.temperature is None and (getattr(options, "beams", None) or 1) > 1 and not settings.values.get("do_sample"):
         drawn["temperature"] = 0.0
     sampling = settings.sampling(drawn, trained.model.config.architecture == "encoder_decoder")
     decode = settings.decode(_flags(options, DecodeConfig))
-    if sampling.temperature > 0 and getattr(options, "beams", None) is None:
+    if not hasattr(options, "beams"):  # a command without beams
         decode = dataclasses.replace(decode, beams=1, n_best=1)
     rules = settings.rules()
+    if decode.beams == 1:  # without effect
+        rules = dataclasses.replace(rules, renormalize_logits=False)
     if getattr(options, "min_tokens", None) is not None:
         rules = dataclasses.replace(rules, min_length=0)
     given = {name for flag, names in _OVERRIDES.items() if getattr(options, flag, None) is not None for name in names}

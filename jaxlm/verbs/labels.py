@@ -351,7 +351,7 @@ def _same_form(one: Any, other: Any) -> bool:
 
 def _tell_settings(trained: "Trained", task: "Task") -> None:
     """Say which of the model's own settings its texts are written by."""
-    if task.generates and (line := trained.generation().told(missing=SAMPLING)):
+    if task.generates and (line := trained.generation().told(missing=(*SAMPLING, "stop_strings"))):
         say(line)
 
 

@@ -12,6 +12,9 @@ from jaxlm.verbs.batches import MAX_TOKENS, Batched, generate_file
 from jaxlm.verbs.decoding import SamplingOptions, check_flags, decoding_of
 from jaxlm.verbs.words import split_words
 
+CONTRASTIVE = ("max_new_tokens", "max_length", "stop_strings")
+"""Settings of a model that contrastive search has too."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions(SamplingOptions):
@@ -137,9 +140,10 @@ def _read_and_written(trained: Any, options: GenerateOptions) -> Iterator[str]:
 
 def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: Any) -> Iterator[str]:
     """The prompt and what a decoder writes behind it, as it comes."""
-    from jaxlm.data import StreamDecoder, TextEncoder
+    from jaxlm.data import TextEncoder
     from jaxlm.generate import BatchGenerator, ContrastiveConfig, ContrastiveGenerator, Generator, Grammar, Speculator
     from jaxlm.generate.settings import BEAMS
+    from jaxlm.generate.text import TextStream
     from jaxlm.models import load_model
 
     tokenizer, model, mesh = trained.tokenizer, trained.model, trained.mesh
@@ -150,7 +154,7 @@ def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: A
     tokens: Iterable[int]
     asked = (trained.params, prompt, room, decoding.sampling)
     if options.penalty_alpha is not None and options.top_k is not None:
-        tell(decoding.told([name for name in decoding.settings.values if name not in ("max_new_tokens", "max_length")]))
+        tell(decoding.told([name for name in decoding.settings.values if name not in CONTRASTIVE]))
         contrast = ContrastiveConfig(options.top_k, options.penalty_alpha, room)
         (tokens,) = ContrastiveGenerator(model, mesh, tokenizer.vocab_size)(trained.params, [prompt], contrast, stop)
     elif options.guesses:
@@ -174,19 +178,21 @@ def _continued(trained: Any, options: GenerateOptions, constraint: Any, stats: A
         tokens = Generator(model, mesh, tokenizer.vocab_size).stream(*asked, seed=options.seed, stop=stop, grammar=grammar)
     elif decoding.beams:
         tell(decoding.told())
-        if decoding.sampling.temperature > 0:
-            raise ValueError(f"beams is {decoding.decode.beams}: with a temperature above 0 texts are drawn, by 1 beam")
         config = dataclasses.replace(decoding.decode, max_tokens=room)
         searcher = BatchGenerator(model, mesh, tokenizer.vocab_size, pad_id=tokenizer.eos_id)
-        (tokens,) = searcher(trained.params, [prompt], config, stop, rules=rules)
+        (tokens,) = searcher(
+            trained.params, [prompt], config, stop, rules=rules, sampling=decoding.sampling, seeds=[options.seed]
+        )  # fmt: skip
     else:
         tell(decoding.told())
         tokens = Generator(model, mesh, tokenizer.vocab_size).stream(*asked, seed=options.seed, stop=stop, rules=rules)
-    decoder = StreamDecoder(tokenizer, prompt)
+    text = TextStream(tokenizer, decoding.stop_strings, prompt=prompt, keep_stop=True)
     yield options.prompt
     for token in tokens:
-        yield decoder.push(token)
-    yield decoder.flush()
+        yield text.push(token)
+        if text.stopped is not None:
+            break
+    yield text.flush()
 
 
 def tell(line: str | None) -> None:

@@ -314,6 +314,7 @@ def settings_of(name: str, theirs, stop: list[int]) -> list[tuple[dict, DecodeCo
     words = ((plain[0],), (plain[2], plain[3]), tuple(plain[:2]))
     loud = collections.Counter(token for text in said for token in text if token not in stop).most_common(1)[0][0]
     prompt = 1 if theirs.config.is_encoder_decoder else 5
+    bad = sorted({token for text in said for token in text} - {*stop})[::2]
     cases = [
         ({"no_repeat_ngram_size": 1, "num_beams": 1}, DecodeConfig(12, no_repeat_ngram_size=1), LogitsRules()),
         ({"no_repeat_ngram_size": 2, "repetition_penalty": 1.7},
@@ -327,6 +328,13 @@ def settings_of(name: str, theirs, stop: list[int]) -> list[tuple[dict, DecodeCo
                      forced_eos_token_id=(stop[0],))),
         ({"num_beams": 3, "early_stopping": "never", "length_penalty": 1.5, "no_repeat_ngram_size": 2},
          DecodeConfig(12, 3, 1.5, early_stopping="never", no_repeat_ngram_size=2), LogitsRules()),
+        ({"sequence_bias": [[[plain[0]], -9.0], [[plain[1], plain[2]], 30.0], [[loud], -2.0]], "repetition_penalty": 1.3,
+          "encoder_repetition_penalty": 1.8, "encoder_no_repeat_ngram_size": 2, "exponential_decay_length_penalty": [5, 1.3],
+          "num_beams": 1}, DecodeConfig(12, repetition_penalty=1.3),
+         LogitsRules(sequence_bias=(((plain[0],), -9.0), (tuple(plain[1:3]), 30.0), ((loud,), -2.0)),
+                     encoder_repetition_penalty=1.8, encoder_no_repeat_ngram_size=2, exponential_decay_length_penalty=(5, 1.3))),
+        ({"bad_words_ids": [[token] for token in bad], "renormalize_logits": True, "num_beams": 3, "length_penalty": 0.3},
+         DecodeConfig(12, 3, 0.3), LogitsRules(bad_words_ids=tuple((token,) for token in bad), renormalize_logits=True)),
     ]  # fmt: skip
     if theirs.config.is_encoder_decoder:
         cases.append((
@@ -354,6 +362,34 @@ def test_settings_of_generation_are_those_of_transformers(both):
         expected = [generated_alone(theirs, prompt, stop, **options) for prompt in prompts]
         assert ours(params, prompts, config, stop, rules=rules) == expected, options
         assert expected != plain, options
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_beams_sample_as_those_of_transformers(tmp_path):
+    """The two-token texts of 3,000 draws each have the same distribution, with temperature, filters and a token that may end."""
+    import torch
+    import transformers
+
+    theirs = make(*TORCH["gpt2"])
+    theirs.save_pretrained(tmp_path)
+    model, params, *_ = load_folder(str(tmp_path), ONE)
+    prompt, draws, stop = [5, 9, 12], 3000, 7
+    theirs.generation_config = transformers.GenerationConfig(pad_token_id=PAD, eos_token_id=stop)
+    torch.manual_seed(0)
+    given = torch.tensor([prompt] * draws)
+    options = {"num_beams": 2, "temperature": 0.25, "top_k": 5, "top_p": 0.9, "length_penalty": 0.5}
+    out = theirs.generate(given, attention_mask=torch.ones_like(given), do_sample=True, max_new_tokens=2, **options)
+    expected = [tuple(itertools.takewhile(lambda token: token not in (stop, PAD), row)) for row in out[:, 3:].tolist()]
+    sampling = SampleConfig(0.25, top_k=5, top_p=0.9)
+    ours = BatchGenerator(model, ONE, V, pad_id=PAD)
+    found = ours(params, [prompt] * draws, DecodeConfig(2, 2, 0.5), [stop], batch_size=1024, sampling=sampling, seeds=range(draws))
+    counts = [collections.Counter(map(tuple, texts)) for texts in (expected, found)]
+    frequent = [text for text, _ in (counts[0] + counts[1]).most_common() if counts[0][text] + counts[1][text] >= 20]
+    assert len(frequent) >= 8 and sum(c[text] for c in counts for text in frequent) > 0.9 * 2 * draws
+    chi = sum((counts[0][text] - counts[1][text]) ** 2 / (counts[0][text] + counts[1][text]) for text in frequent)
+    assert chi < len(frequent) + 4 * (2 * len(frequent)) ** 0.5, (chi, len(frequent))
+    assert found[:10] == ours(params, [prompt] * 10, DecodeConfig(2, 2, 0.5), [stop], sampling=sampling, seeds=range(10))
 
 
 def generated_alone(theirs, prompt: list[int], stop: list[int], **options) -> list[int]:

@@ -60,15 +60,23 @@ def test_one_line_says_what_applies():
     assert settings.told(flags={"num_beams"}, missing=("temperature",)) == (
         "generation_config.json: no_repeat_ngram_size 3; overridden: num_beams; not applied: temperature, guidance_scale"
     )
-    assert read(eos_token_id=2, transformers_version="5").told() is None
+    assert read(eos_token_id=2, transformers_version="5", use_cache=True, pad_token_id=0).told() is None
+    named = read(forced_decoder_ids=[[1, 2]], eta_cutoff=0.1, chat_format="chatml", epsilon_cutoff=0.0, num_beam_groups=1)
+    assert named.told() == "generation_config.json: not applied: eta_cutoff, forced_decoder_ids, chat_format"
+    older = GenerationSettings.read({"hidden_size": 8, "num_beam_groups": 2}, "config.json")
+    assert older.told() == "config.json: not applied: num_beam_groups", "which says what the model is, too"
 
 
 def test_settings_of_a_search_are_not_said_to_apply_to_texts_that_are_drawn():
-    settings = read(do_sample=True, num_beams=4, top_k=7, renormalize_logits=True)
+    settings = read(do_sample=True, num_beams=4, top_k=7, guidance_scale=2.0)
     drawn = Decoding(settings.sampling({}), DecodeConfig(), LogitsRules(), settings, None, 64, frozenset())
-    assert drawn.told() == "generation_config.json: do_sample true, top_k 7; not applied: num_beams, renormalize_logits"
+    assert drawn.told() == "generation_config.json: do_sample true, top_k 7; not applied: num_beams, guidance_scale"
     searched = dataclasses.replace(drawn, sampling=SampleConfig(0.0), given=frozenset({"do_sample"}))
-    assert searched.told() == "generation_config.json: num_beams 4; overridden: do_sample; not applied: renormalize_logits"
+    assert searched.told() == "generation_config.json: overridden: do_sample; not applied: num_beams, guidance_scale"
+    searched = dataclasses.replace(searched, decode=DecodeConfig(beams=4))
+    assert searched.told() == "generation_config.json: num_beams 4; overridden: do_sample; not applied: guidance_scale"
+    sampled = dataclasses.replace(drawn, decode=DecodeConfig(beams=4))
+    assert sampled.told() == "generation_config.json: do_sample true, num_beams 4, top_k 7; not applied: guidance_scale"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,8 @@ def test_a_search_is_written_as_settings_that_read_as_it():
 
 @pytest.mark.parametrize(
     "given",
-    [{"bad_words_ids": [3]}, {"num_beams": "many"}, {"early_stopping": "soon"}, {"suppress_tokens": [1.5]}, {"top_k": []}],
+    [{"bad_words_ids": [3]}, {"stop_strings": [""]}, {"sequence_bias": [[3, 1.0]]}, {"exponential_decay_length_penalty": 5},
+     {"num_beams": "many"}, {"early_stopping": "soon"}, {"suppress_tokens": [1.5]}, {"top_k": []}],
 )  # fmt: skip
 def test_a_setting_of_the_wrong_kind_is_one_line(given):
     name = list(given)[-1]
@@ -123,6 +132,10 @@ def test_requests_of_an_engine_hold_what_they_can():
     (other,) = asker.completion({"prompt": "ab", "temperature": 0, "top_k": 5, "min_tokens": 0, "repetition_penalty": 1}).requests
     assert other.sample == SampleConfig(0.0, top_k=5, top_p=1.0, min_p=0.0) and other.min_tokens == 0
     assert set(asker.left_out) == {"no_repeat_ngram_size", "num_beams"}
+    stopping = Asker(tokenizer, None, [], Limits(64, 64, 4, 4), settings=read(stop_strings=["\n", "END"]))
+    assert stopping.completion({"prompt": "ab"}, "").stop == ("\n", "END")
+    assert stopping.completion({"prompt": "ab", "stop": "x"}, "").stop == ("x",)
+    assert stopping.completion({"prompt": "ab", "stop": []}, "").stop == ()
 
 
 # --- commands against transformers ------------------------------------------------------------
@@ -194,6 +207,22 @@ def test_a_decoders_settings_reach_its_texts(tmp_path, capsys):
     assert answers(folder, tmp_path, "--beams", "1", "--no-repeat-ngram-size", "0", "--temperature", "0") == greedy
     plain = answers(folder, tmp_path, "--generation-config", "none", "--temperature", "0", "--max-tokens", "10")
     assert plain not in (expected, greedy)
+    # A stop string ends a text, and is its end; the tokens behind it were computed for nothing in a batch.
+    words = greedy[0].split()
+    end = next(i for i, word in enumerate(words) if i > 1 and len(word) == 3 and word not in words[:i])
+    stop = words[end]
+    file = folder / "generation_config.json"
+    saved = json.loads(file.read_text())
+    changed = {"num_beams": 1, "no_repeat_ngram_size": 0, "early_stopping": False, "stop_strings": [stop]}
+    file.write_text(json.dumps(saved | changed))
+    stopped = [" ".join(text.partition(stop)[:2]).replace("  ", " ").strip() for text in greedy]
+    assert stopped[0].split() == words[: end + 1] and end + 1 < len(words)
+    assert answers(folder, tmp_path, "--temperature", "0") == stopped
+    capsys.readouterr()
+    assert cli.main(["generate", str(folder), "--prompt", PROMPTS[0], "--temperature", "0"]) == 0
+    shown = capsys.readouterr()
+    assert " ".join(shown.out.split()) == f"{PROMPTS[0]} {stopped[0]}" and f"stop_strings ('{stop}',)" in shown.err
+    file.write_text(json.dumps(saved))
     capsys.readouterr()
     assert cli.main(["generate", str(folder), "--prompt", "w5", "--penalty-alpha", "0.5", "--top-k", "2", "--max-tokens", "2"]) == 0
     told = capsys.readouterr().err
