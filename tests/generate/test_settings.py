@@ -133,9 +133,9 @@ def test_requests_of_an_engine_hold_what_they_can():
     assert other.sample == SampleConfig(0.0, top_k=5, top_p=1.0, min_p=0.0) and other.min_tokens == 0
     assert set(asker.left_out) == {"no_repeat_ngram_size", "num_beams"}
     stopping = Asker(tokenizer, None, [], Limits(64, 64, 4, 4), settings=read(stop_strings=["\n", "END"]))
-    assert stopping.completion({"prompt": "ab"}, "").stop == ("\n", "END")
-    assert stopping.completion({"prompt": "ab", "stop": "x"}, "").stop == ("x",)
-    assert stopping.completion({"prompt": "ab", "stop": []}, "").stop == ()
+    assert stopping.completion({"prompt": "ab"}).stop == ("\n", "END")
+    assert stopping.completion({"prompt": "ab", "stop": "x"}).stop == ("x",)
+    assert stopping.completion({"prompt": "ab", "stop": []}).stop == ()
 
 
 # --- commands against transformers ------------------------------------------------------------
