@@ -230,8 +230,8 @@ class TransformerConfig:
     unroll: bool = False
     """Unroll the layers instead of scanning them: slower to compile, faster to run on a CPU."""
     microbatches: int | None = None
-    """Parts of a batch that go through the stages (parallel.stage) one behind the other; they divide data.batch_size /
-    train.accumulate. Empty: as many as stages. The more,
+    """Parts of a batch that go through the stages (parallel.stage) one behind the other. Their number times that of the devices
+    that share a batch (data × fsdp × expert) divides data.batch_size / train.accumulate. Empty: as many as stages. The more,
     the less of the time stages idle: (stages − 1) / (microbatches · rounds + stages − 1) of it."""
     rounds: int = 1
     """How often a part of the batch goes through all stages, each of which then holds as many runs of layers."""
