@@ -11,7 +11,7 @@ from jaxlm import config as configs
 from jaxlm.data import DataConfig
 from jaxlm.experiment.unread import check_known, check_read
 from jaxlm.hub import ADAPTER, is_hugging_face, read_config
-from jaxlm.model import TransformerConfig
+from jaxlm.model import HeadConfig, TransformerConfig
 from jaxlm.models import locate, model_config
 from jaxlm.parallel import HostsConfig, ParallelConfig, batch_ways
 from jaxlm.report import command, say
@@ -193,13 +193,23 @@ def _architecture(model: Mapping[str, Any]) -> str:
 
 
 def _head(head: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """The head of a task on a model of ours: an encoder's as BERT's, a decoder's as GPT-2's."""
+    """The head of a task on a model of ours: an encoder's as BERT's, a decoder's as GPT-2's.
+
+    It has every field, so that none is left of a preset's head of another kind.
+    """
+    return {**configs.to_dict(HeadConfig()), **_own_fields(head, architecture)}
+
+
+def _own_fields(head: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Fields of a task's head that are not the defaults of `HeadConfig`."""
     if head["kind"] in ("sequence", "choice") and architecture == "decoder":
         return {"pool": "last", "dense": False, "bias": False, **head}
     if head["kind"] == "embedding":
         return {"pool": "mean" if architecture == "encoder" else "last", "dense": False, **head}
     if head["kind"] in ("masked_lm", "detection"):
         return {"activation": "gelu", "norm": head["kind"] == "masked_lm", **head}
+    if head["kind"] in ("token", "span"):
+        return {"dense": False, **head}
     return {**head}
 
 
@@ -214,9 +224,7 @@ def _start(source: str, head: Mapping[str, Any]) -> tuple[dict[str, Any], pathli
     else:
         config = model_config(source)
         if config.head.kind != head["kind"]:
-            bare = configs.to_dict(type(config.head)())
-            fresh = configs.build(type(config.head), {**bare, **_head(head, config.architecture)})
-            config = dataclasses.replace(config, head=fresh)
+            config = dataclasses.replace(config, head=configs.build(HeadConfig, _head(head, config.architecture)))
         tokenizer = folder / "tokenizer"
     return {name: value for name, value in configs.to_dict(config).items() if name not in ("preset", "init_from")}, tokenizer
 

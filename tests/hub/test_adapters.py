@@ -159,6 +159,18 @@ def test_what_peft_writes_we_compute(family, dora, bases, tmp_path):
 
 
 @pytest.mark.parity
+def test_outputs_that_the_base_has_too_keep_their_names(bases, tmp_path):
+    """A classifier's adapter is one of its base's outputs; under another number of labels the names are none of its own."""
+    from jaxlm.models import load_model
+
+    theirs, _, _, folder = bases("bert")
+    saved_in_peft(theirs, tmp_path, r=2, lora_alpha=4, target_modules=["query"], task_type="SEQ_CLS")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
+    assert load_model(str(tmp_path)).labels == ("LABEL_0", "LABEL_1")
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", FUSED)
 def test_fused_matrices(family, dora, bases, tmp_path):
