@@ -264,7 +264,7 @@ def test_a_template_with_generation_blocks_says_what_is_trained(name):
 
 
 def test_a_last_character_of_several_tokens_is_trained_whole():
-    """transformers asks for the token of the last character and gets its first byte: the rest is left out there."""
+    """Every byte of the last character is trained on; some versions of transformers leave out all but its first."""
     chat, hf, _ = style("chatml")
     template = blocks(CHATML).replace(
         "{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|im_end|>"
@@ -273,7 +273,7 @@ def test_a_last_character_of_several_tokens_is_trained_whole():
     ids, trained = Chat(chat.tokenizer, template).encode(messages)
     assert text_of(chat, ids[trained]) == "Yes 🎉"
     mask = np.array(reference(hf, messages, template)[1], bool)
-    assert mask.sum() < trained.sum() and not (mask & ~trained).any()
+    assert mask.any() and not (mask & ~trained).any()
 
 
 def test_the_prompt_ends_with_the_header_and_begins_the_training_text(name):
