@@ -24,7 +24,7 @@ TREES = {name: configs.read_yaml(file)[0] for name, file in CONFIGS.items()}
 KIND = {name: tree.get("task", {}).get("kind", "causal") for name, tree in TREES.items()}
 ROWS = [name for name in CONFIGS if KIND[name] in TASKS]
 # Of several configs of one task and one kind of model these are tried in any case, the rest with the slow tests.
-MORE = ["finetune-agnews", "finetune-banking77", "finetune-cola", "pretrain-fim"]
+MORE = ["finetune-agnews", "finetune-banking77", "finetune-cola", "finetune-stdlib", "pretrain-fim"]
 
 SMALL = ["--model.width", "32", "--model.layers", "1", "--model.heads", "2", "--model.mlp-width", "64"]
 TEXT = ["--data.sources.kind", "files", "--data.sources.path", "documents.jsonl", "--data.length", "32", "--data.batch-size", "4"]

@@ -128,6 +128,7 @@ def test_the_page_has_the_report_of_several_classes_a_row(tmp_path):
     assert shown((tmp_path / "scores.html").read_text()) == expected_rows(report)
 
 
+@pytest.mark.parity
 def test_the_page_has_the_report_of_spans(tmp_path):
     from seqeval.metrics import classification_report as of_spans
 

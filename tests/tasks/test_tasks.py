@@ -121,7 +121,7 @@ def prepare(name, folder):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("classification", "text_to_text", "chat") else pytest.param(name, marks=pytest.mark.slow) for name in TASKS],
+    [name if name in ("classification", "text_to_text") else pytest.param(name, marks=pytest.mark.slow) for name in TASKS],
 )
 def test_a_task_learns_scores_and_predicts(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
