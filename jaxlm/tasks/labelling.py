@@ -249,8 +249,9 @@ class Tagging(Task):
         self.labels = label_names({tag for row in rows for tag in row["tags"]}, self.config, self.labels)
         strange = next((tag for tag in self.labels if not _SPAN_TAG.fullmatch(tag)), None)
         if any(tag.startswith("B-") for tag in self.labels) and strange is not None:
+            source = "task.labels: " if strange in self.config.labels else ""
             raise ValueError(
-                f"tag {strange!r} is no span's as other tags are: expected O, or one of B-, I-, E-, S-, L-, U- with a type"
+                f"{source}tag {strange!r} is no span's as other tags are: expected O, or one of B-, I-, E-, S-, L-, U- with a type"
             )
 
     @property
