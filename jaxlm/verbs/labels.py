@@ -125,7 +125,8 @@ def _rows(
         if name in flags:
             raise ValueError(f"{name} would do nothing here: every row is predicted for; leave it out")
     rows, replaceable = _reading(run, flags, other=True)
-    check_row_flags(flags, options.file, rows, task.config, task.architecture)
+    if flags:
+        check_row_flags(flags, options.file, rows, task.config, task.architecture)
     required = [role for role in task.given if role not in task.optional]
     optional = [role for role in ("prompt", "pair", "context") if role in task.optional]
     lines = _text_lines(options.file, rows, required)
