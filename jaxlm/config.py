@@ -37,8 +37,8 @@ class Loaded(NamedTuple):
 
 
 def nearest(given: object, allowed: Iterable[str]) -> str | None:
-    """The only allowed name that begins with the given one, else that of the closest spelling, else the first that goes on behind
-    it with a _; None if nothing is close."""
+    """Nearest allowed name, or None: a unique completion of `given`, else the closest spelling, else the first name that starts
+    with `given` and an underscore."""
     allowed = list(allowed)
     begun = [name for name in allowed if len(str(given)) > 2 and name.startswith(str(given))]
     if len(begun) == 1:

@@ -15,7 +15,7 @@ class Bad(str):
 
 Record = tuple[str, Mapping[str, Any] | Bad]
 Choose = Callable[[Sequence[str], str], list[str]]
-"""(columns of a file, its name) → those wanted; raises ValueError where one that must be there is not."""
+"""(columns of a file, file name) → columns to read. Raises ValueError for a missing required column."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class ReadOptions:
     all_columns: bool = False
     """Records hold all columns, not only those that are wanted."""
     notes: list[str] = dataclasses.field(default_factory=list)
-    """What was guessed about the files, to be shown: readers add to it."""
+    """Notes for the user on what readers inferred from the files; readers append to it."""
     chosen: list[str] = dataclasses.field(default_factory=list)
-    """The splits that were read: readers add to it."""
+    """Names of the splits that were read; readers append to it."""
 
     def note(self, text: str) -> None:
         if text not in self.notes:

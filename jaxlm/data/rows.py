@@ -212,7 +212,7 @@ def read_inputs(
     splits: Splits = UNSEEN,
     replaceable: Collection[str] = (),
 ) -> tuple[list[Input], list[str]]:
-    """All rows of a path or of one split of it, as `read_rows` reads them, and what was guessed about them; no row is left out.
+    """Read every row of a path or of one of its splits as `read_rows` does, bad rows included, with notes on what was inferred.
 
     Raises ValueError, in one line, for data that is not there, cannot be read or holds no rows, and for a column that is missing.
     """

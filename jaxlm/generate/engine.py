@@ -121,9 +121,11 @@ class Engine:
         check(request, self.vocab_size, self.config.context)
 
     def submit(self, request: Request, tell: Tell, *, checked: bool = False) -> Ticket:
-        """Take a request; `tell` hears what becomes of it. Raises ValueError for one that cannot be answered, unless it was
-        `checked` before, and Full. Where the queue is full, a client with less than its share of the waiting requests is still
-        taken, so that no client keeps the others out."""
+        """Queue a request; `tell` is called with each of its events.
+
+        A full queue still admits a client that holds less than its share of the waiting requests. Raises Full, and ValueError
+        for a request that cannot be answered (not checked again if `checked`).
+        """
         if not checked:
             self.check(request)
         ticket = Ticket(request, tell)

@@ -9,7 +9,7 @@ from jaxlm.devices import LoadOptions
 
 KEY = "JAXLM_API_KEY"
 OF_ENGINE = ("slots", "context", "cache", "exact", "max_tokens", "max_n", "generation_config")
-"""Options that only a model that writes text reads."""
+"""Options that apply to text generation only."""
 
 
 @dataclasses.dataclass(frozen=True)

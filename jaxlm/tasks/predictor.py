@@ -26,7 +26,7 @@ class Passed:
 
     @property
     def undefined(self) -> list[int]:
-        """Numbers of the examples with an output that is NaN, which no prediction can be read off."""
+        """Indices of the examples whose outputs contain NaN, for which no prediction is defined."""
         return [i for i, output in enumerate(self.outputs) if any(np.isnan(array).any() for array in output.values())]
 
 

@@ -28,7 +28,7 @@ class GroupConfig:
     learning_rate: float = 1.0
     """What the learning rate is multiplied with."""
     weight_decay: float | None = None
-    """Decoupled weight decay of all of them, also of those that optim.decay does not match; empty: as for other parameters."""
+    """Decoupled weight decay of every parameter of the group, matched by optim.decay or not; default: as for other parameters."""
 
     def __post_init__(self) -> None:
         check_regex("pattern", self.pattern)
